@@ -1,0 +1,352 @@
+"""MuonEq on several gloo processes against the same class in one process.
+
+A step has ROWS rows of tokens with one gradient each; a rank holds the sum over its rows, so the reduced gradient does
+not depend on the number of ranks. Each world size starts its processes once, from a fork server that has imported
+torch, and runs every case in a process group of its own: a failing case cannot hang or disturb the others.
+"""
+
+import contextlib
+import datetime
+import functools
+import multiprocessing
+import traceback
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from train_gpt import MuonEq
+
+ROWS = 12  # divisible by every world size
+WORLDS = (1, 2, 3, 4)
+STEPS = 5
+TIMEOUT = 30  # seconds for a collective; a case that hangs fails after this
+
+MATRIX = dict(
+    kind="matrix",
+    lr=0.02,
+    weight_decay=0.1,
+    cautious=True,
+    momentum=0.9,
+    nesterov=True,
+    equilibrate="row",
+    equilibrate_exponent=-0.5,
+    phase=None,
+    orthogonalize="polar_express",
+    steps=5,
+    norm_bound="frobenius",
+    normuon=True,
+    normuon_axis="auto",
+    beta2=0.9,
+    scale="spectral",
+    lr_mul=1.0,
+    work_dtype=torch.float32,
+    every=1,
+)
+ADAM = dict(kind="adam", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, cautious=True, every=1)
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups given as dicts with `shapes` for `params`. `whole`: gradients are small integers, so sums are exact.
+    `absent`: (rank, parameter index) pairs without a gradient, rank -1 being the last one and None every rank."""
+
+    groups: tuple
+    grads: str = "token_sum"
+    dtypes: tuple = (FP32,)
+    steps: int = STEPS
+    whole: bool = False
+    absent: tuple = ()
+    named: bool = True
+    extra: dict = field(default_factory=dict)
+
+
+LIST = MATRIX | dict(shapes=[(4, 6)] * 5)
+BANK = MATRIX | dict(shapes=[(7, 6, 4)])
+SMALL = MATRIX | dict(shapes=[(5, 5)])  # fewer matrices than ranks
+TABLES = ADAM | dict(shapes=[(7, 3), (5,), (), (2, 3, 4), (4099,)])
+MIXED_SHAPES = MATRIX | dict(shapes=[(4, 6), (6, 4), (3, 4, 6), (6, 4), (4, 6)], lr_mul=tuple(range(1, 8)))
+EVERYTHING = (LIST, BANK, SMALL, TABLES, MIXED_SHAPES)
+
+
+def fancy(group):
+    return group | dict(equilibrate="rowcol", phase=3, norm_bound="spc", scale="match_rms_adamw", nesterov=False)
+
+
+CASES = {
+    "list": Case((LIST,)),
+    "bank": Case((BANK,)),
+    "adam": Case((TABLES,)),
+    "everything": Case(EVERYTHING, named=False),
+    "mean": Case(EVERYTHING, grads="mean"),
+    "fancy": Case(tuple(fancy(g) if g["kind"] == "matrix" else g for g in EVERYTHING)),
+    "callable": Case((LIST | dict(orthogonalize=torch.sign), BANK | dict(orthogonalize=torch.sign))),
+    "every": Case((LIST, LIST | dict(every=2), TABLES | dict(every=3), TABLES), steps=7),
+    "every_mean": Case((LIST, BANK | dict(every=2), TABLES | dict(every=3)), grads="mean", steps=7),
+    "bf16": Case(EVERYTHING, dtypes=(BF16,), whole=True),
+    "bf16_and_fp32": Case(EVERYTHING, dtypes=(BF16, FP32, FP32), whole=True),
+    "bf16_mean": Case(EVERYTHING, grads="mean", dtypes=(BF16,), whole=True),
+    "bf16_work": Case((LIST | dict(work_dtype=BF16), BANK | dict(work_dtype=BF16))),
+    "absent": Case((LIST, BANK, TABLES), absent=((0, 0), (-1, 1), (None, 2), (0, 5), (None, 6), (-1, 7), (0, 9))),
+    "absent_bank_and_every": Case((BANK | dict(every=2), TABLES | dict(every=2)), absent=((None, 0), (0, 1)), steps=4),
+    "absent_mean": Case((LIST, BANK, TABLES), grads="mean", absent=((None, 1), (None, 5), (None, 6))),
+}
+RESUME = {
+    "resume": Case((fancy(MIXED_SHAPES), fancy(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True),
+    "resume_mean": Case((fancy(MIXED_SHAPES), BANK, TABLES), grads="mean", named=False),
+}
+SAVED_AT, SAVED_STEPS, ALL_STEPS = 2, 4, 8  # world size and step of the checkpoint, end of the run
+LOOSE = {"bf16_work": 2e-3}  # a batched bfloat16 product may round differently in another batch size
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run of a case, on any number of ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def randn(shape, *key):
+    seed = functools.reduce(lambda a, b: 1009 * a + b, key, 1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(step):
+    return ROWS * (10 + 7 * (step % 3))
+
+
+def local_gradient(case, param, index, step, rank, world):
+    """Sum over the rows of this rank; in "mean" mode the mean over all tokens, the same on every rank."""
+    if any(i == index and r in (None, rank, rank - world) for r, i in case.absent):
+        return None
+    share = ROWS // world
+    rows = range(ROWS) if case.grads == "mean" else range(rank * share, (rank + 1) * share)
+    each = [randn(param.shape, step, row, index) for row in rows]
+    total = sum(g.mul(2).round().clamp(-8, 8) if case.whole else g for g in each)
+    return (total / (64 if case.whole else tokens_of(step)) if case.grads == "mean" else total).to(param.dtype)
+
+
+def build(case, weights=None):
+    params, groups = [], []
+    for group in case.groups:
+        group, first = dict(group), len(params)
+        for shape in group.pop("shapes"):
+            index = len(params)
+            start = randn(shape, 77, index) if weights is None else weights[index]
+            params.append(start.to(case.dtypes[index % len(case.dtypes)]).clone().requires_grad_())
+        chunk = [(f"p{first + i}", p) for i, p in enumerate(params[first:])] if case.named else params[first:]
+        groups.append(group | dict(params=chunk))
+    return params, MuonEq(groups, grads=case.grads)
+
+
+def run(case, rank=0, world=1, first=0, last=None, checkpoint=None):
+    """Weights after each step, and the final state."""
+    params, opt = build(case, checkpoint and checkpoint["weights"])
+    if checkpoint:
+        opt.load_state_dict(checkpoint["state"])
+    history = []
+    for step in range(first, case.steps if last is None else last):
+        for index, p in enumerate(params):
+            g = local_gradient(case, p, index, step, rank, world)
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+        before = [None if p.grad is None else p.grad.clone() for p in params]
+        opt.step(tokens=tokens_of(step) if case.grads == "token_sum" else None)
+        assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, params, strict=True)), "gradient changed"
+        opt.zero_grad()
+        history.append([p.detach().clone() for p in params])
+    return dict(history=history, weights=history[-1], state=opt.state_dict())
+
+
+def large_and_small(rank, world):
+    """256 on rank 0 and 1 elsewhere: the sum needs more bits than bfloat16 has."""
+    params = [torch.ones(2, 4, 4, dtype=BF16).requires_grad_(), torch.ones(7, dtype=BF16).requires_grad_()]
+    groups = [MATRIX | dict(params=params[:1]), ADAM | dict(params=params[1:])]
+    opt = MuonEq(groups, grads="token_sum")
+    for p in params:
+        p.grad = torch.full_like(p, 256.0 if rank == 0 else 1.0)
+    opt.step(tokens=10)
+    return opt.state_dict()["state"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process_group(folder, name, rank, world):
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    init = f"file://{folder}/rendezvous_{name}_{world}"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def worker(rank, world, folder):
+    """Runs every case and saves the result, or the traceback as a string."""
+    torch.set_num_threads(1)
+    jobs = {name: functools.partial(run, case) for name, case in CASES.items()} | {"large_and_small": large_and_small}
+    for name, case in RESUME.items():
+        if world == SAVED_AT:
+            jobs[name] = functools.partial(run, case, last=SAVED_STEPS)
+        else:
+            jobs[name] = functools.partial(resume, name, case, folder)
+    for name, job in jobs.items():
+        try:
+            with process_group(folder, name, rank, world):
+                result = job(rank=rank, world=world)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{name}_{world}_{rank}.pt")
+
+
+def resume(name, case, folder, rank, world):
+    checkpoint = torch.load(folder / f"{name}_{SAVED_AT}_0.pt", weights_only=True)
+    return run(case, rank, world, SAVED_STEPS, ALL_STEPS, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """results(name, world): what each rank returned; the world size that saves the checkpoints runs first."""
+    folder = tmp_path_factory.mktemp("distributed")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest"])  # what the first step imports
+    for world in sorted(WORLDS, key=lambda w: w != SAVED_AT):
+        processes = [context.Process(target=worker, args=(r, world, folder), daemon=True) for r in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(4 * TIMEOUT)
+            if process.is_alive():
+                process.kill()
+
+    @functools.cache
+    def get(name, world):
+        loaded = []
+        for rank in range(world):
+            path = folder / f"{name}_{world}_{rank}.pt"
+            assert path.exists(), f"rank {rank} of {world} never finished {name}"
+            loaded.append(torch.load(path, weights_only=True))
+        errors = [value for value in loaded if isinstance(value, str)]
+        assert not errors, "\n".join(errors)
+        return loaded
+
+    return get
+
+
+@functools.cache
+def alone(name, steps=None):
+    """The same case without torch.distributed."""
+    return run(CASES[name] if name in CASES else RESUME[name], last=steps)
+
+
+def absent_reference(case, world):
+    """One process that adds up what the ranks have."""
+    params, opt = build(case)
+    history = []
+    for step in range(case.steps):
+        for index, p in enumerate(params):
+            have = [local_gradient(case, p, index, step, rank, world) for rank in range(world)]
+            have = [g for g in have if g is not None]
+            if have:
+                total = sum(have)
+                p.grad = total if p.grad is None else p.grad + total
+        opt.step(tokens=tokens_of(step))
+        opt.zero_grad()
+        history.append([p.detach().clone() for p in params])
+    return dict(history=history, weights=history[-1], state=opt.state_dict())
+
+
+def check_close(actual, expected, tolerance, what):
+    error = (actual.double() - expected.double()).norm().item()
+    assert error <= tolerance * expected.double().norm().item() + 1e-12, f"{what}: differs by {error:.2e}"
+
+
+def check_run(actual, expected, tolerance=1e-6):
+    for step, (a, e) in enumerate(zip(actual["history"], expected["history"], strict=True)):
+        for index, (x, y) in enumerate(zip(a, e, strict=True)):
+            assert x.dtype == y.dtype
+            if x.dtype == BF16:  # a weight may fall on the other side of a rounding border; the masters are compared
+                torch.testing.assert_close(x, y, rtol=2.0**-7, atol=1e-6)
+            else:
+                check_close(x, y, tolerance, f"step {step}, parameter {index}")
+    check_state(actual["state"], expected["state"], 10 * tolerance)
+
+
+def check_state(actual, expected, tolerance):
+    assert actual["step"] == expected["step"] and actual["state"].keys() == expected["state"].keys()
+    for name, entry in expected["state"].items():
+        assert entry.keys() == actual["state"][name].keys()
+        for key, value in entry.items():
+            other = actual["state"][name][key]
+            if torch.is_tensor(value):
+                assert value.dtype == other.dtype == FP32 and value.shape == other.shape
+                check_close(other, value, tolerance, f"{name}.{key}")
+            else:
+                assert value == other, (name, key)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tests
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("absent_") and name != "absent"])
+def test_same_weights_and_state_at_any_world_size(results, name, world):
+    check_run(results(name, world)[0], alone(name), LOOSE.get(name, 1e-6))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("absent")])
+def test_missing_gradients_count_as_zero(results, name, world):
+    case = CASES[name]
+    expected = alone(name) if case.grads == "mean" else absent_reference(case, world)
+    check_run(results(name, world)[0], expected)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", [*CASES, *RESUME])
+def test_ranks_agree_bit_for_bit(results, name, world):
+    first, *others = results(name, world)
+    for other in others:
+        for a, b in zip(first["history"], other["history"], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        check_state(other["state"], first["state"], 0.0)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16_and_fp32", "bf16_mean"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_bf16_weights_are_the_rounded_master(results, name, world):
+    run = results(name, world)[0]
+    for index, weight in enumerate(run["weights"]):
+        entry = run["state"]["state"][f"p{index}" if CASES[name].named else str(index)]
+        assert ("master" in entry) == (weight.dtype == BF16)
+        assert "master" not in entry or torch.equal(weight, entry["master"].to(BF16))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_are_reduced_in_fp32(results, world):
+    state = results("large_and_small", world)[0]
+    matrix, adam = state["0"], state["1"]
+    mean = (256 + world - 1) / 10
+    torch.testing.assert_close(matrix["momentum"], torch.full((2, 4, 4), 0.1 * mean), rtol=1e-5, atol=0)
+    torch.testing.assert_close(adam["exp_avg"], torch.full((7,), 0.1 * mean), rtol=1e-5, atol=0)
+    torch.testing.assert_close(adam["exp_avg_sq"], torch.full((7,), 0.05 * mean**2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", RESUME)
+def test_checkpoint_of_two_ranks_equals_that_of_one(results, name):
+    check_run(results(name, SAVED_AT)[0], alone(name, SAVED_STEPS))
+
+
+@pytest.mark.parametrize("world", [w for w in WORLDS if w != SAVED_AT])
+@pytest.mark.parametrize("name", RESUME)
+def test_checkpoint_continues_at_another_world_size(results, name, world):
+    straight = alone(name, ALL_STEPS)
+    resumed = results(name, world)[0]
+    check_run(resumed, straight | dict(history=straight["history"][SAVED_STEPS:]))
+    assert resumed["state"]["step"] == ALL_STEPS
