@@ -92,7 +92,7 @@ class Matrix:
     normuon_axis: str = field("auto", "auto (the longer side), row or col")
     beta2: float = field(0.95, "decay of NorMuon's mean square")
     scale: str = field("spectral", "shape factor: spectral sqrt(max(1, m/n)) or match_rms_adamw 0.2 sqrt(max(m, n))")
-    lr_mul: tuple | float = field(1.0, "factor on lr, one or one per matrix (repeated over the bank)")
+    lr_mul: tuple | float = field(1.0, "factor on lr, or (up, down) factors of the MLP bank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Run:
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
     dtype: str = field("auto", "bfloat16 or float32 for activations; auto: bfloat16 where the processor has it")
     compile: bool = field(True, "torch.compile the model")
-    micro_rows: int = field(1, "rows of one forward pass, a memory knob without effect on the result")
+    micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens")
     threads: int = field(0, "CPU threads of a process; 0: cores over processes")
     checkpoint_every: int = field(0, "steps between checkpoints; 0: none")
     resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
@@ -185,7 +185,7 @@ TRACKS = {
             value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
             skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
         ),
-        matrix=Matrix(lr=0.03),
+        matrix=Matrix(lr=0.03, lr_mul=(2.0, 1.0)),
         # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
         gate=Matrix(lr=0.03, normuon_axis="row"),
         embed=Adam(lr=0.6),
@@ -383,9 +383,7 @@ def attention_layout(offsets: Tensor, T: int, window: int, longest: int, fused: 
     position = torch.arange(blocks * C, device=device, dtype=torch.int32)
     document = (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32).view(B, blocks, C)
     keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
-    distance = position[:C, None] + C - position[None, : 2 * C] if blocks > 1 else position[:C, None] - position[:C]
-    if blocks == 1:
-        keys = document
+    distance = torch.arange(C, device=device)[:, None] + C - torch.arange(2 * C, device=device)
     near = (distance >= 0) & (distance <= window)
     return Layout(window, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None], None, min(longest, T))
 
@@ -408,14 +406,10 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def with_previous(x: Tensor) -> Tensor:  # (B, n, H, C, d) -> (B, n, H, 2 C, d)
-        if x.size(1) == 1:
-            return x
         return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3)
 
     @staticmethod
     def fold_previous(x: Tensor, C: int) -> Tensor:  # the transpose of with_previous
-        if x.size(1) == 1:
-            return x
         return x[:, :, :, C:] + F.pad(x[:, 1:, :, :C], (0, 0, 0, 0, 0, 0, 0, 1))
 
     @staticmethod
@@ -618,8 +612,8 @@ class Comm:
     """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
 
     class Done:
-        @staticmethod
-        def wait() -> None: ...
+        def wait(self) -> None:
+            """Nothing is under way."""
 
     def __init__(self) -> None:
         on = dist.is_available() and dist.is_initialized()
@@ -631,7 +625,7 @@ class Comm:
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
         """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
         if self.world_size == 1:
-            return full, self.Done
+            return full, self.Done()
         chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
         return chunk, self._scatter(chunk, full, async_op=True)
 
@@ -640,7 +634,7 @@ class Comm:
         if self.world_size == 1:
             if full.data_ptr() != chunk.data_ptr():
                 full.copy_(chunk)
-            return self.Done
+            return self.Done()
         return self._gather(full, chunk, async_op=True)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -717,13 +711,12 @@ class Unit:
         self.counts = [p.numel() // max(1, self.tail.numel()) for p in self.params]
         self.size = sum(self.counts)
         self.chunk = -(-self.size // comm.world_size)
-        self.lo = comm.rank * self.chunk
+        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         # one unpadded parameter: gradients and weights travel from and to its own storage
         self.direct = len(self.params) == 1 and self.size == self.chunk * comm.world_size and self.params[0].is_contiguous()
         self.lr_mul = lr_mul
         self.state = {key: torch.zeros(shape, device=self.device) for key, shape in self.state_shapes().items()}
-        self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
         self.reset()
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -741,37 +734,28 @@ class Unit:
         return shapes
 
     def reset(self) -> None:
-        self.updates, self.tokens = 0, 0
+        self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
         for key, value in self.state.items():
-            value.copy_(self.own(self.params)) if key == "master" else value.zero_()
+            value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
 
     def stack(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The whole padded stack of per-parameter tensors (None: zeros), a view where that is possible."""
-        if self.direct and tensors[0] is not None and tensors[0].is_contiguous():
-            return tensors[0].view(-1, *self.tail)
-        full = torch.zeros(self.chunk * self.comm.world_size, *self.tail, device=self.device, dtype=self.dtype)
-        full = full.float() if any(t is not None and t.dtype == torch.float32 for t in tensors) else full
-        for part, t in zip(full[: self.size].split(self.counts), tensors):
-            if t is not None:
-                part.copy_(t.detach().reshape(part.shape))
-        return full
+        """The padded stack of one tensor per parameter (None: zeros); of a direct unit a view."""
+        parts = [
+            torch.zeros(count, *self.tail, device=self.device) if t is None else t.detach().reshape(-1, *self.tail)
+            for t, count in zip(tensors, self.counts)
+        ]
+        padding = self.chunk * self.comm.world_size - self.size
+        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(padding, *self.tail)])
 
-    def own(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """This rank's chunk of `stack`; with a single process or a direct unit it is a view."""
-        return self.stack([None if t is None else t.detach() for t in tensors])[self.lo : self.lo + self.chunk]
-
-    def update(self, grad: Tensor, scale: float) -> Any:
-        """Update the owned chunk with `grad` * scale and send it to all ranks; call `finish` with what is returned."""
+    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Any]:
+        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks; `finish` takes what is returned."""
         self.updates += 1
-        weights = self.state["master"] if "master" in self.state else self.own(self.params)
+        full = self.stack(self.params)
+        weights = self.state.get("master", full[self.own])
         (self.update_matrices if self.matrix else self.update_elements)(weights, grad, scale)
-        chunk = weights.to(self.dtype)
-        inside = self.direct and self.params[0].detach().view(-1, *self.tail)
-        full = inside if self.direct else chunk.new_empty(self.chunk * self.comm.world_size, *self.tail)
-        return full, chunk, self.comm.all_gather(full, chunk)
+        return full, self.comm.all_gather(full, weights.to(self.dtype))
 
-    def finish(self, pending: tuple[Tensor, Tensor, Any]) -> None:
-        full, _, work = pending
+    def finish(self, full: Tensor, work: Any) -> None:
         work.wait()
         if not self.direct:
             for p, part in zip(self.params, full[: self.size].split(self.counts)):
@@ -844,6 +828,17 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
     return factor * (before / after.clamp_min(1e-10))
 
 
+def gradient(p: Tensor) -> Tensor | None:
+    return p.grad if getattr(p, "main_grad", None) is None else p.main_grad
+
+
+def accumulate_in_fp32(p: Tensor) -> None:
+    """Hook of a parameter of lower precision: its gradients of several backward passes are added in fp32."""
+    if p.grad is not None:
+        p.main_grad = p.grad.float() if p.main_grad is None else p.main_grad.add_(p.grad)
+        p.grad = None
+
+
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
 
@@ -886,17 +881,20 @@ class MuonEq(torch.optim.Optimizer):
             group["names"] = [str(len(names) + i) if name is None else name for i, (name, _) in enumerate(params)]
             group["params"] = [p for _, p in params]
             names += group["names"]
-        if len(set(names)) < len(names):
-            raise ValueError(f"parameter {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        tensors = [id(p) for group in groups for p in group["params"]]
+        for name, tensor in zip(names, tensors):
+            if names.count(name) > 1 or tensors.count(tensor) > 1:
+                raise ValueError(f"parameter {name!r} appears twice")
         super().__init__(groups, {})
         self.grads, self.comm, self.steps = grads, Comm(), 0
-        self._sums: dict[Tensor, Tensor] = {}  # fp32 gradient sums of parameters of lower precision
         units = [unit for group in self.param_groups for unit in self._units(group)]
         # large reductions start first, small updates are done first: their waits hide behind the large transfers
         self.units = sorted(units, key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
         if grads == "token_sum":
             for p in (p for unit in units for p in unit.params if p.dtype != torch.float32):
-                p.register_post_accumulate_grad_hook(self._accumulate)
+                if not hasattr(p, "main_grad"):
+                    p.main_grad = None
+                    p.register_post_accumulate_grad_hook(accumulate_in_fp32)
 
     def _checked(self, group: dict) -> dict:
         fields = self.FIELDS.get(group.get("kind"))
@@ -940,16 +938,9 @@ class MuonEq(torch.optim.Optimizer):
             if factors[key]:
                 padded = torch.zeros(unit.chunk * self.comm.world_size, 1, 1)
                 padded[: unit.size, 0, 0] = torch.tensor(factors[key])
-                unit.lr_mul = padded[unit.lo : unit.lo + unit.chunk].to(unit.device)
+                unit.lr_mul = padded[unit.own].to(unit.device)
             units.append(unit)
         return units
-
-    def _accumulate(self, p: Tensor) -> None:
-        if p in self._sums:
-            self._sums[p] += p.grad
-        else:
-            self._sums[p] = p.grad.float()
-        p.grad = None
 
     def _active(self, step: int) -> list[Unit]:
         return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
@@ -969,25 +960,28 @@ class MuonEq(torch.optim.Optimizer):
             unit.tokens += tokens or 1
         reducing = []
         for unit in reversed(active):
-            gradients = [self._sums.get(p, p.grad) for p in unit.params]
+            full = unit.stack([gradient(p) for p in unit.params]).float()
             if self.grads == "token_sum":
-                full = unit.stack(gradients)
-                reducing.append((unit, full, *self.comm.reduce_scatter(full.float())))
+                reducing.append((unit, full, *self.comm.reduce_scatter(full)))
             else:
-                reducing.append((unit, None, unit.own(gradients), Comm.Done))
+                reducing.append((unit, full, full[unit.own], Comm.Done()))
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
+            gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
-        for unit, pending in gathering:
-            unit.finish(pending)
+        for unit, full, work in gathering:
+            unit.finish(full, work)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the groups that the last step updated; the others go on accumulating."""
-        for p in (p for unit in self._active(self.steps - 1) for p in unit.params):
-            self._sums.pop(p, None)
+        self._clear(self._active(self.steps - 1), set_to_none)
+
+    def _clear(self, units: list[Unit], set_to_none: bool = True) -> None:
+        for p in (p for unit in units for p in unit.params):
+            if hasattr(p, "main_grad"):
+                p.main_grad = None
             if set_to_none:
                 p.grad = None
             elif p.grad is not None:
@@ -995,11 +989,10 @@ class MuonEq(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Forget all state and gradients; master copies are taken from the parameters again."""
-        self.steps, self._sums = 0, {}
         for unit in self.units:
             unit.reset()
-            for p in unit.params:
-                p.grad = None
+        self._clear(self.units)
+        self.steps = 0
 
     SCHEDULED = ("lr", "momentum", "weight_decay")
 
@@ -1032,13 +1025,12 @@ class MuonEq(torch.optim.Optimizer):
                     if value is None or value.shape != shape:
                         raise ValueError(f"optimizer state {key} of {name} is missing or has the wrong shape")
                     parts.append(value.to(unit.device).reshape(-1, *chunk.shape[1:]))
-                padded = chunk.new_zeros(unit.chunk * self.comm.world_size, *chunk.shape[1:])
-                torch.cat(parts, out=padded[: unit.size])
-                chunk.copy_(padded[unit.lo : unit.lo + unit.chunk])
+                padding = chunk.new_zeros(unit.chunk * self.comm.world_size - unit.size, *chunk.shape[1:])
+                chunk.copy_(torch.cat([*parts, padding])[unit.own])
             unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
         for group, saved in zip(self.param_groups, state_dict["groups"]):
             group.update(saved)
-        self.steps, self._sums = state_dict["step"], {}
+        self.steps = state_dict["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1322,8 +1314,10 @@ class Trainer:
             "track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256()
         }  # fmt: skip
 
+        self.micro_rows = micro_rows(track, run, comm.world_size)
+
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        for parts in zip(*(x.split(self.run.micro_rows) for x in batch)):
+        for parts in zip(*(x.split(self.micro_rows) for x in batch)):
             yield Batch(*(x.to(self.device, non_blocking=True) for x in parts))
 
     def loss_sum(self, batch: Batch, windows: tuple[int, int], longest: int) -> Tensor:
@@ -1353,8 +1347,7 @@ class Trainer:
         self.model.init_weights(self.run.seed)
         self.model.set_rotary([1])
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
-        own_rows = self.track.data.rows // self.comm.world_size
-        batch = make_batch([row] * min(self.run.micro_rows, own_rows), self.track.data, self.checked["documents"])
+        batch = make_batch([row] * self.micro_rows, self.track.data, self.checked["documents"])
         stages = [*schedule.windows, *[schedule.extension_windows] * (schedule.extension > 0)]
         for windows in dict.fromkeys(stages):
             self.forward_backward(batch, windows)
@@ -1409,7 +1402,7 @@ class Trainer:
         else:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
-                dtype=str(self.dtype).removeprefix("torch."), micro_rows=run.micro_rows, **environment(self.device, comm),
+                dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **environment(self.device, comm),
                 data=self.checked["digests"], compiled=run.compile, graphs=graphs, warm_up_s=warm_up_s,
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
@@ -1589,13 +1582,16 @@ def device_of(run: Run, local_rank: int) -> torch.device:
     return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
 
 
-def check_layout(track: Track, run: Run, world_size: int) -> None:
+def micro_rows(track: Track, run: Run, world_size: int) -> int:
+    """Rows of one forward pass; ValueError for a number of processes or rows that does not divide."""
     rows = track.data.rows
     if rows % world_size:
         allowed = [n for n in range(1, rows + 1) if rows % n == 0]
         raise ValueError(f"{world_size} processes do not divide the {rows} rows of a step; allowed: {allowed}")
-    if rows // world_size % run.micro_rows:
-        raise ValueError(f"micro_rows {run.micro_rows} does not divide the {rows // world_size} rows of a process")
+    own = rows // world_size
+    if run.micro_rows and (run.micro_rows < 0 or own % run.micro_rows):
+        raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
+    return run.micro_rows or max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * track.data.row_tokens <= 8192))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1606,7 +1602,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     try:
         track, run = parse_command_line(argv)
-        check_layout(track, run, world_size)
+        micro_rows(track, run, world_size)
         device = device_of(run, local_rank)
         if device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -513,14 +513,19 @@ def test_memory_layout_does_not_matter(kind):
     """A transposed parameter or gradient view gives what a contiguous one gives, and is updated in place."""
     p, grads = randn(5, 12), gradients((5, 12), 2)
     expected = trajectory(kind, p, grads)[-1]
-    w = p.T.contiguous().T.requires_grad_()
-    pointer, opt = w.data_ptr(), optimizer(kind, [w])
-    assert not w.is_contiguous()
-    for g in grads:
-        w.grad = g.T.contiguous().T
-        opt.step()
-    close([w.detach()], [expected], atol=1e-6)
-    assert w.data_ptr() == pointer
+    transposed = lambda t: t.T.contiguous().T  # noqa: E731
+    for weight_layout, gradient_layout in (
+        (transposed, torch.clone),
+        (torch.clone, transposed),
+        (transposed, transposed),
+    ):
+        w = weight_layout(p).requires_grad_()
+        pointer, opt = w.data_ptr(), optimizer(kind, [w])
+        for g in grads:
+            w.grad = gradient_layout(g)
+            opt.step()
+        close([w.detach()], [expected], atol=1e-6)
+        assert w.data_ptr() == pointer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -661,32 +666,37 @@ def test_missing_gradient_counts_as_zero(kind):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shapes", [[(2, 4, 6)], [(4, 6)], [(2, 4, 6), (4, 6)]], ids=["bank", "matrix", "list"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grads", ["mean", "token_sum"])
-def test_step_leaves_gradients_alone(grads, dtype, nesterov):
-    for kind, work in (("matrix", torch.float32), ("matrix", torch.bfloat16), ("adam", None)):
-        fields = dict(nesterov=nesterov, work_dtype=work, equilibrate="rowcol") if kind == "matrix" else {}
-        params = [leaf(randn(2, 4, 6, dtype=dtype)), leaf(randn(4, 6, dtype=dtype))]
+def test_step_leaves_gradients_alone(grads, dtype, shapes):
+    cases = [("adam", {})] + [
+        ("matrix", dict(nesterov=nesterov, work_dtype=work, equilibrate=mode))
+        for nesterov, work, mode in itertools.product((True, False), (torch.float32, torch.bfloat16), EQUILIBRATE)
+    ]
+    for kind, fields in cases:
+        params = [leaf(randn(*s, dtype=dtype)) for s in shapes]
         opt = optimizer(kind, params, grads=grads, **fields)
         for p in params:
             p.grad = randn(*p.shape, seed=3, dtype=dtype)
         before = [(p.grad, p.grad.clone()) for p in params]
         for _ in range(2):
             opt.step(tokens=7 if grads == "token_sum" else None)
-        assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(params, before, strict=True))
+        assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(params, before, strict=True)), fields
 
 
+@pytest.mark.parametrize("mode", EQUILIBRATE)
 @pytest.mark.parametrize("work", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_momentum_survives_without_nesterov(dtype, work):
+def test_momentum_survives_without_nesterov(dtype, work, mode):
     """torch.optim.Muon normalizes its momentum buffer in place when the cast to the work dtype is a no-op."""
-    w, buf = leaf(randn(6, 4, dtype=dtype)), torch.zeros(6, 4, dtype=torch.float64)
-    opt = optimizer("matrix", [w], nesterov=False, work_dtype=work)
-    for g in gradients((6, 4), 3):
-        take(opt, [w], [g * 30])
-        buf = 0.9 * buf + 0.1 * (g * 30).to(dtype).double()
-        close([opt.state_dict()["state"]["0"]["momentum"]], [buf], atol=2e-5)
+    for bound in ("frobenius", "spc"):
+        w, buf = leaf(randn(6, 4, dtype=dtype)), torch.zeros(6, 4, dtype=torch.float64)
+        opt = optimizer("matrix", [w], nesterov=False, work_dtype=work, equilibrate=mode, norm_bound=bound)
+        for g in gradients((6, 4), 3):
+            take(opt, [w], [g * 30])
+            buf = 0.9 * buf + 0.1 * (g * 30).to(dtype).double()
+            close([opt.state_dict()["state"]["0"]["momentum"]], [buf], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["matrix", "adam"])

@@ -1,0 +1,352 @@
+"""Benchmarks: time to target beside a plain GPT with AdamW, the optimizer step, the loader. Not a timed test.
+
+    python records/benchmark.py                    everything; appends to records/benchmarks/<date>_<machine>.jsonl
+    python records/benchmark.py target [--pairs 3] [--lr LR]
+    python records/benchmark.py grid               learning rates of the baseline, tokens to target (not timed)
+    python records/benchmark.py optimizer | loader
+    python records/benchmark.py table FILE...      the table of a log, nothing is run
+
+The baseline is a plain pre-norm GPT in good faith: 4 layers x 256, 4 heads, rotary, GELU, AdamW, the loader, window,
+precision, compiler and threads of the track `tiny`, its own batch size and schedule, stopped at the first validation
+that reaches the target. Contenders take turns in one run, each in a fresh process with a warm compile cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+ROUNDS = int(os.environ.get("ROUNDS", 9))
+GRID = (0.001, 0.002, 0.004, 0.008, 0.016)
+BASELINE_ROWS = 1  # rows of 4096 tokens in a step
+HORIZON = 6_000_000  # tokens over which the learning rate warms up, stays and falls
+VALIDATE_EVERY = 40  # steps, once half the horizon is trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baseline
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, D = x.shape
+        C = mask.size(-2)
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3 * self.heads, -1).chunk(3, 2)
+
+        def rotate(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+        # plain softmax over the own and the previous block of C keys
+        q, k, v = (x.view(B, T // C, C, self.heads, -1).transpose(2, 3) for x in (rotate(q), rotate(k), v))
+        k, v = (torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) for x in (k, v))
+        scores = (q @ k.mT).float() * q.size(-1) ** -0.5
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
+        x = x + self.out((weights @ v).transpose(2, 3).reshape(B, T, D))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Baseline(nn.Module):
+    """Pre-norm GPT; `forward` has the signature of train_gpt.GPT and returns summed nats."""
+
+    def __init__(self, vocab: int, width: int = 256, heads: int = 4, layers: int = 4, max_tokens: int = 32_768):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(vocab, width), nn.LayerNorm(width, bias=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.head = nn.Linear(width, vocab, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 0.02)
+        half = width // heads // 2
+        angles = torch.arange(max_tokens)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, window: int) -> Tensor:
+        T = inputs.size(1)
+        mask = train_gpt.attention_layout(offsets, T, window, T, fused=False).mask
+        with torch.autocast("cpu", torch.bfloat16, enabled=train_gpt.processor_has_bfloat16(torch.device("cpu"))):
+            x = self.embed(inputs)
+            cos, sin = self.cos[:T].to(torch.bfloat16), self.sin[:T].to(torch.bfloat16)
+            for block in self.blocks:
+                x = block(x, mask, cos, sin)
+            logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+def baseline_lr(step: int, steps: int) -> float:
+    """Linear warm-up over 2 %, flat, linear to 0 over the last 60 %."""
+    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps))
+
+
+def train_baseline(lr: float, seed: int, threads: int, most_tokens: int = HORIZON) -> dict:
+    """Train until a validation reaches the target; tokens and seconds of training, without compiling and validation."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    track = train_gpt.TRACKS["tiny"]
+    data = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, document_cut=4096, epochs=100)
+    window = track.schedule.windows[0][0]
+    steps = HORIZON // (data.rows * data.row_tokens)
+    folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
+    manifest = train_gpt.manifest_of(folder, data)
+    rows = train_gpt.validation_rows(train_gpt.shard_paths(folder, manifest, "val"), data, track.evaluation)
+    validation = [train_gpt.make_batch([row], data, max(len(lengths) for _, lengths in rows)) for row in rows]
+    model = Baseline(track.model.padded_vocab)
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    other = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True
+    )
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    packer = train_gpt.Packer(train_gpt.shard_paths(folder, manifest, "train"), data)
+    batches = train_gpt.training_steps(packer, data, 32, 0, 1)
+
+    def validate() -> float:
+        with torch.no_grad():
+            return sum(float(forward(*batch, window)) for batch in validation) / track.evaluation.tokens
+
+    warm = next(batches)  # compile both graphs before the clock
+    forward(*warm.batch, window).backward()
+    optimizer.zero_grad()
+    validate()
+    seconds, tokens, losses, reached = 0.0, 0, [], False
+    for step in range(steps):
+        began = time.perf_counter()
+        batch, count, _ = next(batches)
+        (forward(*batch, window) / count).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * baseline_lr(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - began
+        tokens += data.rows * data.row_tokens
+        if (step + 1) % VALIDATE_EVERY == 0 and step + 1 >= steps // 2:
+            losses.append((tokens, validate()))
+            print(f"baseline lr {lr} step {step + 1}/{steps} validation loss {losses[-1][1]:.4f} {seconds:.1f} s", flush=True)
+            reached = losses[-1][1] <= track.evaluation.target
+            if reached or tokens >= most_tokens:
+                break
+    return dict(lr=lr, seed=seed, steps=step + 1, tokens=tokens, train_time_s=seconds, val_loss=losses[-1][1], reached=reached)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements; each returns events for the log
+
+
+def machine() -> dict:
+    described = train_gpt.environment(torch.device("cpu"), train_gpt.Comm())
+    keep = ("source_sha256", "git_commit", "torch", "device", "cpus", "threads")
+    features = sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True and ("bf16" in k or "amx" in k))
+    return {**{key: described[key] for key in keep}, "bfloat16": features}
+
+
+def subprocess_json(*arguments: str) -> dict:
+    """The last line that a fresh process of this script prints, as JSON."""
+    process = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def run_tiny(seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track", "tiny", "--seed", str(seed), "--out", out]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        events = [json.loads(line) for line in next(Path(out).glob("*.jsonl")).read_text().splitlines()]
+    final = events[-1]
+    return dict(seed=seed, steps=final["step"], compile=events[0]["compile"], warm_up_s=events[0]["warm_up_s"],
+                **{k: final[k] for k in ("tokens", "train_time_s", "val_loss", "reached")})  # fmt: skip
+
+
+def measure_target(pairs: int, lr: float, threads: int) -> list[dict]:
+    events = []
+    for seed in range(pairs):
+        events.append({"event": "tiny", **run_tiny(seed)})
+        arguments = ("baseline", "--lr", str(lr), "--seed", str(seed), "--threads", str(threads))
+        events.append({"event": "baseline", **subprocess_json(*arguments)})
+    return events
+
+
+def measure_grid(threads: int) -> list[dict]:
+    """Every learning rate until it reaches the target or has taken a quarter more tokens than the best so far."""
+    events, best = [], HORIZON
+    for lr in sorted(GRID, key=lambda lr: abs(math.log(lr / GRID[len(GRID) // 2]))):
+        arguments = ("baseline", "--lr", str(lr), "--threads", str(threads), "--most", str(int(1.25 * best)))
+        events.append({"event": "grid", **subprocess_json(*arguments)})
+        if events[-1]["reached"]:
+            best = min(best, events[-1]["tokens"])
+    return events
+
+
+def interleaved(contenders: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, the contenders taking turns; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, call in contenders.items():
+            began = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def measure_optimizer(threads: int) -> list[dict]:
+    K, m, n = 24, 768, 3072
+    generator = torch.Generator().manual_seed(0)
+    bank = nn.Parameter(torch.randn(K, m, n, generator=generator))
+    bank.grad = torch.randn(K, m, n, generator=generator)
+    matrices = [nn.Parameter(w.clone()) for w in bank.detach()]
+    for p, grad in zip(matrices, bank.grad):
+        p.grad = grad.clone()
+    x = torch.randn(K, m, n, generator=generator).bfloat16()
+
+    def products() -> None:
+        for _ in range(5):
+            gram = x @ x.mT
+            gram @ gram
+            gram @ x
+
+    def muoneq(**fields) -> train_gpt.MuonEq:
+        return train_gpt.MuonEq([dict(kind="matrix", params=[bank], lr=1e-3, weight_decay=0.1, **fields)])
+
+    events = []
+    for count in dict.fromkeys((1, threads)):
+        torch.set_num_threads(count)
+        contenders = {
+            "15 bare batched products": products,
+            "torch.optim.Muon": torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True).step,
+            "MuonEq: Nesterov, polar_express, decay": muoneq(equilibrate="none").step,
+            "MuonEq: + NorMuon": muoneq(equilibrate="none", normuon=True).step,
+            "MuonEq: + row equilibration": muoneq(equilibrate="row").step,
+            "MuonEq: + both": muoneq(equilibrate="row", normuon=True).step,
+        }
+        for name, seconds in interleaved(contenders, ROUNDS).items():
+            events.append({"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count, "seconds": seconds})
+    torch.set_num_threads(threads)
+    return events
+
+
+def measure_loader() -> list[dict]:
+    tiny, events = train_gpt.TRACKS["tiny"].data, []
+    with tempfile.TemporaryDirectory() as folder:
+        # documents with FineWeb's median of 403 tokens and a long tail
+        rng, count = np.random.default_rng(0), 20_000_000
+        tokens = rng.integers(0, 50256, count, dtype=np.uint16)
+        tokens[np.cumsum(rng.lognormal(math.log(403), 1.0, 100_000).astype(int) + 32) % count] = 50256
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count
+        shard = Path(folder) / "train_000001.bin"
+        shard.write_bytes(header.tobytes() + tokens.tobytes())
+        corpus = Path(os.environ.get("DATA_DIR", ROOT / "data")) / tiny.corpus / "train_000001.bin"
+        cases = {"tiny": (corpus, dataclasses.replace(tiny, epochs=10**6)),
+                 "short, FineWeb format": (shard, dataclasses.replace(train_gpt.TRACKS["short"].data, epochs=10**6))}  # fmt: skip
+        for name, (path, data) in cases.items():
+            for world_size in (1, 8) if data.rows % 8 == 0 else (1,):
+                seconds = []
+                steps = train_gpt.training_steps(train_gpt.Packer([path], data), data, 1024, 0, world_size)
+                next(steps)
+                rounds = max(1, 4_000_000 // (data.rows * data.row_tokens))
+                for _ in range(5):
+                    began = time.perf_counter()
+                    for _ in range(rounds):
+                        next(steps)
+                    seconds.append(time.perf_counter() - began)
+                tokens_per_s = rounds * data.rows * data.row_tokens / world_size / statistics.median(seconds)
+                events.append({"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": tokens_per_s})
+    return events
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table(events: list[dict]) -> str:
+    """Markdown of a benchmark log; medians, ratios within the log."""
+    host = next(e for e in events if e["event"] == "machine")
+    lines = [f"{host['device']}, {host['cpus']} cores, torch {host['torch']}, bf16 by {', '.join(host['bfloat16']) or 'none'}", ""]
+    timed = {kind: [e for e in events if e["event"] == kind and e["reached"]] for kind in ("tiny", "baseline")}
+    runs = {kind: [e for e in events if e["event"] == kind] for kind in ("tiny", "baseline")}
+    if all(timed.values()):
+        seconds = {kind: statistics.median(e["train_time_s"] for e in done) for kind, done in timed.items()}
+        lines += ["| time to 1.50 nats per byte | reached | steps | tokens | training time | of the baseline |", "| --- | --- | --- | --- | --- | --- |"]
+        for kind, label in (("baseline", f"plain GPT, AdamW lr {timed['baseline'][0]['lr']}"), ("tiny", "track tiny")):
+            middle = [statistics.median(e[k] for e in timed[kind]) for k in ("steps", "tokens")]
+            lines.append(f"| {label} | {len(timed[kind])} of {len(runs[kind])} | {middle[0]:,.0f} | {middle[1]:,.0f} "
+                         f"| {seconds[kind]:.1f} s | {seconds[kind] / seconds['baseline']:.3f} |")  # fmt: skip
+        lines.append("")
+    if grid := sorted((e for e in events if e["event"] == "grid"), key=lambda e: e["lr"]):
+        lines += ["| baseline learning rate | tokens | validation loss there |", "| --- | --- | --- |"]
+        lines += [f"| {e['lr']} | {e['tokens']:,} | {e['val_loss']:.4f}{'' if e['reached'] else ' (target not reached)'} |" for e in grid]
+        lines.append("")
+    if steps := [e for e in events if e["event"] == "optimizer"]:
+        lines += [f"| optimizer step, bank of {' x '.join(map(str, steps[0]['bank']))} | threads | ms | of the products | of torch |", "| --- | --- | --- | --- | --- |"]
+        for threads in dict.fromkeys(e["threads"] for e in steps):
+            middle = {e["name"]: statistics.median(e["seconds"]) for e in steps if e["threads"] == threads}
+            products, torch_muon = list(middle.values())[:2]
+            lines += [f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |" for name, s in middle.items()]
+        lines.append("")
+    if loads := [e for e in events if e["event"] == "loader"]:
+        lines += ["| loader | processes | million tokens per second and rank |", "| --- | --- | --- |"]
+        lines += [f"| {e['name']} | {e['world_size']} | {e['tokens_per_s_per_rank'] / 1e6:.1f} |" for e in loads]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "target", "grid", "optimizer", "loader", "baseline", "table"])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=HORIZON)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    a = parser.parse_args()
+    if a.what == "table":
+        print(table([json.loads(line) for file in a.files for line in file.read_text().splitlines()]))
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(os.environ.get("CACHE_DIR", ROOT / ".cache")) / "inductor-benchmark"))
+    torch.set_num_threads(a.threads)
+    if a.what == "baseline":
+        print(json.dumps(train_baseline(a.lr, a.seed, a.threads, a.most)))
+        return
+    name = re.sub(r"\W+", "-", machine()["device"]).strip("-") or platform.machine()
+    path = ROOT / "records" / "benchmarks" / f"{time.strftime('%Y-%m-%d')}_{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    parts = {"optimizer": lambda: measure_optimizer(a.threads), "loader": measure_loader,
+             "grid": lambda: measure_grid(a.threads), "target": lambda: measure_target(a.pairs, a.lr, a.threads)}  # fmt: skip
+    events = [{"event": "machine", **machine()}]
+    for what in parts if a.what == "all" else [a.what]:
+        events += parts[what]()
+    with open(path, "a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    print(table(events), f"\nlog: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Shared by the tests of whole runs: a small learnable corpus, a small model, runs in this process or in several."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 120  # seconds for one set of processes, on a busy machine
+
+# 18 + 2 steps of 12 rows: the windows change twice, both training shards are read, some groups wait for a second step
+SMALL = {
+    "track": "tiny", "compile": "false", "dtype": "float32", "threads": 1, "device": "cpu",
+    "data.rows": 12, "data.row_tokens": 64, "data.document_cut": 96,
+    "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.attention_free": "()",
+    "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))", "model.skips": "((0, 1),)", "model.backout": 0,
+    "matrix.lr": 0.03, "gate.lr": 0.03, "embed.lr": 0.3, "value.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
+    "embed.every": 2, "value.every": 1, "head.every": 2, "scalar.every": 1,
+    "schedule.steps": 18, "schedule.extension": 2, "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,
+    "schedule.windows": "((16, 24), (24, 32))", "schedule.extension_windows": "(24, 40)",
+    "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7, "evaluation.windows": "(24, 48)",
+    "evaluation.log_every": 1, "evaluation.target": 5.0,
+}  # fmt: skip
+
+
+def options(**overrides: Any) -> list[str]:
+    """The command line of a small run; `data__rows=6` stands for --data.rows 6, None removes an option."""
+    chosen = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def make_corpus(data_dir: Path) -> Path:
+    """Two training shards and a validation shard of a byte text that a small model can learn; returns their folder."""
+    sys.path.insert(0, str(ROOT / "data"))
+    import shards
+
+    folder, files = data_dir / "shakespeare", {}
+    random = np.random.default_rng(1)
+    words = [bytes(random.integers(97, 123, random.integers(2, 8)).astype(np.uint8)) for _ in range(20)]
+    for name, documents in {"train_000001.bin": 130, "train_000002.bin": 200, "val_000000.bin": 30}.items():
+        tokens: list[int] = []
+        for _ in range(documents):
+            text = b" ".join(words[i] for i in random.integers(0, len(words), random.integers(2, 40)))
+            tokens += [256, *text]
+        files[name] = shards.write_shard(folder / name, np.array(tokens))
+    shards.write_manifest(folder, "shakespeare", 257, 256, files)
+    return folder
+
+
+def events(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log, each of which must be one object of strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = log.read_text(encoding="ascii")
+    assert text.endswith("\n")
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert all(isinstance(line, dict) and "event" in line for line in lines)
+    return lines
+
+
+@dataclass
+class Outcome:
+    """What a run leaves: the log's losses, the final event, the parameters of each rank."""
+
+    final: dict[str, Any] = field(default_factory=dict)
+    log: Path | None = None
+    params: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return events(self.log)
+
+    @property
+    def losses(self) -> list[tuple[str, int, float]]:
+        """(event, step, loss) of every training and validation loss, in the order of the log."""
+        key = {"step": "train_loss", "val": "val_loss", "final": "val_loss"}
+        return [(line["event"], line["step"], line[key[line["event"]]]) for line in self.lines if line["event"] in key]
+
+
+def train(argv: list[str]) -> Outcome:
+    """Run `main` in this process and keep what is needed to compare it; torch's thread count is put back."""
+    outcome, threads, original, logs = Outcome(), torch.get_num_threads(), train_gpt.Trainer.train, []
+
+    def capture(self: train_gpt.Trainer) -> dict[str, Any]:
+        outcome.final = original(self)
+        outcome.params = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return outcome.final
+
+    class Log(train_gpt.Log):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            logs.append(self.path)
+
+    try:
+        with mock.patch.object(train_gpt.Trainer, "train", capture), mock.patch.object(train_gpt, "Log", Log):
+            train_gpt.main(argv)
+    finally:
+        torch.set_num_threads(threads)
+        torch.compiler.set_stance("default")
+    outcome.log = logs[0]
+    return outcome
+
+
+def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict, folder: Path) -> None:
+    output = os.open(folder / f"output_{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.update(environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    results = []
+    for port, argv in zip(ports, jobs):
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            results.append(train(argv))
+        except SystemExit as stop:
+            results.append(stop.code)
+    torch.save(results, folder / f"result_{rank}")
+
+
+def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, str], folder: Path) -> list[list[Any]]:
+    """Run each command line on `world_size` gloo processes, as torchrun would; returns [job][rank] -> Outcome or status.
+
+    The processes come from a fork server that has imported torch; they write what they print into `folder`.
+    """
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in jobs]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in sockets]
+    processes = start(_child, [(rank, world_size, ports, jobs, environment, folder) for rank in range(world_size)])
+    finish(processes)
+    results = []
+    for rank in range(world_size):
+        said = (folder / f"output_{rank}").read_text()
+        assert (folder / f"result_{rank}").is_file(), f"rank {rank} of {world_size} ended early:\n{said}"
+        results.append(torch.load(folder / f"result_{rank}", weights_only=False))
+    return [list(ranks) for ranks in zip(*results)]
+
+
+def start(function: Any, arguments: list[tuple]) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "train_gpt"])
+    processes = [context.Process(target=function, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[Any]) -> list[int]:
+    """Wait for processes; those that hang are killed and fail the test. Returns their exit codes."""
+    for process in processes:
+        process.join(TIMEOUT)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+        process.join()
+    assert not hung, f"{len(hung)} of {len(processes)} processes hang"
+    return [process.exitcode for process in processes]
