@@ -1088,7 +1088,8 @@ def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / 'manifest.json'} is not a manifest of token shards; {hint}") from None
     if found[:2] != (data.vocab_size, data.document_start):
-        raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track {data.vocab_size, data.document_start}")
+        needed = data.vocab_size, data.document_start
+        raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track needs {needed}")
     return manifest
 
 
@@ -1392,7 +1393,8 @@ class Trainer:
         warm_up_s = self.warm_up()
         graphs, misses = compile_counts()
         checkpoint = self.resume()
-        run_id = checkpoint["run_id"] if checkpoint else f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.getpid()}"
+        fresh_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.getpid()}"
+        run_id = checkpoint["run_id"] if checkpoint else fresh_id
         log = Log(out, run_id, chief, checkpoint["log_bytes"] if checkpoint else 0)
         first, position, tokens = 0, (0, 0, 0), 0
         if checkpoint:
@@ -1515,23 +1517,21 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+VALUES = {"bool": (bool,), "int": (int,), "float": (int, float), "tuple": (tuple, list), "None": (type(None),)}
+
+
 def parse_value(option: str, text: str, annotation: str) -> Any:
     """The value of an option from its text; ValueError when it has another type than the field."""
     if annotation.startswith("str"):
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    kinds = {"bool": bool, "int": int, "float": (int, float), "tuple": tuple, "None": type(None)}
-    wanted = tuple(annotation.replace(" ", "").split("|"))
-    if isinstance(value, list):
-        value = tuple(value)
-    if not isinstance(value, sum((k if isinstance(k := kinds[w], tuple) else (k,) for w in wanted), ())) or (
-        isinstance(value, bool) and "bool" not in wanted
-    ):
+    kinds = annotation.split(" | ")
+    if not isinstance(value, sum((VALUES[kind] for kind in kinds), ())) or (isinstance(value, bool) and kinds != ["bool"]):
         raise ValueError(f"{option} takes {annotation}, not {text!r}")
-    return float(value) if wanted == ("float",) else value
+    return float(value) if kinds == ["float"] else tuple(value) if isinstance(value, list) else value
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
@@ -1582,6 +1582,28 @@ def device_of(run: Run, local_rank: int) -> torch.device:
     return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
 
 
+def check_settings(track: Track, run: Run) -> None:
+    """ValueError for numbers that no run can have."""
+    data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
+    counts = (data.rows, data.row_tokens, data.document_cut, data.epochs, model.heads, model.layers, schedule.steps,
+              evaluation.tokens, evaluation.row_tokens, evaluation.every, evaluation.log_every)  # fmt: skip
+    windows = [w for pair in (*schedule.windows, schedule.extension_windows, evaluation.windows) for w in pair]
+    blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    for good, sentence in (
+        (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
+        (min(counts) >= 1, "rows, tokens, epochs, heads, layers, steps and intervals are at least 1"),
+        (windows and min(windows) >= 1, "attention windows are at least 1 token"),
+        (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
+        (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
+        (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
+        (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
+        (all(0 <= i < model.layers for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
+        (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
+    ):
+        if not good:
+            raise ValueError(sentence)
+
+
 def micro_rows(track: Track, run: Run, world_size: int) -> int:
     """Rows of one forward pass; ValueError for a number of processes or rows that does not divide."""
     rows = track.data.rows
@@ -1589,9 +1611,25 @@ def micro_rows(track: Track, run: Run, world_size: int) -> int:
         allowed = [n for n in range(1, rows + 1) if rows % n == 0]
         raise ValueError(f"{world_size} processes do not divide the {rows} rows of a step; allowed: {allowed}")
     own = rows // world_size
-    if run.micro_rows and (run.micro_rows < 0 or own % run.micro_rows):
+    if run.micro_rows and own % run.micro_rows:
         raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
     return run.micro_rows or max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * track.data.row_tokens <= 8192))
+
+
+def explanation(error: BaseException) -> str | None:
+    """One sentence for what a user can do something about; None for a defect of the program."""
+    text = str(error)
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return "out of memory; a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
+    if "fail_on_recompile" in text:
+        return "a graph would have been compiled inside the timed region; the warm-up did not cover it"
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}: {error.filename}" if error.filename else text
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1602,11 +1640,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     try:
         track, run = parse_command_line(argv)
+        check_settings(track, run)
         micro_rows(track, run, world_size)
         device = device_of(run, local_rank)
         if device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(run.threads or max(1, len(os.sched_getaffinity(0)) // local))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(run.threads or max(1, cores // local))
         else:
             torch.accelerator.set_device_index(local_rank)
         cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
@@ -1616,10 +1656,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             backend = dist.get_default_backend_for_device(device)
             dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
         Trainer(track, run, Comm(), device).train()
-    except ValueError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = explanation(error)
+        if sentence is None:
+            raise
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train_gpt.py: {error}", file=sys.stderr)
-        sys.exit(1)
+            print(f"train_gpt.py: {sentence}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

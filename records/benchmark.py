@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-ROUNDS = int(os.environ.get("ROUNDS", 9))
+ROUNDS = 9
 GRID = (0.001, 0.002, 0.004, 0.008, 0.016)
 BASELINE_ROWS = 1  # rows of 4096 tokens in a step
 HORIZON = 6_000_000  # tokens over which the learning rate warms up, stays and falls
@@ -88,13 +88,14 @@ class Baseline(nn.Module):
         angles = torch.arange(max_tokens)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angles.cos()[:, None], persistent=False)
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        self.dtype = torch.bfloat16 if train_gpt.processor_has_bfloat16(torch.device("cpu")) else torch.float32
 
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, window: int) -> Tensor:
         T = inputs.size(1)
         mask = train_gpt.attention_layout(offsets, T, window, T, fused=False).mask
-        with torch.autocast("cpu", torch.bfloat16, enabled=train_gpt.processor_has_bfloat16(torch.device("cpu"))):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
             x = self.embed(inputs)
-            cos, sin = self.cos[:T].to(torch.bfloat16), self.sin[:T].to(torch.bfloat16)
+            cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
             for block in self.blocks:
                 x = block(x, mask, cos, sin)
             logits = self.head(self.norm(x))
@@ -264,9 +265,9 @@ def measure_loader() -> list[dict]:
         shard = Path(folder) / "train_000001.bin"
         shard.write_bytes(header.tobytes() + tokens.tobytes())
         corpus = Path(os.environ.get("DATA_DIR", ROOT / "data")) / tiny.corpus / "train_000001.bin"
-        cases = {"tiny": (corpus, dataclasses.replace(tiny, epochs=10**6)),
-                 "short, FineWeb format": (shard, dataclasses.replace(train_gpt.TRACKS["short"].data, epochs=10**6))}  # fmt: skip
+        cases = {"tiny": (corpus, tiny), "short, FineWeb format": (shard, train_gpt.TRACKS["short"].data)}
         for name, (path, data) in cases.items():
+            data = dataclasses.replace(data, epochs=10**6)
             for world_size in (1, 8) if data.rows % 8 == 0 else (1,):
                 seconds = []
                 steps = train_gpt.training_steps(train_gpt.Packer([path], data), data, 1024, 0, world_size)
@@ -277,8 +278,8 @@ def measure_loader() -> list[dict]:
                     for _ in range(rounds):
                         next(steps)
                     seconds.append(time.perf_counter() - began)
-                tokens_per_s = rounds * data.rows * data.row_tokens / world_size / statistics.median(seconds)
-                events.append({"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": tokens_per_s})
+                rate = rounds * data.rows * data.row_tokens / world_size / statistics.median(seconds)
+                events.append({"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate})
     return events
 
 
@@ -289,12 +290,14 @@ def measure_loader() -> list[dict]:
 def table(events: list[dict]) -> str:
     """Markdown of a benchmark log; medians, ratios within the log."""
     host = next(e for e in events if e["event"] == "machine")
-    lines = [f"{host['device']}, {host['cpus']} cores, torch {host['torch']}, bf16 by {', '.join(host['bfloat16']) or 'none'}", ""]
+    bf16 = ", ".join(host["bfloat16"]) or "none"
+    lines = [f"{host['device']}, {host['cpus']} cores, torch {host['torch']}, bf16 instructions: {bf16}", ""]
     timed = {kind: [e for e in events if e["event"] == kind and e["reached"]] for kind in ("tiny", "baseline")}
     runs = {kind: [e for e in events if e["event"] == kind] for kind in ("tiny", "baseline")}
     if all(timed.values()):
         seconds = {kind: statistics.median(e["train_time_s"] for e in done) for kind, done in timed.items()}
-        lines += ["| time to 1.50 nats per byte | reached | steps | tokens | training time | of the baseline |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += ["| time to 1.50 nats per byte | reached | steps | tokens | training time | of the baseline |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
         for kind, label in (("baseline", f"plain GPT, AdamW lr {timed['baseline'][0]['lr']}"), ("tiny", "track tiny")):
             middle = [statistics.median(e[k] for e in timed[kind]) for k in ("steps", "tokens")]
             lines.append(f"| {label} | {len(timed[kind])} of {len(runs[kind])} | {middle[0]:,.0f} | {middle[1]:,.0f} "
@@ -302,14 +305,18 @@ def table(events: list[dict]) -> str:
         lines.append("")
     if grid := sorted((e for e in events if e["event"] == "grid"), key=lambda e: e["lr"]):
         lines += ["| baseline learning rate | tokens | validation loss there |", "| --- | --- | --- |"]
-        lines += [f"| {e['lr']} | {e['tokens']:,} | {e['val_loss']:.4f}{'' if e['reached'] else ' (target not reached)'} |" for e in grid]
+        for e in grid:
+            lines.append(f"| {e['lr']} | {e['tokens']:,} | {e['val_loss']:.4f}{'' if e['reached'] else ' (stopped)'} |")
         lines.append("")
     if steps := [e for e in events if e["event"] == "optimizer"]:
-        lines += [f"| optimizer step, bank of {' x '.join(map(str, steps[0]['bank']))} | threads | ms | of the products | of torch |", "| --- | --- | --- | --- | --- |"]
+        bank = " x ".join(map(str, steps[0]["bank"]))
+        lines += [f"| optimizer step, bank of {bank} | threads | ms | of the products | of torch |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
         for threads in dict.fromkeys(e["threads"] for e in steps):
             middle = {e["name"]: statistics.median(e["seconds"]) for e in steps if e["threads"] == threads}
             products, torch_muon = list(middle.values())[:2]
-            lines += [f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |" for name, s in middle.items()]
+            for name, s in middle.items():
+                lines.append(f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |")
         lines.append("")
     if loads := [e for e in events if e["event"] == "loader"]:
         lines += ["| loader | processes | million tokens per second and rank |", "| --- | --- | --- |"]
@@ -319,7 +326,8 @@ def table(events: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "target", "grid", "optimizer", "loader", "baseline", "table"])
+    jobs = ["all", "target", "grid", "optimizer", "loader", "baseline", "table"]
+    parser.add_argument("what", nargs="?", default="all", choices=jobs)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.004)
@@ -330,7 +338,8 @@ def main() -> None:
     if a.what == "table":
         print(table([json.loads(line) for file in a.files for line in file.read_text().splitlines()]))
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(os.environ.get("CACHE_DIR", ROOT / ".cache")) / "inductor-benchmark"))
+    cache = Path(os.environ.get("CACHE_DIR", ROOT / ".cache"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor-benchmark"))
     torch.set_num_threads(a.threads)
     if a.what == "baseline":
         print(json.dumps(train_baseline(a.lr, a.seed, a.threads, a.most)))

@@ -153,7 +153,7 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
 
 def start(function: Any, arguments: list[tuple]) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "train_gpt"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "train_gpt"])
     processes = [context.Process(target=function, args=args) for args in arguments]
     for process in processes:
         process.start()

@@ -132,14 +132,13 @@ def test_resume_from_every_position(tmp_path, rank, world_size):
 
 
 def test_one_step_is_prepared_ahead(tmp_path):
-    data, _, paths = example(tmp_path)
-    packer, start = Packer(paths, data), time.monotonic()
+    data, shards, paths = example(tmp_path)
+    packer, expected, began = Packer(paths, data), brute_rows(shards, data), time.monotonic()
     steps = training_steps(packer, data, 17, 0, 1)
-    first = next(steps)
-    while packer.position == first.position and time.monotonic() < start + 10:
+    assert next(steps).position == expected[7][1]
+    while packer.position != expected[15][1] and time.monotonic() < began + 10:
         time.sleep(0.01)
-    assert packer.position > first.position
-    assert next(steps).position == packer.position or packer.position > first.position
+    assert packer.position == expected[15][1]  # the second step is ready before it is asked for, and no third one
     steps.close()
 
 
@@ -155,11 +154,12 @@ def test_the_next_shard_is_read_ahead_and_fails_only_when_reached(tmp_path):
         packer.next_row()
 
 
-def test_a_row_that_ends_with_the_data(tmp_path):
+@pytest.mark.parametrize("documents,inputs", [([3, 2], [3, 1]), ([4, 1], [4])])  # the last one is a target only
+def test_a_row_that_ends_with_the_data(tmp_path, documents, inputs):
     data = Data(document_start=START, rows=1, row_tokens=4, document_cut=9, epochs=1)
-    paths = write_shards(tmp_path, shards_of([[3, 2]]))
+    paths = write_shards(tmp_path, shards_of([documents]))
     packer = Packer(paths, data)
-    assert assemble(packer.next_row())[1].tolist() == [3, 1]
+    assert assemble(packer.next_row())[1].tolist() == inputs
     assert packer.position == (1, 0, 0)
     with pytest.raises(ValueError, match="end after 1 epochs"):
         packer.next_row()

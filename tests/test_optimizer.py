@@ -319,6 +319,13 @@ def test_singular_values_in_bfloat16(shape, bound):
     assert 0.84 <= s.min() and s.max() <= 1.16
 
 
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+def test_iterates_in_the_work_dtype(method):
+    """At lr 1 from zero weights the update itself shows: on the bfloat16 grid or not."""
+    low, full = (first_update(randn(8, 8), work_dtype=w, orthogonalize=method) for w in (torch.bfloat16, torch.float32))
+    assert torch.equal(low, low.bfloat16().float()) and not torch.equal(full, full.bfloat16().float())
+
+
 @pytest.mark.parametrize("bound", ["frobenius", "spc"])
 def test_orthogonal_input_does_not_diverge(bound):
     """Rank one and orthogonal matrices meet the bounds with equality."""

@@ -1,0 +1,183 @@
+"""run.sh from end to end on a small corpus; environments are stand-ins, nothing is installed or downloaded."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, events, make_corpus, options
+
+SHORT = dict(schedule__steps=5, schedule__extension=0, evaluation__every=100)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    data_dir = tmp_path_factory.mktemp("data")
+    make_corpus(data_dir)
+    keep = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return keep | dict(PYTHON=sys.executable, DATA_DIR=str(data_dir), OMP_NUM_THREADS="1", CACHE_DIR=str(data_dir / "cache"))
+
+
+def run(argv: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def sentence(done: subprocess.CompletedProcess, program: str = "run.sh") -> str:
+    """The one line on stderr of a command that refused."""
+    assert done.returncode != 0 and done.stdout == "", done.stdout
+    assert done.stderr.startswith(f"{program}: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def trained(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess:
+    """A run from another working directory; it writes into `out` there."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=folder / "out", **SHORT)]
+    done = run(argv, environment, folder)
+    done.folder = folder
+    return done
+
+
+def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedProcess) -> None:
+    assert trained.returncode == 0, trained.stderr
+    assert "Traceback" not in trained.stderr
+    assert [path.name for path in trained.folder.iterdir()] == ["out"]
+    (log,) = (trained.folder / "out").glob("*.jsonl")
+    header, *_, final = events(log)
+    assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5 and header["world_size"] == 1
+    assert final["event"] == "final" and final["step"] == 5
+    last = trained.stdout.splitlines()[-1]
+    assert all(word in last for word in ("tiny", f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)), last
+    assert not (ROOT / "logs" / log.name).exists()
+
+
+def test_two_processes_of_torchrun_give_the_same_loss(
+    trained: subprocess.CompletedProcess, environment: dict[str, str], tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    done = run([*torchrun, *options(out=tmp_path / "out", **SHORT)], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (log,), (other,) = (folder.glob("*.jsonl") for folder in (tmp_path / "out", trained.folder / "out"))
+    lines = events(log)
+    assert lines[0]["world_size"] == 2 and [line["event"] for line in lines].count("final") == 1
+    assert lines[-1]["val_loss"] == pytest.approx(events(other)[-1]["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["tiny", "--matrix.lrr", "1"], ["--matrix.lrr", "--matrix.lr"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["tiny", "--data.corpus", "nowhere"], ["nowhere"]),
+])  # fmt: skip
+def test_bad_options_are_refused_in_one_sentence(
+    environment: dict[str, str], tmp_path: Path, argv: list[str], words: list[str]
+) -> None:
+    message = sentence(run([str(ROOT / "run.sh"), "--system", *argv], environment, tmp_path))
+    assert all(word in message for word in words), message
+
+
+def test_failure_of_the_trainer_is_said_once(environment: dict[str, str], tmp_path: Path) -> None:
+    argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=tmp_path / "out", evaluation__tokens=10**6)]
+    assert "1000000" in sentence(run(argv, environment, tmp_path), "train_gpt.py")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_python(environment: dict[str, str], tmp_path: Path) -> None:
+    done = run([str(ROOT / "run.sh"), "--help"], environment | {"PYTHON": "/nowhere"}, tmp_path)
+    assert done.returncode == 0 and "./run.sh" in done.stdout and "--system" in done.stdout and done.stderr == ""
+
+
+# --- Python, packages and data, with a stand-in for Python that notes how it is called
+
+FAKE = """#!/bin/sh
+echo "$@" | head -1 >> "$CALLS"
+case "$*" in
+  *version_info*) exit ${FAKE_OLD:-0} ;;
+  *"import torch"*|*"import pytest"*) exit ${FAKE_BARE:-0} ;;
+  "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip"*) exit ${FAKE_PIP:-0} ;;
+  "- --track"*) echo "tiny ${FAKE_CORPUS:-shakespeare} 1" ;;
+  data/*) exit ${FAKE_DATA:-0} ;;
+esac
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """run.sh and its requirements alone in a folder, with the stand-in."""
+    for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "fake").write_text(FAKE)
+    (tmp_path / "fake").chmod(0o755)
+    return tmp_path
+
+
+def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run the copy of run.sh; what its Python was asked to do, checks of versions and packages left out."""
+    calls = copy / "calls"
+    calls.write_text("")
+    path = "/usr/local/bin:/usr/bin:/bin"
+    environment = {"PATH": path, "PYTHON": str(copy / "fake"), "CALLS": str(calls), "DATA_DIR": str(copy / "data")} | settings
+    done = run([str(copy / "run.sh"), *argv], environment, copy)
+    return done, [line for line in calls.read_text().splitlines() if not line.startswith("-c ")]
+
+
+@pytest.mark.parametrize("argv, settings, words", [
+    ([], dict(PYTHON="/nowhere/python"), ["/nowhere/python", "3.11"]),
+    ([], dict(FAKE_OLD="1"), ["3.11", "PYTHON"]),
+    (["--system"], dict(FAKE_BARE="1"), ["torch", "requirements.txt"]),
+    (["--system", "test"], dict(FAKE_BARE="1"), ["pytest", "requirements-dev.txt"]),
+])  # fmt: skip
+def test_missing_python_or_packages_are_said_in_one_sentence(copy: Path, argv: list, settings: dict, words: list) -> None:
+    done, calls = calls_of(copy, *argv, **settings)
+    assert all(word in sentence(done) for word in words)
+    assert calls == [] and not (copy / ".venv").exists()
+
+
+def test_environment_is_made_once_and_used(copy: Path) -> None:
+    done, calls = calls_of(copy, "tiny")
+    assert done.returncode == 0, done.stderr
+    assert calls[:2] == ["-m venv .venv", "-m pip install --quiet -r requirements.txt"]
+    assert calls[-1].startswith("- 1 train_gpt.py --track tiny")
+    _, calls = calls_of(copy, "tiny")
+    assert not any("venv" in call or "pip" in call for call in calls)
+    _, calls = calls_of(copy, "test", "-x")  # the tests need more packages, then training needs no further ones
+    assert calls == ["-m pip install --quiet -r requirements-dev.txt", "-m pytest -x"]
+    _, calls = calls_of(copy, "tiny")
+    assert not any("pip" in call for call in calls)
+    (copy / "requirements.txt").write_text("torch==9.9.9\n")
+    _, calls = calls_of(copy, "tiny")
+    assert calls[0] == "-m pip install --quiet -r requirements.txt"
+
+
+def test_interrupted_installation_is_repeated(copy: Path) -> None:
+    done, calls = calls_of(copy, "tiny", FAKE_PIP="1")
+    assert done.returncode != 0 and "could not install requirements.txt" in done.stderr
+    assert not any(call.startswith("- ") for call in calls)  # nothing was trained
+    done, calls = calls_of(copy, "tiny")
+    assert done.returncode == 0 and "-m pip install --quiet -r requirements.txt" in calls
+
+
+@pytest.mark.parametrize("corpus, script", [("shakespeare", "data/shakespeare.py"), ("fineweb10B", "data/fineweb.py")])
+def test_data_is_made_only_where_it_is_missing(copy: Path, corpus: str, script: str) -> None:
+    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus)
+    assert done.returncode == 0 and calls[1] == script and len(calls) == 3
+    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus, FAKE_DATA="1")
+    assert done.returncode != 0 and calls[-1] == script  # no training without data
+    (copy / "data" / corpus).mkdir(parents=True)
+    (copy / "data" / corpus / "manifest.json").write_text("{}")
+    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus)
+    assert done.returncode == 0 and len(calls) == 2
+
+
+@pytest.mark.parametrize("argv, track", [([], "auto"), (["short"], "short"), (["train"], "auto"), (["--seed", "3"], "auto")])
+def test_words_reach_the_trainer(copy: Path, argv: list[str], track: str) -> None:
+    _, calls = calls_of(copy, "--system", *argv)
+    rest = " --seed 3" if "--seed" in argv else ""
+    assert calls[0] == f"- --track {track}{rest}"
+    assert calls[-1] == f"- 1 train_gpt.py --track tiny{rest}"  # what the first call made of it
