@@ -121,8 +121,8 @@ def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.Comple
     """Run the copy of run.sh; what its Python was asked to do, checks of versions and packages left out."""
     calls = copy / "calls"
     calls.write_text("")
-    path = "/usr/local/bin:/usr/bin:/bin"
-    environment = {"PATH": path, "PYTHON": str(copy / "fake"), "CALLS": str(calls), "DATA_DIR": str(copy / "data")} | settings
+    environment = dict(PATH="/usr/local/bin:/usr/bin:/bin", PYTHON=str(copy / "fake"), CALLS=str(calls))
+    environment |= dict(DATA_DIR=str(copy / "corpora")) | settings
     done = run([str(copy / "run.sh"), *argv], environment, copy)
     return done, [line for line in calls.read_text().splitlines() if not line.startswith("-c ")]
 
@@ -169,8 +169,8 @@ def test_data_is_made_only_where_it_is_missing(copy: Path, corpus: str, script: 
     assert done.returncode == 0 and calls[1] == script and len(calls) == 3
     done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus, FAKE_DATA="1")
     assert done.returncode != 0 and calls[-1] == script  # no training without data
-    (copy / "data" / corpus).mkdir(parents=True)
-    (copy / "data" / corpus / "manifest.json").write_text("{}")
+    (copy / "corpora" / corpus).mkdir(parents=True)
+    (copy / "corpora" / corpus / "manifest.json").write_text("{}")
     done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus)
     assert done.returncode == 0 and len(calls) == 2
 
