@@ -3,6 +3,10 @@
 # ./run.sh [--system] test [pytest arguments]               run the whole test suite
 # --system uses the Python at hand as it is instead of a .venv with the pinned requirements.
 set -euo pipefail
+for name in DATA_DIR CACHE_DIR; do  # relative to where the command was typed
+  value=${!name:-}
+  if [ -n "$value" ] && [ "${value#/}" = "$value" ]; then export "$name=$PWD/$value"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 die() { echo "run.sh: $1" >&2; exit 1; }
@@ -52,9 +56,10 @@ import torch
 import train_gpt
 try:
     track, run = train_gpt.parse_command_line(sys.argv[1:])
+    on_cpu = train_gpt.device_of(run, 0).type == "cpu"
+    train_gpt.check_settings(track, run)
 except ValueError as error:
     sys.exit(f"run.sh: {error}")
-on_cpu = train_gpt.device_of(run, 0).type == "cpu"
 most = 1 if on_cpu else torch.accelerator.device_count()
 processes = max(n for n in range(1, most + 1) if track.data.rows % n == 0)
 if processes < most:
@@ -64,10 +69,9 @@ PYTHON
 ) || exit 1
 read -r track corpus processes <<< "$plan"
 if [ ! -f "${DATA_DIR:-data}/$corpus/manifest.json" ]; then
-  case $corpus in
-    fineweb10B) "$python" data/fineweb.py || exit 1 ;;
-    *) "$python" "data/$corpus.py" || exit 1 ;;
-  esac
+  maker=data/${corpus/fineweb10B/fineweb}.py
+  [ -f "$maker" ] || die "there is no data for the corpus $corpus in ${DATA_DIR:-data} and no $maker that makes it"
+  "$python" "$maker" || exit 1
 fi
 exec "$python" - "$processes" train_gpt.py --track "$track" "$@" <<'PYTHON'
 import logging, sys

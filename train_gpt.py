@@ -60,8 +60,8 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Model:
     padded_vocab: int = field(288, "rows of the embedding tables and the head")
-    width: int = field(256, "width of the residual stream (D)")
-    heads: int = field(4, "attention heads (H), each of width D / H")
+    width: int = field(192, "width of the residual stream (D)")
+    heads: int = field(3, "attention heads (H), each of width D / H")
     layers: int = field(4, "blocks")
     mlp_ratio: int = field(4, "hidden width of the MLP over D")
     attention_free: tuple = field((), "blocks without attention")
@@ -159,19 +159,20 @@ class Run:
 TRACKS = {
     # A small GPT on the works of Shakespeare, tokens are bytes: about a minute on two CPU cores.
     "tiny": Track(
-        data=Data(rows=4, row_tokens=4096),
-        model=Model(long_blocks=(3,), value_tables=((0, 0), (3, 0)), skips=((0, 3), (1, 2)), backout=2),
-        matrix=Matrix(lr=0.03, lr_mul=1.0),
-        gate=Matrix(lr=0.03, normuon_axis="row"),
+        data=Data(rows=2, row_tokens=2048),
+        model=Model(value_tables=((0, 0), (3, 0)), skips=((0, 3), (1, 2)), backout=2),
+        matrix=Matrix(equilibrate="row"),
+        gate=Matrix(normuon_axis="row"),
         embed=Adam(lr=0.6, every=1),
         value=Adam(lr=0.6, every=1),
         head=Adam(lr=0.008, every=1),
         scalar=Adam(lr=0.04, every=1),
         schedule=Schedule(
-            steps=140, extension=0, momentum_warmup=40, momentum_cooldown=0, windows=((128, 128),), extension_windows=(128, 128)
+            steps=440, extension=0, momentum_warmup=100, momentum_cooldown=0,
+            windows=((64, 64),), extension_windows=(64, 64),
         ),
         evaluation=Evaluation(
-            target=1.50, tokens=444_324, row_tokens=32_768, every=50, windows=(128, 128), log_every=1
+            target=1.50, tokens=444_324, row_tokens=32_768, every=220, windows=(64, 64), log_every=2
         ),
     ),
     # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
@@ -747,16 +748,17 @@ class Unit:
         padding = self.chunk * self.comm.world_size - self.size
         return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(padding, *self.tail)])
 
-    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Any]:
+    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Update the owned chunk with fp32 `grad` * scale and send it to all ranks; `finish` takes what is returned."""
         self.updates += 1
         full = self.stack(self.params)
         weights = self.state.get("master", full[self.own])
         (self.update_matrices if self.matrix else self.update_elements)(weights, grad, scale)
-        return full, self.comm.all_gather(full, weights.to(self.dtype))
+        chunk = weights.to(self.dtype)
+        return full, chunk, self.comm.all_gather(full, chunk)
 
-    def finish(self, full: Tensor, work: Any) -> None:
-        work.wait()
+    def finish(self, full: Tensor, chunk: Tensor, work: Any) -> None:
+        work.wait()  # both buffers live until here
         if not self.direct:
             for p, part in zip(self.params, full[: self.size].split(self.counts)):
                 p.detach().copy_(part.view(p.shape))
@@ -853,7 +855,8 @@ class MuonEq(torch.optim.Optimizer):
 
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
-    copy. A missing gradient counts as zero. ValueError for a field, shape or combination that does not exist.
+    copy; with "token_sum" their gradients move from `.grad` to an fp32 sum, `.main_grad`. A missing gradient counts as
+    zero. ValueError for a field, shape or combination that does not exist.
     """
 
     REQUIRED = object()
@@ -910,9 +913,14 @@ class MuonEq(torch.optim.Optimizer):
         for key, choices in self.CHOICES.items():
             if key in group and group[key] not in choices and not (key == "orthogonalize" and callable(group[key])):
                 raise ValueError(f"{key} is one of {', '.join(choices)}, not {group[key]!r}")
-        if group["every"] < 1 or group.get("steps", 1) < 1:
-            raise ValueError("every and steps are at least 1")
+        if group["every"] < 1 or group.get("steps", 1) < 1 or group["lr"] < 0:
+            raise ValueError("every and steps are at least 1 and lr is not negative")
         return group
+
+    def add_param_group(self, param_group: dict) -> None:
+        if hasattr(self, "units"):
+            raise ValueError("MuonEq takes all groups at construction")
+        super().add_param_group(param_group)
 
     def _units(self, group: dict) -> list[Unit]:
         named, stacks = list(zip(group.pop("names"), group["params"])), collections.defaultdict(list)
@@ -952,12 +960,12 @@ class MuonEq(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if (self.grads == "token_sum") != (tokens is not None):
-            raise ValueError('step(tokens=...) goes with grads="token_sum"')
+        if (self.grads == "token_sum") != (tokens is not None) or tokens == 0:
+            raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
         active = self._active(self.steps)
         self.steps += 1
         for unit in self.units:
-            unit.tokens += tokens or 1
+            unit.tokens += 1 if tokens is None else tokens
         reducing = []
         for unit in reversed(active):
             full = unit.stack([gradient(p) for p in unit.params]).float()
@@ -968,10 +976,10 @@ class MuonEq(torch.optim.Optimizer):
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
+            gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
-        for unit, full, work in gathering:
-            unit.finish(full, work)
+        for unit, pending in gathering:
+            unit.finish(*pending)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -1013,18 +1021,17 @@ class MuonEq(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a `state_dict` written at any world size; ValueError naming the parameter that does not fit."""
         state = state_dict["state"]
-        known = {name for unit in self.units for name in unit.names}
-        if known != state.keys():
-            raise ValueError(f"optimizer state does not fit: {', '.join(sorted(known ^ state.keys()))} on one side only")
+        expected = {
+            name: {key: p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape for key, chunk in unit.state.items()}
+            for unit in self.units for name, p in zip(unit.names, unit.params)
+        }  # fmt: skip
+        for name in expected.keys() | state.keys():
+            found = {key: value.shape for key, value in state.get(name, {}).items() if isinstance(value, Tensor)}
+            if expected.get(name) != found:
+                raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
         for unit in self.units:
             for key, chunk in unit.state.items():
-                parts = []
-                for name, p in zip(unit.names, unit.params):
-                    shape = p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape
-                    value = state[name].get(key)
-                    if value is None or value.shape != shape:
-                        raise ValueError(f"optimizer state {key} of {name} is missing or has the wrong shape")
-                    parts.append(value.to(unit.device).reshape(-1, *chunk.shape[1:]))
+                parts = [state[name][key].to(unit.device).reshape(-1, *chunk.shape[1:]) for name in unit.names]
                 padding = chunk.new_zeros(unit.chunk * self.comm.world_size - unit.size, *chunk.shape[1:])
                 chunk.copy_(torch.cat([*parts, padding])[unit.own])
             unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
@@ -1082,7 +1089,7 @@ def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
     hint = f"run `python data/{'fineweb' if data.corpus.startswith('fineweb') else data.corpus}.py` or set DATA_DIR"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        found = manifest["vocab_size"], manifest["document_start"], manifest["files"].keys()
+        found = manifest["vocab_size"], manifest["document_start"], [file["sha256"] for file in manifest["files"].values()]
     except FileNotFoundError:
         raise ValueError(f"no data: {folder / 'manifest.json'} is missing; {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -1170,18 +1177,21 @@ class Log:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
             self.file = open(self.path, "a", encoding="ascii")
-            self.file.truncate(keep_bytes)  # what was written after the checkpoint happens again
+            # what was written after the checkpoint happens again; a log that is not there begins anew
+            self.file.truncate(keep_bytes if self.file.tell() >= keep_bytes else 0)
 
     def write(self, event: str, **fields: Any) -> None:
         if self.file:
-            self.file.write(json.dumps({"event": event, **fields}) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+            self.file.write(json.dumps({"event": event, **finite}) + "\n")
             self.file.flush()
 
     def size(self) -> int:
-        return self.file.tell() if self.file else 0
+        return self.path.stat().st_size if self.file else 0
 
 
 CHECKPOINT_FORMAT = "train_gpt checkpoint 1"
+CHECKPOINT_KEYS = {"key", "run_id", "step", "position", "tokens", "train_time_s", "log_bytes", "model", "optimizer"}
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1202,28 +1212,29 @@ def load_checkpoint(path: Path, key: dict) -> dict:
     """A checkpoint of this run's track, seed and source; ValueError naming the file when it is anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        foreign = content["format"] != CHECKPOINT_FORMAT
+        foreign = content["format"] != CHECKPOINT_FORMAT or not content.keys() >= CHECKPOINT_KEYS
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load fails in many ways on damaged files
         raise ValueError(f"checkpoint {path} is damaged or foreign ({type(error).__name__})") from None
     if foreign:
-        raise ValueError(f"checkpoint {path} has format {content['format']!r}, expected {CHECKPOINT_FORMAT!r}")
+        raise ValueError(f"checkpoint {path} is not complete or not a {CHECKPOINT_FORMAT!r}")
     for name, value in key.items():
         if content["key"].get(name) != value:
             raise ValueError(f"checkpoint {path} belongs to another {name}")
     return content
 
 
-def newest_checkpoint(out: Path, key: dict) -> dict | None:
-    """The newest good checkpoint of unfinished runs of this track, seed and source; damaged ones are named and passed."""
+def newest_checkpoint(out: Path, key: dict) -> str:
+    """The newest good checkpoint of unfinished runs of this track, seed and source, "" for none; others are named."""
     paths = [path for path in out.glob("*/step_*.pt") if not (path.parent / "finished").exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            return load_checkpoint(path, key)
+            load_checkpoint(path, key)
+            return str(path)
         except ValueError as error:
             print(f"train_gpt.py: not resumed from: {error}", file=sys.stderr)
-    return None
+    return ""
 
 
 def compile_counts() -> tuple[int, int]:
@@ -1370,13 +1381,10 @@ class Trainer:
         """The checkpoint to go on from, loaded into model and optimizer."""
         if self.run.resume is None:
             return None
-        out = Path(self.run.out)
-        if self.run.resume:
-            checkpoint = load_checkpoint(Path(self.run.resume), self.key)
-        else:
-            checkpoint = newest_checkpoint(out, self.key)
-        if checkpoint is None:
+        path = self.run.resume or on_rank_0(self.comm, lambda: newest_checkpoint(Path(self.run.out), self.key))
+        if not path:
             return None
+        checkpoint = load_checkpoint(Path(path), self.key)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(checkpoint["model"][name])
@@ -1393,21 +1401,23 @@ class Trainer:
         warm_up_s = self.warm_up()
         graphs, misses = compile_counts()
         checkpoint = self.resume()
-        fresh_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.getpid()}"
+        fresh_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         run_id = checkpoint["run_id"] if checkpoint else fresh_id
         log = Log(out, run_id, chief, checkpoint["log_bytes"] if checkpoint else 0)
         first, position, tokens = 0, (0, 0, 0), 0
         if checkpoint:
             first, position, tokens = checkpoint["step"], tuple(checkpoint["position"]), checkpoint["tokens"]
             clock.seconds = checkpoint["train_time_s"]
-            log.write("resume", step=first, world_size=comm.world_size)
-        else:
+        if log.size() == 0:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
                 dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **environment(self.device, comm),
                 data=self.checked["digests"], compiled=run.compile, graphs=graphs, warm_up_s=warm_up_s,
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
+        if checkpoint:
+            log.write("checkpoint", step=first)
+            log.write("resume", step=first, world_size=comm.world_size)
         packer = Packer(self.train_paths, data, position)
         batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
         bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
@@ -1456,7 +1466,8 @@ class Trainer:
                     raise ValueError(f"validation loss is {val_loss} at step {done}; log {log.path}")
             if save:
                 due = False
-                log.write("checkpoint", step=done)
+                if not all(p.isfinite().all() for p in self.model.parameters()):
+                    raise ValueError(f"parameters are not finite at step {done}; the last good checkpoint is kept")
                 optimizer = self.optimizer.state_dict()  # collective
                 if chief:
                     save_checkpoint(out / run_id / f"step_{done:06d}.pt", {
@@ -1464,6 +1475,7 @@ class Trainer:
                         "train_time_s": clock.seconds, "log_bytes": log.size(), "optimizer": optimizer,
                         "model": {name: p.detach() for name, p in self.model.named_parameters()},
                     })  # fmt: skip
+                    log.write("checkpoint", step=done)
                     for old in sorted((out / run_id).glob("step_*.pt"))[:-2]:
                         old.unlink()
             clock.start()
@@ -1587,12 +1599,23 @@ def check_settings(track: Track, run: Run) -> None:
     data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
     counts = (data.rows, data.row_tokens, data.document_cut, data.epochs, model.heads, model.layers, schedule.steps,
               evaluation.tokens, evaluation.row_tokens, evaluation.every, evaluation.log_every)  # fmt: skip
-    windows = [w for pair in (*schedule.windows, schedule.extension_windows, evaluation.windows) for w in pair]
+    windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
+    pairs = (schedule.momentum, model.softcap, *(getattr(track, name).betas for name in ("embed", "value", "head", "scalar")))
+    for name, value in (("windows", windows), ("value_tables", model.value_tables), ("skips", model.skips)):
+        if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
+            raise ValueError(f"{name} are pairs of whole numbers, such as ((128, 384), (640, 1408))")
+    if not all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs):
+        raise ValueError("momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)")
+
+    def finite(section: Any) -> bool:
+        return all(abs(x) < 1e30 for x in dataclasses.asdict(section).values() if isinstance(x, float))
+
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
     for good, sentence in (
+        (all(finite(getattr(track, f.name)) for f in dataclasses.fields(Track)), "numbers are finite and below 1e30"),
         (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
         (min(counts) >= 1, "rows, tokens, epochs, heads, layers, steps and intervals are at least 1"),
-        (windows and min(windows) >= 1, "attention windows are at least 1 token"),
+        (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
@@ -1660,7 +1683,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sentence = explanation(error)
         if sentence is None:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or not isinstance(error, ValueError):  # ValueErrors are those of all ranks
             print(f"train_gpt.py: {sentence}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     finally:

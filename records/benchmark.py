@@ -2,7 +2,7 @@
 
     python records/benchmark.py                    everything; appends to records/benchmarks/<date>_<machine>.jsonl
     python records/benchmark.py target [--pairs 3] [--lr LR]
-    python records/benchmark.py grid               learning rates of the baseline, tokens to target (not timed)
+    python records/benchmark.py grid               learning rates of the baseline (not timed)
     python records/benchmark.py optimizer | loader
     python records/benchmark.py table FILE...      the table of a log, nothing is run
 
@@ -14,7 +14,9 @@ that reaches the target. Contenders take turns in one run, each in a fresh proce
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +40,11 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
 ROUNDS = 9
-GRID = (0.001, 0.002, 0.004, 0.008, 0.016)
+GRID = (0.0005, 0.001, 0.002, 0.004, 0.008)
+GRID_HORIZON = 1_000_000  # the grid compares whole schedules of this length
 BASELINE_ROWS = 1  # rows of 4096 tokens in a step
-HORIZON = 6_000_000  # tokens over which the learning rate warms up, stays and falls
-VALIDATE_EVERY = 40  # steps, once half the horizon is trained
+HORIZON = 8_000_000  # tokens over which the learning rate warms up, stays and falls
+VALIDATE_EVERY = 50  # steps, in the last 40 % of the horizon
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,14 +111,14 @@ def baseline_lr(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps))
 
 
-def train_baseline(lr: float, seed: int, threads: int, most_tokens: int = HORIZON) -> dict:
+def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     """Train until a validation reaches the target; tokens and seconds of training, without compiling and validation."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     track = train_gpt.TRACKS["tiny"]
     data = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, document_cut=4096, epochs=100)
     window = track.schedule.windows[0][0]
-    steps = HORIZON // (data.rows * data.row_tokens)
+    steps = horizon // (data.rows * data.row_tokens)
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
     manifest = train_gpt.manifest_of(folder, data)
     rows = train_gpt.validation_rows(train_gpt.shard_paths(folder, manifest, "val"), data, track.evaluation)
@@ -149,11 +153,11 @@ def train_baseline(lr: float, seed: int, threads: int, most_tokens: int = HORIZO
         optimizer.zero_grad()
         seconds += time.perf_counter() - began
         tokens += data.rows * data.row_tokens
-        if (step + 1) % VALIDATE_EVERY == 0 and step + 1 >= steps // 2:
+        if step + 1 == steps or ((step + 1) % VALIDATE_EVERY == 0 and step + 1 >= 0.6 * steps):
             losses.append((tokens, validate()))
             print(f"baseline lr {lr} step {step + 1}/{steps} validation loss {losses[-1][1]:.4f} {seconds:.1f} s", flush=True)
             reached = losses[-1][1] <= track.evaluation.target
-            if reached or tokens >= most_tokens:
+            if reached:
                 break
     return dict(lr=lr, seed=seed, steps=step + 1, tokens=tokens, train_time_s=seconds, val_loss=losses[-1][1], reached=reached)
 
@@ -185,24 +189,21 @@ def run_tiny(seed: int) -> dict:
                 **{k: final[k] for k in ("tokens", "train_time_s", "val_loss", "reached")})  # fmt: skip
 
 
-def measure_target(pairs: int, lr: float, threads: int) -> list[dict]:
-    events = []
+def measure_target(pairs: int, lr: float, threads: int) -> Iterator[dict]:
     for seed in range(pairs):
-        events.append({"event": "tiny", **run_tiny(seed)})
-        arguments = ("baseline", "--lr", str(lr), "--seed", str(seed), "--threads", str(threads))
-        events.append({"event": "baseline", **subprocess_json(*arguments)})
-    return events
+        yield {"event": "tiny", **run_tiny(seed)}
+        arguments = ("--lr", str(lr), "--seed", str(seed), "--threads", str(threads))
+        yield {"event": "baseline", **subprocess_json("baseline", *arguments)}
 
 
-def measure_grid(threads: int) -> list[dict]:
-    """Every learning rate until it reaches the target or has taken a quarter more tokens than the best so far."""
-    events, best = [], HORIZON
-    for lr in sorted(GRID, key=lambda lr: abs(math.log(lr / GRID[len(GRID) // 2]))):
-        arguments = ("baseline", "--lr", str(lr), "--threads", str(threads), "--most", str(int(1.25 * best)))
-        events.append({"event": "grid", **subprocess_json(*arguments)})
-        if events[-1]["reached"]:
-            best = min(best, events[-1]["tokens"])
-    return events
+def measure_grid(threads: int) -> Iterator[dict]:
+    """Loss of the baseline at the end of a short schedule for each learning rate; one thread each, side by side."""
+
+    def run(lr: float) -> dict:
+        return subprocess_json("baseline", "--lr", str(lr), "--threads", "1", "--horizon", str(GRID_HORIZON))
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield from ({"event": "grid", **result} for result in pool.map(run, sorted(GRID, reverse=True)))
 
 
 def interleaved(contenders: dict, rounds: int) -> dict[str, list[float]]:
@@ -217,7 +218,7 @@ def interleaved(contenders: dict, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def measure_optimizer(threads: int) -> list[dict]:
+def measure_optimizer(threads: int) -> Iterator[dict]:
     K, m, n = 24, 768, 3072
     generator = torch.Generator().manual_seed(0)
     bank = nn.Parameter(torch.randn(K, m, n, generator=generator))
@@ -236,7 +237,6 @@ def measure_optimizer(threads: int) -> list[dict]:
     def muoneq(**fields) -> train_gpt.MuonEq:
         return train_gpt.MuonEq([dict(kind="matrix", params=[bank], lr=1e-3, weight_decay=0.1, **fields)])
 
-    events = []
     for count in dict.fromkeys((1, threads)):
         torch.set_num_threads(count)
         contenders = {
@@ -248,13 +248,12 @@ def measure_optimizer(threads: int) -> list[dict]:
             "MuonEq: + both": muoneq(equilibrate="row", normuon=True).step,
         }
         for name, seconds in interleaved(contenders, ROUNDS).items():
-            events.append({"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count, "seconds": seconds})
+            yield {"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count, "seconds": seconds}
     torch.set_num_threads(threads)
-    return events
 
 
-def measure_loader() -> list[dict]:
-    tiny, events = train_gpt.TRACKS["tiny"].data, []
+def measure_loader() -> Iterator[dict]:
+    tiny = train_gpt.TRACKS["tiny"].data
     with tempfile.TemporaryDirectory() as folder:
         # documents with FineWeb's median of 403 tokens and a long tail
         rng, count = np.random.default_rng(0), 20_000_000
@@ -279,8 +278,7 @@ def measure_loader() -> list[dict]:
                         next(steps)
                     seconds.append(time.perf_counter() - began)
                 rate = rounds * data.rows * data.row_tokens / world_size / statistics.median(seconds)
-                events.append({"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate})
-    return events
+                yield {"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,9 +302,8 @@ def table(events: list[dict]) -> str:
                          f"| {seconds[kind]:.1f} s | {seconds[kind] / seconds['baseline']:.3f} |")  # fmt: skip
         lines.append("")
     if grid := sorted((e for e in events if e["event"] == "grid"), key=lambda e: e["lr"]):
-        lines += ["| baseline learning rate | tokens | validation loss there |", "| --- | --- | --- |"]
-        for e in grid:
-            lines.append(f"| {e['lr']} | {e['tokens']:,} | {e['val_loss']:.4f}{'' if e['reached'] else ' (stopped)'} |")
+        lines += ["| baseline learning rate | tokens | validation loss |", "| --- | --- | --- |"]
+        lines += [f"| {e['lr']} | {e['tokens']:,} | {e['val_loss']:.4f} |" for e in grid]
         lines.append("")
     if steps := [e for e in events if e["event"] == "optimizer"]:
         bank = " x ".join(map(str, steps[0]["bank"]))
@@ -332,7 +329,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=HORIZON)
+    parser.add_argument("--horizon", type=int, default=HORIZON)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     a = parser.parse_args()
     if a.what == "table":
@@ -342,18 +339,19 @@ def main() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor-benchmark"))
     torch.set_num_threads(a.threads)
     if a.what == "baseline":
-        print(json.dumps(train_baseline(a.lr, a.seed, a.threads, a.most)))
+        print(json.dumps(train_baseline(a.lr, a.seed, a.threads, a.horizon)))
         return
     name = re.sub(r"\W+", "-", machine()["device"]).strip("-") or platform.machine()
     path = ROOT / "records" / "benchmarks" / f"{time.strftime('%Y-%m-%d')}_{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     parts = {"optimizer": lambda: measure_optimizer(a.threads), "loader": measure_loader,
              "grid": lambda: measure_grid(a.threads), "target": lambda: measure_target(a.pairs, a.lr, a.threads)}  # fmt: skip
-    events = [{"event": "machine", **machine()}]
-    for what in parts if a.what == "all" else [a.what]:
-        events += parts[what]()
+    events, wanted = [], parts if a.what == "all" else [a.what]
     with open(path, "a") as file:
-        file.writelines(json.dumps(event) + "\n" for event in events)
+        for event in itertools.chain([{"event": "machine", **machine()}], *(parts[what]() for what in wanted)):
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            events.append(event)
     print(table(events), f"\nlog: {path.relative_to(ROOT)}")
 
 

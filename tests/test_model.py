@@ -12,7 +12,7 @@ SHORT = TRACKS["short"]
 SMALL = replace(SHORT.model, padded_vocab=64, width=48)  # 11 blocks, 6 heads of 8, the layer map of the track
 MODELS = {
     "short": SMALL,
-    "tiny": replace(TRACKS["tiny"].model, padded_vocab=64, width=32),
+    "tiny": replace(TRACKS["tiny"].model, padded_vocab=64, width=32, heads=4),
     "bare": Model(padded_vocab=64, width=32, heads=2, layers=3, mlp_ratio=2, softcap=(20.0, 5.0)),
 }
 LONG = SHORT.schedule.windows[0][1]
