@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
 import json
@@ -1321,36 +1322,32 @@ class Trainer:
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if run.compile else self.model
-        self.clock = Clock(device)
-        self.key = {
-            "track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256()
-        }  # fmt: skip
-
+        self.clock, self.environment = Clock(device), environment(device, comm)
+        self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256()}
         self.micro_rows = micro_rows(track, run, comm.world_size)
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         for parts in zip(*(x.split(self.micro_rows) for x in batch)):
             yield Batch(*(x.to(self.device, non_blocking=True) for x in parts))
 
-    def loss_sum(self, batch: Batch, windows: tuple[int, int], longest: int) -> Tensor:
-        return self.forward(*batch, windows, longest)
-
     def forward_backward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss."""
         total = torch.zeros((), device=self.device)
         for micro in self.micro_batches(batch):
-            loss = self.loss_sum(micro, windows, self.track.data.document_cut)
+            loss = self.forward(*micro, windows, self.track.data.document_cut)
             loss.backward()
             total += loss.detach()
         return total
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        return self.forward(*(x.to(self.device) for x in batch), windows, self.track.evaluation.row_tokens)
+
     def validate(self, windows: tuple[int, int]) -> float:
         """Mean loss over the validation targets, nats per token, the same on all ranks."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in self.validation:
-            batch = Batch(*(x.to(self.device) for x in batch))
-            total += self.loss_sum(batch, windows, self.track.evaluation.row_tokens).double()
+            total += self.evaluate(batch, windows).double()
         return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
 
     def warm_up(self) -> float:
@@ -1364,10 +1361,8 @@ class Trainer:
         for windows in dict.fromkeys(stages):
             self.forward_backward(batch, windows)
         for windows in dict.fromkeys([*stages, self.track.evaluation.windows]):
-            with torch.no_grad():
-                for validation in self.validation[:1]:
-                    validation = Batch(*(x.to(self.device) for x in validation))
-                    self.loss_sum(validation, windows, self.track.evaluation.row_tokens)
+            for validation in self.validation[:1]:
+                self.evaluate(validation, windows)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.optimizer.reset()
@@ -1411,7 +1406,7 @@ class Trainer:
         if log.size() == 0:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
-                dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **environment(self.device, comm),
+                dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **self.environment,
                 data=self.checked["digests"], compiled=run.compile, graphs=graphs, warm_up_s=warm_up_s,
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
@@ -1422,7 +1417,7 @@ class Trainer:
         batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
         bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
                    disable=None if chief else True, dynamic_ncols=True)  # fmt: skip
-        say = bar.write if not bar.disable else (print if chief else lambda *_: None)
+        say = bar.write if not bar.disable else functools.partial(print, flush=True) if chief else lambda _: None
         if run.compile:
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
@@ -1491,7 +1486,7 @@ class Trainer:
             (out / run_id / "finished").touch()
         say(f"track {run.track}: validation loss {val_loss:.4f}, target {evaluation.target} "
             f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
-            f"{tokens} tokens, {comm.world_size} x {environment(self.device, comm)['device']}, log {log.path}")  # fmt: skip
+            f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
         return final
 
 
