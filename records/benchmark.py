@@ -43,8 +43,8 @@ ROUNDS = 9
 GRID = (0.0005, 0.001, 0.002, 0.004, 0.008)
 GRID_HORIZON = 1_000_000  # the grid compares whole schedules of this length
 BASELINE_ROWS = 1  # rows of 4096 tokens in a step
-HORIZON = 8_000_000  # tokens over which the learning rate warms up, stays and falls
-VALIDATE_EVERY = 50  # steps, in the last 40 % of the horizon
+HORIZON = 9_000_000  # tokens over which the learning rate warms up, stays and falls
+VALIDATE_EVERY = 100  # steps, in the last 40 % of the horizon
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="all", choices=jobs)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--horizon", type=int, default=HORIZON)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
