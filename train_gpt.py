@@ -684,7 +684,9 @@ def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm
         triples, margin = (NEWTON_SCHULZ,) * steps, 1.0
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY)
     x = (x / (size if norm_bound == "spc" else size * margin)).to(work_dtype)
-    wide = x.size(-2) <= x.size(-1)
+    wide, alone = x.size(-2) <= x.size(-1), x.size(0) == 1
+    x = x[0] if alone else x  # on a CPU plain products beat a batch of one
+    multiply_add = torch.addmm if alone else torch.baddbmm
     for i, (a, b, c) in enumerate(triples):
         gram = x @ x.mT if wide else x.mT @ x
         square = gram @ gram if norm_bound == "spc" and i == 0 else None
@@ -693,9 +695,9 @@ def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm
             x, gram, square = (x / bound).to(work_dtype), gram / bound**2, square / bound**4
             polynomial = (b * gram + c * square).to(work_dtype)
         else:
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a) if wide else torch.baddbmm(x, x, polynomial, beta=a)
-    return x
+            polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, polynomial, x, beta=a) if wide else multiply_add(x, x, polynomial, beta=a)
+    return x[None] if alone else x
 
 
 class Unit:
