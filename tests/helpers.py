@@ -151,10 +151,17 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
     return [list(ranks) for ranks in zip(*results)]
 
 
+def in_environment(environment: dict[str, str], function: Any, args: tuple) -> None:
+    """A fork server keeps the environment of its own start."""
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
+
+
 def start(function: Any, arguments: list[tuple]) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "train_gpt"])
-    processes = [context.Process(target=function, args=args) for args in arguments]
+    processes = [context.Process(target=in_environment, args=(dict(os.environ), function, args)) for args in arguments]
     for process in processes:
         process.start()
     return processes

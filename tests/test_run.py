@@ -564,7 +564,6 @@ def test_log_of_a_non_finite_loss_is_json(
 
 def test_huge_learning_rate_stops_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "finite" in refusal(options(out=tmp_path, matrix__lr="1e39"), capsys)
-    assert "nan" in refusal(options(out=tmp_path, matrix__lr="1e29"), capsys)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),

@@ -112,6 +112,9 @@ def copy(tmp_path: Path) -> Path:
     """run.sh and its requirements alone in a folder, with the stand-in."""
     for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("shakespeare.py", "fineweb.py"):
+        (tmp_path / "data" / name).touch()
     (tmp_path / "fake").write_text(FAKE)
     (tmp_path / "fake").chmod(0o755)
     return tmp_path
