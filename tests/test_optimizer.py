@@ -1057,3 +1057,18 @@ def test_refuses_wrong_gradient_convention():
         optimizer("matrix", [w], grads="sum_of")
     with pytest.raises(ValueError, match="tokens"):
         take(optimizer("matrix", [w], grads="token_sum"), [w], [randn(4, 6)])
+
+
+def test_refuses_what_it_would_silently_ignore():
+    w = leaf(randn(4, 6))
+    opt = optimizer("matrix", [w], grads="token_sum")
+    with pytest.raises(ValueError, match="at construction"):
+        opt.add_param_group(dict(kind="matrix", params=[leaf(randn(4, 6))], **MATRIX))
+    with pytest.raises(ValueError, match="tokens"):
+        opt.step(tokens=0)
+    with pytest.raises(ValueError, match="negative"):
+        optimizer("matrix", [w], lr=-0.1)
+    saved = opt.state_dict()
+    saved["state"]["0"]["second_moment"] = torch.zeros(4, 1)  # of another setting
+    with pytest.raises(ValueError, match="optimizer state of 0"):
+        opt.load_state_dict(saved)
