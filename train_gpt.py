@@ -1596,6 +1596,8 @@ def check_settings(track: Track, run: Run) -> None:
     data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
     counts = (data.rows, data.row_tokens, data.document_cut, data.epochs, model.heads, model.layers, schedule.steps,
               evaluation.tokens, evaluation.row_tokens, evaluation.every, evaluation.log_every)  # fmt: skip
+    if min(counts) < 1:
+        raise ValueError("rows, tokens, epochs, heads, layers, steps and intervals are at least 1")
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
     pairs = (schedule.momentum, model.softcap, *(getattr(track, name).betas for name in ("embed", "value", "head", "scalar")))
     for name, value in (("windows", windows), ("value_tables", model.value_tables), ("skips", model.skips)):
@@ -1611,7 +1613,6 @@ def check_settings(track: Track, run: Run) -> None:
     for good, sentence in (
         (all(finite(getattr(track, f.name)) for f in dataclasses.fields(Track)), "numbers are finite and below 1e30"),
         (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
-        (min(counts) >= 1, "rows, tokens, epochs, heads, layers, steps and intervals are at least 1"),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),

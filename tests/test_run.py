@@ -486,8 +486,8 @@ def test_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, na
     assert not (tmp_path / "out").exists()
 
 
-COUNTS = ["data.rows=0", "data.row_tokens=0", "data.row_tokens=-5", "schedule.steps=0", "evaluation.log_every=0",
-          "evaluation.every=0", "evaluation.tokens=0", "evaluation.row_tokens=0"]  # fmt: skip
+COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=-5", "schedule.steps=0",
+          "evaluation.log_every=0", "evaluation.every=0", "evaluation.tokens=0", "evaluation.row_tokens=0"]  # fmt: skip
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "micro_rows=-1": "negative", "threads=-1": "negative",
     "schedule.windows=()": "windows", "schedule.windows=(16,24)": "windows", "schedule.momentum=(0.9,)": "momentum",
