@@ -79,6 +79,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
+    kind: str = field("matrix", "matrix, or adam: the settings of `hidden` instead of those below")
     lr: float = field(0.03, "learning rate at factor 1")
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
@@ -135,6 +136,7 @@ class Track:
     model: Model = Model()
     matrix: Matrix = Matrix()
     gate: Matrix = Matrix()
+    hidden: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
     embed: Adam = Adam()
     value: Adam = Adam()
     head: Adam = Adam()
@@ -1279,11 +1281,13 @@ def processor_has_bfloat16(device: torch.device) -> bool:
 
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
     def matrix(settings: Matrix, **params: nn.Parameter) -> dict:
+        if settings.kind == "adam":
+            return adam(track.hidden, *params)
         fields = dataclasses.asdict(settings)
         if not isinstance(fields["lr_mul"], (int, float)):
             count, cycle = sum(p.size(0) if p.ndim == 3 else 1 for p in params.values()), fields["lr_mul"]
             fields["lr_mul"] = [cycle[i % len(cycle)] for i in range(count)]
-        return dict(kind="matrix", params=list(params.items()), work_dtype=model.dtype, **fields)
+        return dict(params=list(params.items()), work_dtype=model.dtype, **fields)
 
     def adam(settings: Adam, *names: str) -> dict:
         return dict(kind="adam", params=[(name, getattr(model, name)) for name in names], **dataclasses.asdict(settings))
@@ -1599,7 +1603,8 @@ def check_settings(track: Track, run: Run) -> None:
     if min(counts) < 1:
         raise ValueError("rows, tokens, epochs, heads, layers, steps and intervals are at least 1")
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
-    pairs = (schedule.momentum, model.softcap, *(getattr(track, name).betas for name in ("embed", "value", "head", "scalar")))
+    adams = (track.hidden, track.embed, track.value, track.head, track.scalar)
+    pairs = (schedule.momentum, model.softcap, *(adam.betas for adam in adams))
     for name, value in (("windows", windows), ("value_tables", model.value_tables), ("skips", model.skips)):
         if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
             raise ValueError(f"{name} are pairs of whole numbers, such as ((128, 384), (640, 1408))")
@@ -1612,6 +1617,7 @@ def check_settings(track: Track, run: Run) -> None:
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
     for good, sentence in (
         (all(finite(getattr(track, f.name)) for f in dataclasses.fields(Track)), "numbers are finite and below 1e30"),
+        ({track.matrix.kind, track.gate.kind} <= {"matrix", "adam"}, "the kind of matrix and gate is matrix or adam"),
         (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
