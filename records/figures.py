@@ -1,0 +1,162 @@
+"""PNG figures of runs: loss curves, leading steps, the history of a track's records."""
+
+from __future__ import annotations
+
+import datetime
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from logs import Run, any_runs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SIZE = 100  # dots per inch
+AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time (s)"}
+
+
+def name_of(path: Path) -> str:
+    path = path.resolve()
+    return path.stem if path.is_file() else path.parent.name if path.name == "runs" else path.name
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the last `width` values, fewer at the beginning; (n,) -> (n,)."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) + 1 - width, 0)
+    return (total[1:] - total[first]) / (np.arange(len(values)) + 1 - first)
+
+
+def mean_curve(runs: Sequence[Run], loss: str, span: int) -> dict[str, np.ndarray]:
+    """The curve of a set of runs at the steps that all of them logged: loss and sd over runs, step, seconds, tokens.
+
+    Each run is smoothed over the last `span` steps before the mean is taken. ValueError when there is no common step.
+    """
+    columns: dict[str, list[np.ndarray]] = defaultdict(list)
+    curves = [{p.step: p for p in (run.val if loss == "val" else run.train)} for run in runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    if not steps:
+        raise ValueError(f"{runs[0].path.parent}: the logs have no {loss} losses at common steps")
+    # a window of `span` steps holds as many logged points as fit into it
+    spacing = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    width = max(1, round(span / spacing))
+    for curve in curves:
+        points = [curve[step] for step in steps]
+        columns["loss"].append(smooth(np.array([p.loss for p in points]), width))
+        columns["seconds"].append(np.array([p.seconds for p in points]))
+    tokens = [curves[0][step].tokens for step in steps]
+    result = {name: np.mean(values, 0) for name, values in columns.items()}
+    result["sd"] = np.std(columns["loss"], 0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
+    result["step"] = np.array(steps)
+    if None not in tokens:
+        result["tokens"] = np.array(tokens)
+    return result
+
+
+def save(figure: plt.Figure, out: Path) -> None:
+    """All or nothing."""
+    if out.suffix != ".png":
+        raise ValueError(f"{out} does not end in .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=SIZE)
+    plt.close(figure)
+    partial.replace(out)
+
+
+def said(loss: str, span: int) -> str:
+    smoothing = f"mean over {span} steps" if span > 1 else "not smoothed"
+    return f"{'validation' if loss == 'val' else 'training'} loss, {smoothing}"
+
+
+def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
+    """Loss against tokens, steps and training time: mean over the runs of each path, band of one sd over seeds."""
+    sets = {path: any_runs(path) for path in paths}
+    found = {path: mean_curve(runs, loss, span) for path, runs in sets.items()}
+    axes_wanted = [axis for axis in AXES if all(axis in curve for curve in found.values())]
+    figure, axes = plt.subplots(1, len(axes_wanted), figsize=(5 * len(axes_wanted), 4.5), sharey=True, squeeze=False)
+    lowest, starts = min(curve["loss"].min() for curve in found.values()), []
+    for path, curve in found.items():
+        starts.append(curve["loss"][len(curve["loss"]) // 5])
+        for axis, x in zip(axes[0], axes_wanted):
+            label = f"{name_of(path)} (n = {len(sets[path])})"
+            (line,) = axis.plot(curve[x], curve["loss"], label=label, marker="." if len(curve[x]) < 30 else None)
+            band = curve["loss"] - curve["sd"], curve["loss"] + curve["sd"]
+            axis.fill_between(curve[x], *band, color=line.get_color(), alpha=0.2)
+    for axis, x in zip(axes[0], axes_wanted):
+        axis.set(xlabel=AXES[x])
+        axis.grid(alpha=0.3)
+    if max(starts) > lowest:  # the steep beginning would flatten the rest
+        axes[0][0].set_ylim(lowest - 0.05 * (max(starts) - lowest), max(starts) + 0.05 * (max(starts) - lowest))
+    axes[0][0].set_ylabel("nats per token")
+    axes[0][-1].legend(fontsize=8)
+    devices = sorted({run.header.get("device", "") for runs in sets.values() for run in runs} - {""})
+    figure.suptitle(f"{said(loss, span)}; band: one sd over seeds; {', '.join(devices)}", fontsize=10)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def leading_steps(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(steps of A, further steps that B needs for A's loss there), where both curves have come that low.
+
+    The step at which a curve comes to a loss for the first time, linear between logged steps; losses that A has seen before
+    or B never reaches are left out.
+    """
+
+    def falling(curve: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        best = np.minimum.accumulate(curve["loss"])
+        new = np.concatenate([[True], best[1:] < best[:-1]])
+        return curve["step"][new], curve["loss"][new]
+
+    (steps_a, losses_a), (steps_b, losses_b) = falling(a), falling(b)
+    shared = (losses_a <= losses_b[0]) & (losses_a >= losses_b[-1])
+    reached = np.interp(-losses_a[shared], -losses_b, steps_b)
+    return steps_a[shared], reached - steps_a[shared]
+
+
+def leading(a: Path, b: Path, loss: str, span: int, out: Path) -> None:
+    """For each point of A's curve: how many more steps B needs to come as low, absolute and as a ratio."""
+    runs = any_runs(a), any_runs(b)
+    steps, lead = leading_steps(*(mean_curve(side, loss, span) for side in runs))
+    if not len(steps):
+        raise ValueError(f"{a} and {b} have no loss in common")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
+    axes[0].plot(steps, lead, marker="." if len(steps) < 30 else None)
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[0].set(xlabel=f"steps of A: {name_of(a)}", ylabel="further steps that B needs for the same loss")
+    axes[1].plot(steps, (steps + lead) / steps, marker="." if len(steps) < 30 else None)
+    axes[1].axhline(1, color="black", linewidth=0.8)
+    axes[1].set(xlabel=f"steps of A: {name_of(a)}", ylabel="steps of B over steps of A")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"leading steps of A over B: {name_of(b)}; mean of {len(runs[0])} and {len(runs[1])} runs\n"
+                    f"{said(loss, span)}", fontsize=10)  # fmt: skip
+    figure.tight_layout()
+    save(figure, out)
+
+
+def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path) -> None:
+    """Training time of a track's records against the date of their first run, one line for each machine."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    lines: dict[str, list[tuple]] = defaultdict(list)
+    for result in results:
+        when = datetime.datetime.strptime(result["first_run"], "%Y%m%d-%H%M%S")
+        for device, seconds in result["train_time_s"].items():
+            lines[f"{result['world_size']} x {device}"].append((when, seconds["median"], titles[result["name"]]))
+    for device, points in lines.items():
+        times, seconds, names = zip(*points)
+        axis.step(times, seconds, where="post", marker="o", label=device)
+        for number, (x, y, name) in enumerate(points, 1):
+            axis.annotate(f" {number}: {name}, {y:.1f} s", (x, y), fontsize=8, va="bottom")
+    axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
+    axis.margins(x=0.35, y=0.15)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.suptitle(f"records of track {results[0]['track']}, target {results[0]['target']}", fontsize=10)
+    figure.autofmt_xdate()
+    figure.tight_layout()
+    save(figure, out)
