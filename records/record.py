@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -427,8 +428,10 @@ def command_run(a: argparse.Namespace) -> int:
 
 def side(a: argparse.Namespace, path: Path, name: str | None, overrides: list[str]) -> Record:
     """A record folder as it is, or a new one for a script."""
-    if path.is_dir():
+    if (path / "train_gpt.py").is_file():
         return Record(path.resolve(), overrides, a.processes)
+    if path.is_dir():
+        raise ValueError(f"{path} is no record folder: it holds no train_gpt.py")
     if not name:
         raise ValueError(f"{path} is a file: --name says what its record folder is called")
     return Record(new_record(a.root, a.track, name, path), overrides, a.processes)
@@ -782,7 +785,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when they are stale")
 
     p = command("plot", command_plot, "PNG figures. curves: loss against tokens, steps and time, mean and band over seeds. "
-                "leading: how many more steps B needs for each loss of A. history: a track's records against the date.")  # fmt: skip
+                "leading: how many more steps B needs for each loss of A. history: a track's records by date.")  # fmt: skip
     p.add_argument("kind", choices=("curves", "leading", "history"))
     p.add_argument("runs", nargs="+", type=Path, metavar="RUNS",
                    help="record folders, logs, folders of public logs; history: a track")  # fmt: skip
@@ -815,6 +818,9 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = parse(sys.argv[1:] if argv is None else list(argv))
+    if threading.current_thread() is threading.main_thread():
+        for stop in (signal.SIGINT, signal.SIGTERM):  # also where the shell has told its background jobs to ignore them
+            signal.signal(stop, signal.default_int_handler)
     try:
         return a.function(a)
     except (ValueError, OSError) as error:

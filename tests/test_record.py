@@ -1,0 +1,750 @@
+"""What records/record.py promises: logs that prove nothing are refused, statistics are right, nothing is lost."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, make_corpus, options
+
+sys.path.insert(0, str(ROOT / "records"))
+import figures  # noqa: E402
+import logs  # noqa: E402
+import record  # noqa: E402
+import stats  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+RULES = train_gpt.TRACKS["tiny"].evaluation
+SOURCE = b"print('the source that was run')\n"
+BASE = "2026-01-01_base"
+
+
+def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) -> list[dict]:
+    """The events of a run of 100 steps whose training loss falls by 0.01 a step."""
+    settings = {
+        "data": {"corpus": "shakespeare", "rows": 2, "row_tokens": 2048},
+        "model": {"layers": 4, "width": 192},
+        "matrix": {"lr": 0.03, "equilibrate": "row", "normuon": True, "orthogonalize": "polar_express", "steps": 5},
+        "schedule": {"windows": [[64, 64]], "steps": 100},
+        "evaluation": {"target": RULES.target, "tokens": RULES.tokens},
+    }  # fmt: skip
+    header = dict(
+        run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed, torch="2.13.0",
+        world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16", compiled=True, compile="warm",
+        device="abacus", cpus=2, threads=2, driver="", data={"val_000000.bin": "0" * 64},
+    )  # fmt: skip
+    end = dict(step=100, val_loss=loss, val_tokens=RULES.tokens, train_time_s=seconds, tokens=409_600)
+    steps = [
+        dict(event="step", step=s, train_loss=2.5 - 0.01 * s, train_time_s=seconds * s / 100, tokens=4096 * s)
+        for s in range(2, 101, 2)
+    ]
+    final = dict(target=RULES.target, reached=loss <= RULES.target, compiles_in_timed_region=0, peak_memory_bytes=1)
+    return [{"event": "header", **header}, *steps, {"event": "val", **end}, {"event": "final", **end, **final}]
+
+
+def write_log(folder: Path, lines: list[dict]) -> Path:
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    path = folder / "runs" / f"{lines[0]['run_id']}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_record(folder: Path, losses: list[float], seconds: list[float], first_seed: int = 0, source: bytes = SOURCE) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(source)
+    (folder / "README.md").write_text(f"# The record {folder.name[11:]}\n\nWhat changed.\n")
+    for i, (loss, s) in enumerate(zip(losses, seconds)):
+        write_log(folder, log_lines(first_seed + i, loss, s, source))
+    return folder
+
+
+LOSSES = [1.490, 1.485, 1.488, 1.492, 1.486, 1.489]
+SECONDS = [70.0, 71.0, 69.0, 72.0, 70.5, 70.2]
+FASTER = [66.1, 66.0, 64.2, 67.9, 65.3, 66.6]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A record that proves its claim."""
+    made = write_record(tmp_path / "records" / "tiny" / BASE, LOSSES, SECONDS)
+    record.write_result(made)
+    return made
+
+
+@pytest.fixture
+def challenger(folder: Path) -> Path:
+    """A record that was timed against `folder` in six pairs and is faster."""
+    lower = [x - 0.001 for x in LOSSES]
+    made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, first_seed=100, source=b"pass\n")
+    pairs = [
+        dict(baseline=folder.name, order="baseline first", planned=6, discarded=None, baseline_run=b.header["run_id"],
+             candidate_run=c.header["run_id"])
+        for b, c in zip(record.read_runs(folder), record.read_runs(made))
+    ]  # fmt: skip
+    (made / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    record.write_result(made)
+    return made
+
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
+
+
+def t_tail(t: float, df: float) -> float:
+    """P(T > t) of Student's t by quadrature: with t = sqrt(df) tan(a) the density becomes c cos(a)^(df - 1)."""
+    begin = math.atan(t / math.sqrt(df))
+    a, half = begin + (math.pi / 2 - begin) * (NODES + 1) / 2, (math.pi / 2 - begin) / 2
+    c = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return float(c * half * (WEIGHTS * np.cos(a) ** (df - 1)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@pytest.mark.parametrize("n", [3, 5, 6, 12, 40])
+def test_p_values_agree_with_an_independent_implementation(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(1.49, 0.003, n), rng.normal(1.492, 0.005, n + 2)
+    for target in (1.489, 1.492, 1.5):
+        t = (target - a.mean()) / (math.sqrt(((a - a.mean()) ** 2).sum() / (n - 1)) / math.sqrt(n))
+        assert stats.p_below(a, target) == pytest.approx(t_tail(t, n - 1), rel=1e-9, abs=1e-9)
+    va, vb = (((x - x.mean()) ** 2).sum() / (len(x) - 1) / len(x) for x in (a, b))
+    df = (va + vb) ** 2 / (va**2 / (n - 1) + vb**2 / (n + 1))
+    found = stats.welch(a, b)
+    assert found["p"] == pytest.approx(2 * t_tail(abs(a.mean() - b.mean()) / math.sqrt(va + vb), df), abs=1e-9)
+    # the 95% interval ends where the two-sided p is 5%
+    for end in (found["low"], found["high"]):
+        assert t_tail(abs(found["difference"] - end) / math.sqrt(va + vb), df) == pytest.approx(0.025, abs=1e-9)
+    low, high = stats.interval(a)
+    assert t_tail((high - a.mean()) * math.sqrt(n) / a.std(ddof=1), n - 1) == pytest.approx(0.025, abs=1e-9)
+    assert low + high == pytest.approx(2 * a.mean())
+
+
+def test_samples_that_prove_nothing_have_p_one():
+    assert stats.p_below([], 1.5) == stats.p_below([1.0], 1.5) == 1.0
+    assert stats.p_below([1.5, 1.5], 1.5) == 1.0 and stats.p_below([1.4, 1.4], 1.5) == 0.0
+
+
+@pytest.mark.parametrize("sd, margin, power", [(1.0, 1.0, 0.9), (0.0013, 0.001, 0.5), (0.003, 0.012, 0.8), (1.0, 0.3, 0.95)])
+def test_plan_gives_the_smallest_number_of_runs(sd, margin, power):
+    n = stats.runs_needed(sd, margin, power)
+    rng = np.random.default_rng(0)
+
+    def simulated(n: int) -> float:
+        x = rng.normal(margin, sd, (40_000, n))
+        t = x.mean(1) * math.sqrt(n) / x.std(1, ddof=1)
+        low, high = 0.0, 100.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if t_tail(middle, n - 1) > 0.01 else (low, middle)
+        return float((t > high).mean())
+
+    assert simulated(n) > power - 0.01 and (n == 2 or simulated(n - 1) < power + 0.01)
+
+
+@pytest.mark.parametrize("sd, margin, power", [(0, 1, 0.9), (1, 0, 0.9), (1, -1, 0.9), (1, 1, 1.0), (1, 1e-9, 0.9)])
+def test_plan_refuses_what_no_number_of_runs_can_show(sd, margin, power, capsys):
+    assert record.main(["plan", "--sd", str(sd), "--margin", str(margin), "--power", str(power)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_error_of_all_looks_together_is_at_most_alpha():
+    assert stats.looks(28) == [5, 7, 10, 14, 20, 28]
+    assert sum(1 / (k * (k + 1)) for k in range(1, 10_000)) < 1
+    # the rule's p is the smallest weighted p of the looks, the values after the last look have no part in it
+    x = list(np.random.default_rng(3).normal(-0.5, 1, 13))
+    looks = [k * (k + 1) * stats.p_below(x[:n]) for k, n in enumerate((5, 7, 10), 1)]
+    assert stats.sequential(x)["p_below"] == min(1, *looks) and stats.sequential(x)["n"] == 10
+    assert stats.sequential(x[:4])["p_below"] == 1.0
+
+
+def test_false_positives_of_the_sequential_rule_stay_below_its_level():
+    """2,000 sessions of two equal scripts: 3% drift, 5% of the runs 20% slower, AR(1) noise of 0.5, order swapped."""
+    rng, pairs, wrong = np.random.default_rng(0), 40, 0
+    swap = np.where(np.arange(pairs) % 2 == 0, 1.0, -1.0)
+    for session in range(2000):
+        noise = np.empty(2 * pairs)
+        noise[0] = rng.normal()
+        for i in range(1, len(noise)):
+            noise[i] = 0.5 * noise[i - 1] + math.sqrt(0.75) * rng.normal()
+        noise *= (0.003, 0.01, 0.03)[session % 3]
+        slowed = np.where(rng.random(2 * pairs) < 0.05, math.log(1.2), 0.0)
+        log_time = noise + slowed + np.linspace(0, math.log(1.03), 2 * pairs)
+        wrong += stats.sequential(swap * (log_time[1::2] - log_time[0::2]))["p_below"] < stats.ALPHA
+    assert wrong / 2000 < stats.ALPHA
+
+
+def test_the_sequential_rule_finds_a_real_difference():
+    rng = np.random.default_rng(0)
+    found = [stats.sequential(rng.normal(-0.05, 0.03, 20))["p_below"] < stats.ALPHA for _ in range(200)]
+    assert np.mean(found) > 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify
+
+
+def test_a_record_that_proves_its_claim_holds(folder, capsys):
+    result = record.verify(folder)
+    x = np.array(LOSSES)
+    assert result["holds"] and result["val_loss"]["n"] == 6 and result["margin"] == pytest.approx(1.5 - x.mean())
+    t = (1.5 - x.mean()) / (x.std(ddof=1) / math.sqrt(6))
+    assert result["p"] == pytest.approx(t_tail(t, 5), abs=1e-9)
+    assert result["train_time_s"] == {"abacus": stats.describe(SECONDS)}
+    root = str(folder.parents[1])
+    assert record.main(["--root", root, "verify"]) == 0 and "holds" in capsys.readouterr().out
+    assert record.main(["verify", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["holds"] is True
+
+
+def change(section: str, name: str, value):
+    """A mutation of one event of a log: `section` is header or final, a dotted name goes into the settings."""
+
+    def apply(lines: list[dict]) -> None:
+        event = lines[0] if section == "header" else lines[-1]
+        *path, last = name.split(".")
+        for key in path:
+            event = event[key]
+        event[last] = value
+
+    return apply
+
+
+def drop_final(lines: list[dict]) -> None:
+    del lines[-1]
+
+
+def resume(lines: list[dict]) -> None:
+    lines.insert(5, {"event": "resume", "step": 8, "world_size": 1})
+
+
+def stop_earlier(lines: list[dict]) -> None:
+    lines[-2]["step"] = lines[-1]["step"] = 90
+
+
+def better_final(lines: list[dict]) -> None:
+    lines[-1]["val_loss"] = 1.40
+
+
+REFUSALS = {
+    "source_sha256": change("header", "source_sha256", "f" * 64),
+    "track": change("header", "track", "short"),
+    "settings.matrix.lr": change("header", "settings.matrix.lr", 0.02),
+    "final.step": stop_earlier,
+    "world_size": change("header", "world_size", 2),
+    "torch": change("header", "torch", "2.12.0"),
+    "dtype": change("header", "dtype", "float32"),
+    "data": change("header", "data", {"val_000000.bin": "1" * 64}),
+    "seed": change("header", "seed", 0),
+    "run_id": change("header", "run_id", "20260101-000000_tiny_0_abcd"),
+    "resume": resume,
+    "final": drop_final,
+    "compiles_in_timed_region": change("final", "compiles_in_timed_region", 1),
+    "val_tokens": change("final", "val_tokens", RULES.tokens - 1),
+    "final.val_loss": better_final,
+    "final.target": change("final", "target", 1.6),
+    "settings.evaluation.target": change("header", "settings.evaluation.target", 1.6),
+    "settings.evaluation.tokens": change("header", "settings.evaluation.tokens", 1000),
+    "settings.data.corpus": change("header", "settings.data.corpus", "other"),
+    "header.world_size": change("header", "world_size", "many"),
+    "final.train_time_s": change("final", "train_time_s", None),
+    "final.reached": change("final", "reached", False),
+}
+
+
+@pytest.mark.parametrize("field", REFUSALS)
+def test_verify_names_the_file_and_the_field(folder, field, capsys):
+    path = sorted((folder / "runs").glob("*.jsonl"))[3]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    REFUSALS[field](lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert record.main(["verify", str(folder)]) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if path.name in line]
+    assert any(f"{path}: {field}" in line or f"{path}: final.{field}" in line for line in said), said
+
+
+def test_settings_that_all_runs_share_do_not_excuse_an_easier_target(folder):
+    for path in (folder / "runs").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for mutate in (change("header", "settings.evaluation.target", 1.6), change("final", "target", 1.6)):
+            mutate(lines)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="settings.evaluation.target is 1.6, track tiny says 1.5"):
+        record.summarize(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not json\n", '["a list"]\n', '{"event": "val"}\n', '{"event": "header"}\n', "[" * 10_000]
+)
+def test_damaged_logs_are_named(folder, text):
+    path = next((folder / "runs").glob("*.jsonl"))
+    path.write_text(text)
+    with pytest.raises(ValueError, match=path.name):
+        record.verify(folder)
+
+
+def test_a_copy_of_a_run_under_another_seed_is_refused(folder):
+    lines = log_lines(50, LOSSES[2], 70.0)
+    write_log(folder, lines)
+    with pytest.raises(ValueError, match="final.val_loss 1.488 is also that of"):
+        record.summarize(folder)
+
+
+def test_the_stored_source_must_be_the_one_that_was_run(folder):
+    (folder / "train_gpt.py").write_bytes(SOURCE + b"# edited\n")
+    with pytest.raises(ValueError, match="train_gpt.py: sha256 .* is not source_sha256 of the runs"):
+        record.verify(folder)
+    (folder / "train_gpt.py").unlink()
+    with pytest.raises(ValueError, match="train_gpt.py is missing"):
+        record.verify(folder)
+
+
+def test_an_edited_result_is_refused(folder):
+    path = folder / "result.json"
+    stored = json.loads(path.read_text())
+    for key, value in (("p", stored["p"] / 2), ("steps", 99), ("beats", [{}]), ("margin", stored["margin"] * (1 + 1e-6))):
+        path.write_text(json.dumps(stored | {key: value}))
+        with pytest.raises(ValueError, match=rf"result.json: {key} is not what the logs give"):
+            record.verify(folder)
+    for text in ("{", "[]", "null"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="result.json"):
+            record.verify(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="result.json is missing"):
+        record.verify(folder)
+
+
+def test_a_claim_without_significance_does_not_hold(tmp_path, capsys):
+    folder = write_record(tmp_path / "tiny" / BASE, [1.495, 1.501, 1.499, 1.502, 1.494], [70.0] * 5)
+    assert record.write_result(folder)["reaches_target"] is False
+    assert record.main(["verify", str(folder)]) == 1 and "DOES NOT HOLD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["verify", "/nowhere"], ["--root", "/nowhere", "verify"], ["import", "/nowhere"]])
+def test_missing_folders_get_one_sentence(arguments, capsys):
+    assert record.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "/nowhere" in captured.out + captured.err and "Traceback" not in captured.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A/B
+
+
+def test_an_ab_is_recomputed_from_both_folders(challenger):
+    result = record.verify(challenger)
+    (ab,) = result["beats"]
+    d = np.log(np.array(FASTER) / np.array(SECONDS))
+    assert ab["ratio"] == pytest.approx(math.exp(d.mean())) and ab["rule"] == "fixed" and ab["pairs"] == 6
+    assert ab["p"] == pytest.approx(t_tail(-d.mean() / (d.std(ddof=1) / math.sqrt(6)), 5), abs=1e-9)
+    assert t_tail((math.log(ab["high"]) - d.mean()) * math.sqrt(6) / d.std(ddof=1), 5) == pytest.approx(0.025)
+    assert ab["faster"] and result["holds"]
+    # the training loss falls by 0.01 a step: a final loss that is 0.001 lower is worth a tenth of a step
+    assert ab["loss_per_step"] == pytest.approx(-0.01) and ab["steps_equivalent"] == pytest.approx(0.1)
+    assert ab["loss"]["p"] == pytest.approx(stats.welch([x - 0.001 for x in LOSSES], LOSSES)["p"])
+
+
+def edit_pairs(folder: Path, change) -> None:
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    change(pairs)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def test_pairs_whose_number_was_not_fixed_are_judged_by_the_sequential_rule(challenger):
+    for planned in (None, 5):
+        edit_pairs(challenger, lambda pairs, planned=planned: pairs[0].update(planned=planned))
+        (ab,) = record.summarize(challenger)["beats"]
+        d = np.log(np.array(FASTER) / np.array(SECONDS))
+        assert ab["rule"] == "sequential" and ab["p"] == 2 * stats.p_below(d[:5]) and ab["pairs_used"] == 5
+
+
+def test_four_pairs_are_not_enough(challenger):
+    edit_pairs(challenger, lambda pairs: [pair.update(planned=4) for pair in pairs] and pairs.__delitem__(slice(4, None)))
+    result = record.summarize(challenger)
+    assert result["beats"][0]["p"] < 0.01 and not result["beats"][0]["faster"]
+
+
+@pytest.mark.parametrize(
+    "mutate, message",
+    [
+        (lambda pairs: pairs[2].update(candidate_run="nothing"), "pair 3: candidate_run nothing"),
+        (lambda pairs: pairs[2].update(baseline_run=pairs[1]["baseline_run"]), "baseline_run appears in two pairs"),
+        (lambda pairs: pairs[2].pop("order"), "pairs.jsonl is not a list of pairs"),
+    ],
+)
+def test_pairs_that_do_not_fit_the_logs_are_refused(challenger, mutate, message):
+    edit_pairs(challenger, mutate)
+    with pytest.raises(ValueError, match=message):
+        record.verify(challenger)
+
+
+def test_pairs_on_two_machines_are_refused(challenger):
+    path = sorted((challenger / "runs").glob("*.jsonl"))[1]
+    path.write_text(path.read_text().replace('"abacus"', '"slide rule"'))
+    with pytest.raises(ValueError, match="pair 2: device differs"):
+        record.verify(challenger)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run and ab, on a script that only writes logs
+
+
+FAKE = """
+import hashlib, json, random, sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+seed, out = int(given["--seed"]), Path(given["--out"])
+SPEED, COMPILES, FAIL, WAIT = 1.0, "", "", 0.0
+random.seed(seed)
+source = Path(__file__).read_bytes()
+with open(Path(__file__).with_name("started.txt"), "a") as started:
+    started.write(f"{seed} ")
+if FAIL and Path(FAIL).exists():
+    sys.exit("fake: no tokens left")
+lines = json.loads(Path("TEMPLATE").read_text())
+name = time.strftime("%Y%m%d-%H%M%S") + f"_tiny_{seed}_{random.getrandbits(16):04x}"
+lines[0].update(run_id=name, seed=seed, source_sha256=hashlib.sha256(source).hexdigest())
+if "--matrix.lr" in given:
+    lines[0]["settings"]["matrix"]["lr"] = float(given["--matrix.lr"])
+loss, seconds = random.gauss(1.48, 0.003), SPEED * random.gauss(10, 0.1)
+for line in lines[-2:]:
+    line.update(val_loss=loss, train_time_s=seconds)
+if COMPILES and not Path(COMPILES).exists():
+    Path(COMPILES).touch()
+    lines[-1]["compiles_in_timed_region"] = 2
+(out / "source.py").write_bytes(source)
+with open(out / f"{name}.jsonl", "w") as log:
+    for line in lines:
+        log.write(json.dumps(line) + "\\n")
+        log.flush()
+        time.sleep(WAIT)
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path):
+    """Writes a stand-in for train_gpt.py; `SPEED=0.9` and the like set its constants."""
+    (tmp_path / "template.json").write_text(json.dumps(log_lines(0, 1.49, 10.0)))
+
+    def write(name: str, **constants) -> Path:
+        text = FAKE.replace("TEMPLATE", str(tmp_path / "template.json"))
+        for key, value in constants.items():
+            text += f"# {key}={value}\n"
+            text = text.replace("random.seed(seed)", f"random.seed(seed)\n{key} = {value!r}", 1)
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        return path
+
+    (tmp_path / "records").mkdir()
+    return write
+
+
+def command(tmp_path: Path, *arguments: str) -> int:
+    return record.main(["--root", str(tmp_path / "records"), *map(str, arguments)])
+
+
+def only(tmp_path: Path, name: str) -> Path:
+    (found,) = (tmp_path / "records" / "tiny").glob(f"*_{name}")
+    return found
+
+
+def test_run_makes_a_record_and_goes_on_where_it_stopped(tmp_path, scripts, capsys):
+    fail = tmp_path / "fail"
+    script = scripts("script", FAIL=str(fail))
+    arguments = ("run", "--track", "tiny", "--name", "first", "--source", str(script))
+    assert command(tmp_path, *arguments, "--runs", "2") == 0
+    folder = only(tmp_path, "first")
+    before = {path: path.read_bytes() for path in (folder / "runs").iterdir()}
+    fail.touch()
+    assert command(tmp_path, *arguments, "--runs", "5") == 1
+    assert "it said: fake: no tokens left" in capsys.readouterr().err
+    fail.unlink()
+    assert command(tmp_path, *arguments, "--runs", "5") == 0
+    runs = record.read_runs(folder)
+    assert len(runs) == 5 and all(path.read_bytes() == content for path, content in before.items())
+    seeds = [run.header["seed"] for run in runs]
+    assert sorted(seeds) == list(range(min(seeds), min(seeds) + 5))
+    assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "runs", "result.json", "started.txt"}
+    assert all(path.suffix == ".jsonl" for path in (folder / "runs").iterdir())
+    assert record.verify(folder)["holds"]
+
+
+def test_run_refuses_to_mix(tmp_path, scripts, capsys):
+    arguments = ("run", "--name", "first", "--runs", "1", "--source")
+    assert command(tmp_path, *arguments, scripts("script")) == 0
+    assert command(tmp_path, *arguments, scripts("other", SPEED=0.5)) == 1
+    assert "another train_gpt.py" in capsys.readouterr().err
+    more = ("run", "--name", "first", "--runs", "2", "--source", scripts("script"))
+    assert command(tmp_path, *more, "--", "--matrix.lr", "0.5") == 1
+    assert "other settings (matrix.lr)" in capsys.readouterr().err
+    assert len(record.read_runs(only(tmp_path, "first"))) == 1
+    for name in ("", "../x", "a b"):
+        assert command(tmp_path, "run", "--name", name, "--runs", "1", "--source", scripts("script")) == 1
+    assert command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", "/nowhere.py") == 1
+
+
+def test_overrides_of_a_record_are_those_of_its_logs(tmp_path, scripts):
+    script = scripts("script")
+    assert command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", script, "--", "--matrix.lr", "0.5") == 0
+    assert command(tmp_path, "run", "--name", "x", "--runs", "2", "--source", script) == 0
+    assert {run.header["settings"]["matrix"]["lr"] for run in record.read_runs(only(tmp_path, "x"))} == {0.5}
+
+
+def test_ab_interleaves_and_its_runs_count(tmp_path, scripts, capsys):
+    assert command(tmp_path, "run", "--name", "slow", "--runs", "2", "--source", scripts("slow")) == 0
+    slow = only(tmp_path, "slow")
+    ab = ("ab", "--baseline", slow, "--candidate", scripts("fast", SPEED=0.9), "--name", "fast", "--pairs")
+    assert command(tmp_path, *ab, "6") == 0
+    said = capsys.readouterr().out
+    fast = only(tmp_path, "fast")
+    assert "faster" in said and len(record.read_runs(slow)) == 8 and len(record.read_runs(fast)) == 6
+    orders = [pair["order"] for pair in record.read_pairs(fast)]
+    assert orders == ["baseline first", "candidate first"] * 3
+    assert record.verify(fast)["holds"] and record.verify(slow)["holds"]
+    assert record.verify(fast)["beats"][0]["rule"] == "fixed"
+    # asking for more after having seen the first is another rule, and nothing is run twice
+    assert command(tmp_path, *ab, "7") == 0
+    assert record.verify(fast)["beats"][0]["rule"] == "sequential" and len(record.read_runs(fast)) == 7
+
+
+def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_path, scripts):
+    assert command(tmp_path, "run", "--name", "slow", "--runs", "1", "--source", scripts("slow")) == 0
+    slow, mark = only(tmp_path, "slow"), tmp_path / "compiled"
+    script = scripts("fast", SPEED=0.9, COMPILES=str(mark))
+    mark.touch()  # not while the cache is filled
+    candidate = record.new_record(tmp_path / "records", "tiny", "fast", script)
+    assert command(tmp_path, "ab", "--baseline", slow, "--candidate", candidate, "--pairs", "1") == 0
+    mark.unlink()
+    for path in candidate.glob("runs/*"):
+        path.unlink()
+    (candidate / "pairs.jsonl").unlink()
+    original = record.Record.run
+    try:
+        record.Record.run = lambda self, seed, bar, only_warm=False: None if only_warm else original(self, seed, bar)
+        assert command(tmp_path, "ab", "--baseline", slow, "--candidate", candidate, "--pairs", "5") == 0
+    finally:
+        record.Record.run = original
+    result = record.verify(candidate)
+    assert result["beats"][0]["discarded"] == 1 and result["beats"][0]["pairs"] == 5 and result["holds"]
+    assert len(list((candidate / "discarded").iterdir())) == len(list((slow / "discarded").iterdir())) == 1
+
+
+def test_until_decided_stops_when_time_and_loss_are_settled(tmp_path, scripts):
+    arguments = ("--baseline", scripts("slow"), "--candidate", scripts("fast", SPEED=0.8), "--name", "fast")
+    assert command(tmp_path, "ab", *arguments, "--until-decided", "--max-pairs", "30") == 0
+    fast = only(tmp_path, "fast")
+    assert len(record.read_pairs(fast)) == 5  # a fifth of the time and a margin of seven sd: the first look decides
+    result, losses = record.verify(fast), [run.final["val_loss"] for run in record.read_runs(fast)]
+    assert result["holds"] and result["rule"] == "sequential" and result["p"] == 2 * stats.p_below(losses, 1.5)
+    # equal scripts: within 1% at last, or the budget is spent
+    arguments = ("--baseline", scripts("a"), "--candidate", scripts("b", WAIT=0.0), "--name", "b")
+    assert command(tmp_path, "ab", *arguments, "--until-decided", "--max-pairs", "6") == 0
+    assert len(record.read_pairs(only(tmp_path, "b"))) == 6 and not record.verify(only(tmp_path, "b"))["holds"]
+
+
+def test_an_interrupt_keeps_what_is_finished_and_leaves_no_half_log(tmp_path, scripts):
+    script = scripts("script", WAIT=0.02)
+    line = [sys.executable, str(ROOT / "records" / "record.py"), "--root", str(tmp_path / "records"), "run", "--name", "x",
+            "--runs", "4", "--source", str(script)]  # fmt: skip
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.glob("records/tiny/*/runs/*.jsonl")):
+        time.sleep(0.05)
+    # inside the second run
+    while time.monotonic() < deadline and not list(tmp_path.glob("records/tiny/*/unfinished/*.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+    folder = only(tmp_path, "x")
+    finished = record.read_runs(folder)
+    assert 1 <= len(finished) < 4 and all(run.final for run in finished)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(record.read_runs(folder)) == 4 and not (folder / "unfinished").exists()
+
+
+def test_two_at_once_are_refused(tmp_path, scripts, capsys):
+    with record.alone(tmp_path / "records"):
+        assert command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", scripts("script")) == 1
+    assert "would slow each other" in capsys.readouterr().err
+
+
+def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
+    """The settings of a log, given back as options, are the settings of the next run; short evaluations are refused."""
+    make_corpus(tmp_path / "data")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    small = options(track=None, **{"schedule.steps": 3, "schedule.extension": 0})
+    (tmp_path / "records").mkdir()
+    assert command(tmp_path, "run", "--name", "real", "--runs", "1", "--", *small) == 1  # 1,000 validation tokens
+    (run,) = record.read_runs(only(tmp_path, "real"))
+    track, _ = train_gpt.parse_command_line(["--track", "tiny", *record.Record.options_of(run)])
+    train_gpt.check_settings(track, train_gpt.Run(track="tiny"))
+    assert json.loads(json.dumps(train_gpt.dataclasses.asdict(track))) == run.header["settings"]
+    with pytest.raises(ValueError, match="settings.evaluation.tokens is 1000, track tiny says"):
+        record.summarize(only(tmp_path, "real"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public logs
+
+
+def public_log(
+    path: Path, loss: float, seconds: float, unit: str = "ms", separator_first: bool = False, code: str = ""
+) -> Path:
+    line = "=" * 100
+    time_text = (lambda s: f"{1000 * s:.0f}ms") if unit == "ms" else (lambda s: f"{s:.3f}s")
+    source = f'print0("=" * 100)\nexample = """\nstep:99/99 val_loss:0.0001 train_time:1ms step_avg:1.00ms\n"""\n{code}\n'
+    environment = "Running Python 3.12.3\nRunning PyTorch 2.10.0+cu128 compiled for CUDA 12.8\n" + "".join(
+        f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |                    0 |\n" for i in range(8)
+    )
+    results = "step:1/1480 train_time:61ms step_avg:61.28ms\n" + "".join(
+        f"step:{s}/1480 val_loss:{value} train_time:{time_text(seconds * s / 1480)} step_avg:58.10ms\n"
+        for s, value in ((0, 10.8258), (740, 3.6), (1480, loss))
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = line + "\n" if separator_first else ""
+    path.write_text(f"{first}{source}\n{line}\n{environment}{line}\n{results}peak memory: 30 GiB\n")
+    return path
+
+
+@pytest.mark.parametrize("unit", ["ms", "s"])
+@pytest.mark.parametrize("separator_first", [False, True])
+def test_public_logs_are_read_past_their_source(tmp_path, unit, separator_first):
+    run = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
+    assert run.final == {"step": 1480, "val_loss": 3.2784, "train_time_s": pytest.approx(86.0)}
+    assert [p.step for p in run.val] == [0, 740, 1480] and run.header["torch"] == "2.10.0+cu128"
+    assert run.header["world_size"] == 8 and run.header["device"] == "NVIDIA H100 80GB HBM3" and run.header["steps"] == 1480
+
+
+def test_a_source_alone_is_no_result(tmp_path):
+    path = public_log(tmp_path / "a.txt", 3.2784, 86.0)
+    text = path.read_text()
+    for cut in (text.split("=" * 100 + "\n")[0], text[: text.rindex("=" * 100)]):
+        path.write_text(cut)
+        with pytest.raises(ValueError, match="a.txt: no line"):
+            logs.read_public_log(path)
+
+
+def test_import_gives_the_statistics_of_a_folder(tmp_path, capsys):
+    losses, seconds = [3.2784, 3.2776, 3.2790, 3.2781], [86.0, 86.2, 85.9, 86.1]
+    for i, (loss, s) in enumerate(zip(losses, seconds)):
+        public_log(tmp_path / "logs" / f"{i}.txt", loss, s)
+    (tmp_path / "logs" / "notes.txt").write_text("val_loss: 1.0\n")
+    assert record.main(["import", str(tmp_path), "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    (group,) = read["groups"]
+    x = np.array(losses)
+    assert group["val_loss"]["mean"] == pytest.approx(x.mean())
+    assert group["train_time_s"]["mean"] == pytest.approx(np.mean(seconds), abs=1e-3)
+    assert group["p"] == pytest.approx(t_tail((3.28 - x.mean()) / (x.std(ddof=1) / 2), 3), abs=1e-9)
+    assert len(read["refused"]) == 1 and "notes.txt" in read["refused"][0]
+    assert record.main(["import", str(tmp_path), "--target", "3.27"]) == 0
+    assert "p 1.000 against 3.27" in capsys.readouterr().out
+
+
+def test_import_keeps_different_scripts_apart(tmp_path, capsys):
+    for name, code in (("a", ""), ("b", ""), ("c", "import torch")):
+        public_log(tmp_path / f"{name}.txt", 3.278, 86.0, code=code)
+    assert record.main(["import", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 runs of 1480" in said and "1 runs of 1480" in said and "they are not one claim" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+def readmes(folder: Path) -> list[Path]:
+    root = folder.parents[1]
+    paths = [root.parent / "README.md", root / "README.md"]
+    for path in paths:
+        blocks = "<!-- begin records -->\n<!-- end records -->\n\n<!-- begin steps --><!-- end steps -->"
+        path.write_text(f"# Before\n\n{blocks}\n\nAfter.\n")
+    return paths
+
+
+def test_tables_are_reproducible_and_checked(folder, challenger, capsys):
+    paths, root = readmes(folder), ["--root", str(folder.parents[1])]
+    assert record.main([*root, "table", "--check"]) == 1
+    assert record.main([*root, "table"]) == 0
+    first = [path.read_bytes() for path in paths]
+    assert record.main([*root, "table"]) == 0 and [path.read_bytes() for path in paths] == first
+    assert record.main([*root, "table", "--check"]) == 0
+    text = paths[0].read_text()
+    assert text.startswith("# Before") and text.endswith("After.\n")
+    rows = [line for line in text.splitlines() if line.startswith("| 1 |") or line.startswith("| 2 |")]
+    assert f"| 1 | [The record base](records/tiny/{BASE}) | 100 | 409,600 | 1.4883, 6," in rows[0]
+    assert "70.3 s on 1 x abacus" in rows[0] and rows[0].endswith("| - |")
+    assert "(records/tiny/2026-01-02_faster)" in rows[1] and "66.0 s on 1 x abacus" in rows[1] and "| 0.937, " in rows[1]
+    assert "](tiny/2026-01-02_faster)" in paths[1].read_text()
+    # by steps: both need 100, the lower loss leads
+    assert "| 1 | [The record faster]" in text and "MuonEq-row + NorMuon, polar_express 5" in text
+    paths[0].write_text(text.replace("70.3 s", "60.3 s"))
+    capsys.readouterr()
+    assert record.main([*root, "table", "--check"]) == 1 and "stale: README.md" in capsys.readouterr().out
+
+
+def test_leading_steps_of_curves_with_a_known_ratio():
+    steps = np.arange(10, 1001, 10)
+    a = {"step": steps, "loss": 5.0 - 0.002 * steps}
+    b = {"step": steps, "loss": 5.0 - 0.002 * steps / 1.25}  # needs a quarter more steps
+    at, lead = figures.leading_steps(a, b)
+    assert len(at) and np.allclose(lead, 0.25 * at) and at.max() == 800
+    at, lead = figures.leading_steps(b, a)
+    assert np.allclose(lead, -0.2 * at)
+
+
+def test_leading_steps_ignore_losses_that_a_noisy_curve_has_seen_before():
+    noisy = {"step": np.array([1, 2, 3, 4]), "loss": np.array([4.0, 3.0, 3.5, 2.0])}
+    straight = {"step": np.array([1, 2, 3, 4]), "loss": np.array([4.0, 3.5, 3.0, 2.5])}
+    at, lead = figures.leading_steps(noisy, straight)
+    assert list(at) == [1, 2] and np.allclose(lead, [0, 1])
+
+
+def test_smoothing_is_a_running_mean():
+    x = np.array([4.0, 2.0, 6.0, 0.0])
+    assert np.allclose(figures.smooth(x, 2), [4, 3, 4, 3]) and np.allclose(figures.smooth(x, 1), x)
+
+
+def test_figures_are_written_whole(folder, challenger, tmp_path, capsys):
+    public_log(tmp_path / "public" / "a.txt", 3.278, 86.0)
+    root = ["--root", str(folder.parents[1])]
+    for name, arguments in {
+        "curves": ["curves", str(folder), str(challenger), "--loss", "train", "--span", "10"],
+        "mixed": ["curves", str(folder), str(tmp_path / "public")],
+        "leading": ["leading", str(folder), str(challenger), "--loss", "train", "--span", "10"],
+        "history": ["history", "tiny"],
+    }.items():
+        out = tmp_path / "figures" / f"{name}.png"
+        assert record.main([*root, "plot", *arguments, "--out", str(out)]) == 0, capsys.readouterr().err
+        assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+    for arguments in (["history", "nothing"], ["leading", str(folder)], ["curves", str(tmp_path / "figures")]):
+        assert record.main([*root, "plot", *arguments, "--out", str(tmp_path / "x.png")]) == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The records of this repository
+
+
+def test_every_record_of_the_repository_holds(capsys):
+    folders = record.record_folders(ROOT / "records")
+    assert folders and record.main(["verify"]) == 0, capsys.readouterr().out
+    for folder in folders:
+        assert (folder / "README.md").is_file(), f"{folder.name} has no README.md"
+    assert record.main(["table", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_no_log_is_larger_than_promised():
+    for path in (ROOT / "records").rglob("*.jsonl"):
+        assert os.path.getsize(path) < 100_000, path
