@@ -122,6 +122,7 @@ def leading(a: Path, b: Path, loss: str, span: int, out: Path) -> None:
     """For each point of A's curve: how many more steps B needs to come as low, absolute and as a ratio."""
     runs = any_runs(a), any_runs(b)
     steps, lead = leading_steps(*(mean_curve(side, loss, span) for side in runs))
+    steps, lead = steps[steps > 0], lead[steps > 0]  # the first validation of a public log comes before the first step
     if not len(steps):
         raise ValueError(f"{a} and {b} have no loss in common")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))

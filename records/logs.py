@@ -29,6 +29,25 @@ class Run:
     resumed: bool = False
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"rows": 2}} -> {"data.rows": 2}"""
+    result = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def text_of(value: Any) -> str:
+    """A setting as the command line of train_gpt.py reads it: lists of a log are tuples there."""
+    if isinstance(value, list):
+        return "(" + "".join(f"{text_of(v)}," for v in value) + ")"
+    return str(value)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -91,7 +110,7 @@ def read_public_log(path: Path) -> Run:
     if not results:
         raise ValueError(f"{path}: no line `step:i/N val_loss:x train_time:yms step_avg:zms` after two lines of 100 `=`")
     code, environment = parts[source].strip(), "\n".join(parts[source + 1 :])
-    torch = re.search(r"PyTorch (?:version )?(\S+)", environment)
+    torch = re.search(r"pytorch (?:version )?(\S+)", environment, re.IGNORECASE)
     world_size = re.search(r"world_size=(\d+)", environment)
     cards = {m for m in re.findall(r"^\|\s+(\d+)\s+NVIDIA ", environment, re.MULTILINE)}
     device = re.search(r"device_name=(.+?) with|\|\s+\d+\s+(NVIDIA [^|]*?)\s+(?:On|Off)\s", environment)

@@ -1,0 +1,256 @@
+"""What a record folder proves: the checks on its logs, the tests of its claim, its comparison with another record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import stats
+from logs import Run, differing, flat, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rules(track: str) -> dict[str, Any]:
+    """What a track fixes, as flat settings: its data's tokens and what counts as its target. Empty for unknown tracks."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+
+    if track not in train_gpt.TRACKS:
+        return {}
+    settings = flat(dataclasses.asdict(train_gpt.TRACKS[track]))
+    fixed = ("data.corpus", "data.vocab_size", "data.document_start", "data.predict_start", "evaluation.target")
+    return {key: settings[key] for key in (*fixed, "evaluation.tokens")}
+
+
+SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")  # header fields that all runs of a record share
+
+
+def problems(runs: Sequence[Run], source: Path) -> list[str]:
+    """Why these runs prove nothing: one sentence each, naming the file and the field. Empty when nothing is wrong."""
+    found = []
+    for run in runs:
+        if run.final is None:
+            found.append(f"{run.path}: final: the run did not finish")
+        if run.resumed:
+            found.append(f"{run.path}: resume: a resumed run has no clock that can be trusted")
+    for run in (finished := [run for run in runs if run.final]):
+        final, settings = run.final, flat(run.header["settings"])
+        if final["compiles_in_timed_region"]:
+            found.append(f"{run.path}: final.compiles_in_timed_region is {final['compiles_in_timed_region']}")
+        if run.val and (run.val[-1].step, run.val[-1].loss) != (final["step"], final["val_loss"]):
+            found.append(f"{run.path}: final.val_loss is not that of the last validation")
+        allowed = rules(run.header["track"])
+        for key in (key for key in allowed if key in settings and settings[key] != allowed[key]):
+            more = key == "evaluation.tokens" and settings[key] > allowed[key]
+            harder = key == "evaluation.target" and settings[key] < allowed[key]
+            if not (more or harder):
+                found.append(f"{run.path}: settings.{key} is {settings[key]}, track {run.header['track']} says {allowed[key]}")
+        wanted = max(settings.get("evaluation.tokens", 0), allowed.get("evaluation.tokens", 0))
+        if final["val_tokens"] < wanted:
+            found.append(f"{run.path}: final.val_tokens is {final['val_tokens']}, the track says {wanted}")
+        if "evaluation.target" in settings and final["target"] != settings["evaluation.target"]:
+            found.append(f"{run.path}: final.target is {final['target']}, settings.evaluation.target another")
+        if final["reached"] is not (final["val_loss"] <= final["target"]):
+            found.append(f"{run.path}: final.reached does not follow from final.val_loss and final.target")
+    for run in runs[1:]:
+        first = runs[0]
+        for key in SAME:
+            if run.header.get(key) != first.header.get(key):
+                found.append(f"{run.path}: {key} differs from that of {first.path.name}")
+        for key in differing(flat(first.header["settings"]), flat(run.header["settings"])):
+            found.append(f"{run.path}: settings.{key} differs from that of {first.path.name}")
+    for run in finished[1:]:
+        if run.final["step"] != finished[0].final["step"]:
+            found.append(f"{run.path}: final.step differs from that of {finished[0].path.name}")
+    for field, value in (
+        ("seed", lambda run: run.header["seed"]),
+        ("run_id", lambda run: run.header["run_id"]),
+        ("final.val_loss", lambda run: run.final["val_loss"] if run.final else run.path),  # a copy with another seed
+    ):
+        seen: dict[Any, Run] = {}
+        for run in runs:
+            if (other := seen.setdefault(value(run), run)) is not run:
+                found.append(f"{run.path}: {field} {value(run)} is also that of {other.path.name}")
+    if not source.is_file():
+        found.append(f"{source} is missing: the source that was run")
+    elif runs and (digest := sha256(source)) != runs[0].header["source_sha256"]:
+        found.append(f"{source}: sha256 {digest} is not source_sha256 of the runs, {runs[0].header['source_sha256']}")
+    return found
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The logs of a record folder in the order in which they were run."""
+    runs = [read_log(path) for path in (folder / "runs").glob("*.jsonl")]
+    return sorted(runs, key=lambda run: (run.header["run_id"], run.path.name))
+
+
+def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    """Lines of pairs.jsonl: {baseline, order, planned, baseline_run, candidate_run, discarded}; [] where there is none."""
+    path = folder / "pairs.jsonl"
+    try:
+        pairs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for pair in pairs:
+            if not all(isinstance(pair[key], str) for key in ("baseline", "order", "baseline_run", "candidate_run")):
+                raise ValueError
+            pair["planned"], pair["discarded"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a list of pairs in JSON lines") from None
+    return pairs
+
+
+def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The A/B of a record against one baseline, from both folders' logs alone; ValueError when they do not fit together."""
+    sides = [{run.header["run_id"]: run for run in read_runs(side)} for side in (baseline, folder)]
+    couples = []
+    for number, pair in enumerate(pairs, 1):
+        where = f"{folder / 'pairs.jsonl'}: pair {number}"
+        if pair["discarded"]:
+            continue
+        for side, name in zip(sides, ("baseline_run", "candidate_run")):
+            if pair[name] not in side or not side[pair[name]].final:
+                raise ValueError(f"{where}: {name} {pair[name]} is not a finished run of its folder")
+        couple = [side[pair[name]] for side, name in zip(sides, ("baseline_run", "candidate_run"))]
+        for key in ("device", "cpus", "threads", "world_size", "torch", "driver"):
+            if couple[0].header.get(key) != couple[1].header.get(key):
+                raise ValueError(f"{where}: {key} differs between the two runs")
+        couples.append(couple)
+    for name in ("baseline_run", "candidate_run"):
+        if len({pair[name] for pair in pairs}) < len(pairs):
+            raise ValueError(f"{folder / 'pairs.jsonl'}: {name} appears in two pairs")
+    return judge(couples, pairs) | {"baseline": baseline.name}
+
+
+def judge(couples: list[list[Run]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratio of training times (candidate over baseline), difference of losses, and what it is worth in steps.
+
+    The number of pairs was fixed in advance when every pair says the same number and that many are there: paired t-test on
+    the log ratios. Otherwise `stats.sequential` gives p and interval.
+    """
+    if not couples:
+        raise ValueError("there is no valid pair yet")
+    ratios = [math.log(c.final["train_time_s"] / b.final["train_time_s"]) for b, c in couples]
+    losses = [[run.final["val_loss"] for run in side] for side in zip(*couples)]
+    planned = {pair["planned"] for pair in pairs}
+    fixed = planned == {len(ratios)}
+    if fixed:
+        (low, high), p, used = stats.interval(ratios), stats.p_below(ratios), len(ratios)
+    else:
+        rule = stats.sequential(ratios)
+        low, high, p, used = rule["low"], rule["high"], rule["p_below"], rule["n"]
+    slope = loss_per_step([b for b, _ in couples])
+    welch = stats.welch(losses[1], losses[0])
+    return {
+        "pairs": len(ratios), "discarded": sum(bool(pair["discarded"]) for pair in pairs),
+        "rule": "fixed" if fixed else "sequential", "pairs_used": used,
+        "ratio": math.exp(sum(ratios) / len(ratios)), "low": math.exp(low), "high": math.exp(high) if high < 700 else None,
+        "p": p, "faster": used >= stats.MINIMUM_PAIRS and p < stats.ALPHA,
+        "loss": welch, "loss_per_step": slope, "steps_equivalent": welch["difference"] / slope if slope else None,
+        "device": couples[-1][0].header.get("device"),
+    }  # fmt: skip
+
+
+def loss_per_step(runs: Sequence[Run], share: float = 0.2) -> float | None:
+    """Slope of the training loss over the last `share` of the steps, averaged over runs (nats per token and step, < 0).
+
+    Least squares over the logged steps. Inside the cooldown a curve falls faster than final losses do when the whole
+    schedule is stretched, so dividing a difference of losses by this slope gives a cautious number of steps.
+    """
+    slopes = []
+    for run in runs:
+        points = [p for p in run.train if p.step > (1 - share) * run.final["step"]]
+        if len(points) >= 3:
+            x, y = [p.step for p in points], [p.loss for p in points]
+            mx, my = sum(x) / len(x), sum(y) / len(y)
+            slopes.append(sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x))
+    slope = sum(slopes) / len(slopes) if slopes else 0.0
+    return slope if slope < 0 else None
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """result.json of a record, from its logs alone. ValueError (one line per problem) when they prove nothing."""
+    runs = read_runs(folder)
+    if not runs:
+        raise ValueError(f"{folder}: runs: there is no log")
+    if found := problems(runs, folder / "train_gpt.py"):
+        raise ValueError("\n".join(found))
+    header, final, pairs = runs[0].header, runs[0].final, read_pairs(folder)
+    losses = [run.final["val_loss"] for run in runs]
+    target = min(run.final["target"] for run in runs)
+    machines = {}
+    for device in dict.fromkeys(run.header.get("device", "") for run in runs):
+        machines[device] = stats.describe([r.final["train_time_s"] for r in runs if r.header.get("device", "") == device])
+    # where the losses had a say in when to stop, the test must allow for that
+    sequential = any(pair["planned"] is None for pair in pairs)
+    p = stats.sequential([loss - target for loss in losses])["p_below"] if sequential else stats.p_below(losses, target)
+    result = {
+        "track": header["track"], "name": folder.name, "source_sha256": header["source_sha256"],
+        "first_run": header["run_id"][:15], "target": target, "val_loss": stats.describe(losses),
+        "margin": target - sum(losses) / len(losses), "p": p, "rule": "sequential" if sequential else "fixed",
+        "reaches_target": p < stats.ALPHA, "steps": final["step"], "tokens": final["tokens"], "val_tokens": final["val_tokens"],
+        "world_size": header["world_size"], "torch": header["torch"], "dtype": header.get("dtype"),
+        "train_time_s": machines, "seeds": [run.header["seed"] for run in runs], "beats": [],
+    }  # fmt: skip
+    for baseline in dict.fromkeys(pair["baseline"] for pair in pairs):
+        result["beats"].append(compare(folder.parent / baseline, folder, [p for p in pairs if p["baseline"] == baseline]))
+    return result
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, floats to 1e-9: the last digits of a p-value may differ between versions of scipy."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-300)
+    return type(a) is type(b) and a == b
+
+
+def write_result(folder: Path) -> dict[str, Any]:
+    result = summarize(folder)
+    write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The claim of a record, recomputed; ValueError when it cannot be computed or its result.json says something else.
+
+    result["holds"]: mean loss below the target with p < 0.01, and faster than every baseline it was timed against.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    result = summarize(folder)
+    try:
+        stored = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder / 'result.json'} is missing; `record.py run --runs 0` writes it") from None
+    except ValueError:
+        raise ValueError(f"{folder / 'result.json'} is not JSON") from None
+    if not same(stored, result):
+        keys = differing(stored, result) if isinstance(stored, dict) else ["it"]
+        wrong = [k for k in keys if not isinstance(stored, dict) or not same(stored.get(k), result.get(k))]
+        raise ValueError(f"{folder / 'result.json'}: {', '.join(wrong)} is not what the logs give; it was edited or is stale")
+    return result | {"holds": result["reaches_target"] and all(b["faster"] for b in result["beats"])}
+
+
+def record_folders(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob("*/*/train_gpt.py"))

@@ -1,0 +1,127 @@
+"""Complete runs of a record's script, one at a time, whose logs appear in the record only when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from claims import ROOT, read_runs, sha256, write
+from logs import Run, differing, flat, read_log, text_of
+from tqdm import tqdm
+
+
+class Record:
+    """A record folder that runs can be added to: its script, its settings and its seeds."""
+
+    def __init__(self, folder: Path, options: Sequence[str], processes: int):
+        self.folder, self.processes = folder, processes
+        self.runs = read_runs(folder) if (folder / "runs").is_dir() else []
+        self.track = folder.parent.name
+        self.options = [*options] if options or not self.runs else self.options_of(self.runs[0])
+
+    @staticmethod
+    def options_of(run: Run) -> list[str]:
+        """Options that give the settings of a run whatever the defaults of its script."""
+        settings = {**flat(run.header["settings"]), "dtype": run.header.get("dtype", "auto")}
+        return [word for key, value in settings.items() for word in (f"--{key}", text_of(value))]
+
+    def next_seed(self) -> int:
+        """Seeds follow from the folder's name and the source, so that nobody picks them and two records share none."""
+        digest = hashlib.sha256(self.folder.name.encode() + (self.folder / "train_gpt.py").read_bytes()).hexdigest()
+        discarded = [read_log(path) for path in (self.folder / "discarded").glob("*.jsonl")]
+        used = {run.header["seed"] for run in (*self.runs, *discarded)}
+        return next(seed for seed in itertools.count(int(digest[:6], 16)) if seed not in used)
+
+    def run(self, seed: int, bar: tqdm, only_warm: bool = False) -> Run | None:
+        """One complete run; its log grows in unfinished/ and moves to runs/ when it is whole.
+
+        only_warm: stop when everything is compiled, which fills the compile cache, and return None.
+        """
+        scratch = self.folder / "unfinished"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        command = [sys.executable, *(launch if self.processes > 1 else []), str(self.folder / "train_gpt.py"),
+                   "--track", self.track, "--seed", str(seed), "--out", str(scratch), *self.options]  # fmt: skip
+        environment = {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ
+        with open(scratch / "output.txt", "wb") as output:
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            try:
+                while child.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(1)
+                    line = last_event(scratch)
+                    if line and only_warm:
+                        return None
+                    if line and "train_loss" in line:
+                        bar.set_postfix_str(f"{self.folder.name} seed {seed} step {line['step']} loss {line['train_loss']:.3f}")
+            finally:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        if only_warm and child.returncode == 0:
+            return None
+        logs = list(scratch.glob("*.jsonl"))
+        if child.returncode or not logs:
+            said = (scratch / "output.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise ValueError(f"a run of {self.folder} failed, it said: {said[-1]}")
+        run = read_log(logs[0])
+        if self.runs and (keys := differing(flat(self.runs[0].header["settings"]), flat(run.header["settings"]))):
+            raise ValueError(f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name")
+        (self.folder / "runs").mkdir(exist_ok=True)
+        os.replace(logs[0], self.folder / "runs" / logs[0].name)
+        shutil.rmtree(scratch)
+        self.runs.append(read_log(self.folder / "runs" / logs[0].name))
+        return self.runs[-1]
+
+    def discard(self, run: Run) -> None:
+        (self.folder / "discarded").mkdir(exist_ok=True)
+        os.replace(run.path, self.folder / "discarded" / run.path.name)
+        self.runs.remove(run)
+
+
+def last_event(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of the log that is being written in a folder."""
+    for path in folder.glob("*.jsonl"):
+        lines = path.read_text().split("\n")[:-1]
+        return json.loads(lines[-1]) if lines else None
+    return None
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """One timed thing at a time: two would slow each other."""
+    with open(root / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another `record.py run` or `ab` is at work in {root}; two would slow each other") from None
+        yield
+
+
+def new_record(root: Path, track: str, name: str, source: Path) -> Path:
+    """The folder <root>/<track>/<date>_<name> with a copy of the source; one that has this name and source goes on."""
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist")
+    if not name or not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"a record's name has letters, digits, - and _, not {name!r}")
+    for folder in sorted((root / track).glob(f"????-??-??_{name}")):
+        if sha256(folder / "train_gpt.py") != sha256(source):
+            raise ValueError(f"{folder} exists with another train_gpt.py; choose another --name")
+        return folder
+    folder = root / track / f"{time.strftime('%Y-%m-%d')}_{name}"
+    folder.mkdir(parents=True)
+    write(folder / "train_gpt.py", source.read_bytes().decode())
+    return folder
