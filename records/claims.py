@@ -33,43 +33,46 @@ def rules(track: str) -> dict[str, Any]:
 SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")  # header fields that all runs of a record share
 
 
-def problems(runs: Sequence[Run], source: Path) -> list[str]:
-    """Why these runs prove nothing: one sentence each, naming the file and the field. Empty when nothing is wrong."""
+def flaws(run: Run) -> list[str]:
+    """Why this run by itself proves nothing: one sentence each, naming the file and the field."""
     found = []
-    for run in runs:
-        if run.final is None:
-            found.append(f"{run.path}: final: the run did not finish")
-        if run.resumed:
-            found.append(f"{run.path}: resume: a resumed run has no clock that can be trusted")
-    for run in (finished := [run for run in runs if run.final]):
-        final, settings = run.final, flat(run.header["settings"])
-        if final["compiles_in_timed_region"]:
-            found.append(f"{run.path}: final.compiles_in_timed_region is {final['compiles_in_timed_region']}")
-        if run.val and (run.val[-1].step, run.val[-1].loss) != (final["step"], final["val_loss"]):
-            found.append(f"{run.path}: final.val_loss is not that of the last validation")
-        allowed = rules(run.header["track"])
-        for key in (key for key in allowed if key in settings and settings[key] != allowed[key]):
-            more = key == "evaluation.tokens" and settings[key] > allowed[key]
-            harder = key == "evaluation.target" and settings[key] < allowed[key]
-            if not (more or harder):
-                found.append(f"{run.path}: settings.{key} is {settings[key]}, track {run.header['track']} says {allowed[key]}")
-        wanted = max(settings.get("evaluation.tokens", 0), allowed.get("evaluation.tokens", 0))
-        if final["val_tokens"] < wanted:
-            found.append(f"{run.path}: final.val_tokens is {final['val_tokens']}, the track says {wanted}")
-        if "evaluation.target" in settings and final["target"] != settings["evaluation.target"]:
-            found.append(f"{run.path}: final.target is {final['target']}, settings.evaluation.target another")
-        if final["reached"] is not (final["val_loss"] <= final["target"]):
-            found.append(f"{run.path}: final.reached does not follow from final.val_loss and final.target")
+    if run.resumed:
+        found.append("resume: a resumed run has no clock that can be trusted")
+    if (final := run.final) is None:
+        return [f"{run.path}: {text}" for text in [*found, "final: the run did not finish"]]
+    if final["compiles_in_timed_region"]:
+        found.append(f"final.compiles_in_timed_region is {final['compiles_in_timed_region']}")
+    for name, value in zip(("step", "val_loss", "train_time_s", "tokens"), run.val[-1] if run.val else ()):
+        if final[name] != value:
+            found.append(f"final.{name} is not that of the last validation")
+    track, settings = run.header["track"], flat(run.header["settings"])
+    allowed = rules(track)
+    for key in (key for key in allowed if key in settings and settings[key] != allowed[key]):
+        more = key == "evaluation.tokens" and settings[key] > allowed[key]
+        harder = key == "evaluation.target" and settings[key] < allowed[key]
+        if not (more or harder):
+            found.append(f"settings.{key} is {settings[key]}, track {track} says {allowed[key]}")
+    wanted = max(settings.get("evaluation.tokens", 0), allowed.get("evaluation.tokens", 0))
+    if final["val_tokens"] < wanted:
+        found.append(f"final.val_tokens is {final['val_tokens']}, the track says {wanted}")
+    if final["target"] != settings.get("evaluation.target", final["target"]):
+        found.append(f"final.target is {final['target']}, settings.evaluation.target {settings['evaluation.target']}")
+    if final.get("reached") is not (final["val_loss"] <= final["target"]):
+        found.append("final.reached does not follow from final.val_loss and final.target")
+    return [f"{run.path}: {text}" for text in found]
+
+
+def problems(runs: Sequence[Run], source: Path) -> list[str]:
+    """Why these runs of this source prove nothing, each and together. Empty when nothing is wrong."""
+    found, first = [flaw for run in runs for flaw in flaws(run)], runs[0]
     for run in runs[1:]:
-        first = runs[0]
         for key in SAME:
             if run.header.get(key) != first.header.get(key):
                 found.append(f"{run.path}: {key} differs from that of {first.path.name}")
         for key in differing(flat(first.header["settings"]), flat(run.header["settings"])):
             found.append(f"{run.path}: settings.{key} differs from that of {first.path.name}")
-    for run in finished[1:]:
-        if run.final["step"] != finished[0].final["step"]:
-            found.append(f"{run.path}: final.step differs from that of {finished[0].path.name}")
+        if run.final and first.final and run.final["step"] != first.final["step"]:
+            found.append(f"{run.path}: final.step differs from that of {first.path.name}")
     for field, value in (
         ("seed", lambda run: run.header["seed"]),
         ("run_id", lambda run: run.header["run_id"]),
@@ -81,8 +84,8 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
                 found.append(f"{run.path}: {field} {value(run)} is also that of {other.path.name}")
     if not source.is_file():
         found.append(f"{source} is missing: the source that was run")
-    elif runs and (digest := sha256(source)) != runs[0].header["source_sha256"]:
-        found.append(f"{source}: sha256 {digest} is not source_sha256 of the runs, {runs[0].header['source_sha256']}")
+    elif (digest := sha256(source)) != first.header["source_sha256"]:
+        found.append(f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}")
     return found
 
 
