@@ -152,9 +152,13 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
         times, seconds, names = zip(*points)
         axis.step(times, seconds, where="post", marker="o", label=device)
         for number, (x, y, name) in enumerate(points, 1):
-            axis.annotate(f" {number}: {name}, {y:.1f} s", (x, y), fontsize=8, va="bottom")
+            late = x > times[0] + (times[-1] - times[0]) / 2  # its text goes to the left, below the line
+            axis.annotate(f" {number}: {name}, {y:.1f} s ", (x, y), fontsize=8, ha="right" if late else "left",
+                          va="top" if late else "bottom")  # fmt: skip
     axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
-    axis.margins(x=0.35, y=0.15)
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.suptitle(f"records of track {results[0]['track']}, target {results[0]['target']}", fontsize=10)

@@ -258,6 +258,8 @@ REFUSALS = {
     "settings.data.corpus": change("header", "settings.data.corpus", "other"),
     "header.world_size": change("header", "world_size", "many"),
     "final.train_time_s": change("final", "train_time_s", None),
+    "final.train_time_s is not that": change("final", "train_time_s", 60.0),
+    "final.tokens": change("final", "tokens", 1),
     "final.reached": change("final", "reached", False),
 }
 
