@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import stats
-from logs import Run, differing, flat, read_log
+from logs import Run, different_settings, differing, flat, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +70,7 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
         for key in SAME:
             if run.header.get(key) != first.header.get(key):
                 found.append(f"{run.path}: {key} differs from that of {first.path.name}")
-        for key in differing(flat(first.header["settings"]), flat(run.header["settings"])):
+        for key in different_settings(first, run):
             found.append(f"{run.path}: settings.{key} differs from that of {first.path.name}")
         if run.final and first.final and run.final["step"] != first.final["step"]:
             found.append(f"{run.path}: final.step differs from that of {first.path.name}")
@@ -174,9 +175,7 @@ def loss_per_step(runs: Sequence[Run], share: float = 0.2) -> float | None:
     for run in runs:
         points = [p for p in run.train if p.step > (1 - share) * run.final["step"]]
         if len(points) >= 3:
-            x, y = [p.step for p in points], [p.loss for p in points]
-            mx, my = sum(x) / len(x), sum(y) / len(y)
-            slopes.append(sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x))
+            slopes.append(statistics.linear_regression([p.step for p in points], [p.loss for p in points]).slope)
     slope = sum(slopes) / len(slopes) if slopes else 0.0
     return slope if slope < 0 else None
 

@@ -91,6 +91,11 @@ def read_log(path: Path) -> Run:
     return Run(path, header, final, curve("val", "val_loss"), curve("step", "train_loss"), resumed)
 
 
+def different_settings(a: Run, b: Run) -> list[str]:
+    """Dotted names of the settings in which two runs differ."""
+    return differing(flat(a.header["settings"]), flat(b.header["settings"]))
+
+
 SEPARATOR = re.compile(r"^={100}\s*$", re.MULTILINE)
 RESULT = re.compile(
     r"^step:(\d+)/(\d+) val_loss:([\d.]+|nan|inf) train_time:([\d.]+)(ms|s) step_avg:[\d.]+ms", re.MULTILINE | re.IGNORECASE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import ROOT, read_runs, sha256, write
-from logs import Run, differing, flat, read_log, text_of
+from logs import Run, different_settings, flat, read_log, text_of
 from tqdm import tqdm
 
 
@@ -78,12 +79,12 @@ class Record:
             said = (scratch / "output.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
             raise ValueError(f"a run of {self.folder} failed, it said: {said[-1]}")
         run = read_log(logs[0])
-        if self.runs and (keys := differing(flat(self.runs[0].header["settings"]), flat(run.header["settings"]))):
+        if self.runs and (keys := different_settings(self.runs[0], run)):
             raise ValueError(f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name")
         (self.folder / "runs").mkdir(exist_ok=True)
-        os.replace(logs[0], self.folder / "runs" / logs[0].name)
+        self.runs.append(dataclasses.replace(run, path=self.folder / "runs" / run.path.name))
+        os.replace(run.path, self.runs[-1].path)
         shutil.rmtree(scratch)
-        self.runs.append(read_log(self.folder / "runs" / logs[0].name))
         return self.runs[-1]
 
     def discard(self, run: Run) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import read_runs, record_folders
+from claims import record_folders
 from logs import differing, flat, read_log, text_of
 
 
@@ -80,6 +80,11 @@ def loss_of(result: dict[str, Any]) -> str:
     return f"{result['val_loss']['mean']:.4f}, {result['val_loss']['n']}, {chance(result['p'])}"
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of a record, which all its runs share."""
+    return read_log(min((folder / "runs").glob("*.jsonl"))).header["settings"]
+
+
 def link(folder: Path, beside: Path) -> str:
     return f"[{title(folder)}]({os.path.relpath(folder, beside)})"
 
@@ -100,7 +105,7 @@ def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     """Fewest steps to the target, separately for each model and data (batch included); any optimizer."""
     groups: dict[str, list] = {}
     for r in results:
-        settings = read_runs(root / track / r["name"])[0].header["settings"]
+        settings = settings_of(root / track / r["name"])
         data = {key: value for key, value in settings["data"].items() if key != "epochs"}
         key = json.dumps([settings["model"], data, settings["schedule"]["windows"]], sort_keys=True)
         groups.setdefault(key, []).append((r["steps"], r["val_loss"]["mean"], r, settings))
@@ -122,7 +127,7 @@ def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     """Single runs in <track>/tried/: how each differs from the latest record, and what it reached. No times."""
     paths = sorted((root / track / "tried").glob("*.jsonl"))
     latest = history(results)[-1]
-    base = flat(read_runs(root / track / latest["name"])[0].header["settings"])
+    base = flat(settings_of(root / track / latest["name"]))
     shown_elsewhere = ("evaluation.every", "evaluation.log_every", "schedule.steps")
     lines = [f"Track `{track}`, differences from the latest record, {link(root / track / latest['name'], beside)}:", ""]
     lines += ["| run | steps | tokens | validation loss, one seed | differs in |", "| --- | --- | --- | --- | --- |"]
@@ -141,17 +146,17 @@ TABLES: dict[str, Callable] = {"records": history_table, "steps": steps_table, "
 
 def with_tables(text: str, root: Path, beside: Path) -> str:
     """A markdown text with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew."""
+    proven: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder / "result.json" for folder in record_folders(root)):
+        if path.is_file() and (result := json.loads(path.read_text()))["reaches_target"]:
+            proven.setdefault(path.parents[1].name, []).append(result)
     for name, make in TABLES.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if begin not in text or end not in text.partition(begin)[2]:
             continue
         lines: list[str] = []
-        for track in sorted({folder.parent.name for folder in record_folders(root)}):
-            folders = [folder for folder in record_folders(root) if folder.parent.name == track]
-            files = [folder / "result.json" for folder in folders]
-            results = [json.loads(path.read_text()) for path in files if path.is_file()]
-            if proven := [result for result in results if result["reaches_target"]]:
-                lines += ["", *make(track, proven, root, beside)]
+        for track, results in proven.items():
+            lines += ["", *make(track, results, root, beside)]
         head, _, rest = text.partition(begin)
         text = head + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
     return text
