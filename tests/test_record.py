@@ -724,7 +724,7 @@ def test_leading_steps_of_curves_with_a_known_ratio():
 
 
 def test_leading_steps_ignore_losses_that_a_noisy_curve_has_seen_before():
-    noisy = {"step": np.array([1, 2, 3, 4]), "loss": np.array([4.0, 3.0, 3.5, 2.0])}
+    noisy = {"step": np.array([1, 2, 3, 4, 5]), "loss": np.array([4.0, 3.0, 3.5, 3.2, 2.0])}
     straight = {"step": np.array([1, 2, 3, 4]), "loss": np.array([4.0, 3.5, 3.0, 2.5])}
     at, lead = figures.leading_steps(noisy, straight)
     assert list(at) == [1, 2] and np.allclose(lead, [0, 1])
