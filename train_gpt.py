@@ -68,6 +68,7 @@ class Model:
     attention_free: tuple = field((), "blocks without attention")
     long_blocks: tuple = field((), "blocks with the long window")
     value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v")
+    ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
     skips: tuple = field((), "(source, target) pairs: output of the source added before the target")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none")
     gate_inputs: int = field(12, "leading channels that the attention and smear gates read")
@@ -163,19 +164,19 @@ TRACKS = {
     # A small GPT on the works of Shakespeare, tokens are bytes: less than a minute on two CPU cores.
     "tiny": Track(
         data=Data(rows=2, row_tokens=2048, epochs=2),
-        model=Model(width=128, heads=2),
-        matrix=Matrix(equilibrate="row"),
+        model=Model(width=128, heads=2, ngrams=((2, 4096), (3, 8192), (4, 8192), (5, 16384))),
+        matrix=Matrix(lr=0.04, equilibrate="row"),
         gate=Matrix(normuon_axis="row"),
         embed=Adam(lr=0.6, every=1),
-        value=Adam(lr=0.6, every=1),
+        value=Adam(lr=1.0, every=1),
         head=Adam(lr=0.008, every=1),
         scalar=Adam(lr=0.04, every=1),
         schedule=Schedule(
-            steps=560, extension=0, momentum_warmup=100, momentum_cooldown=0,
+            steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
             windows=((64, 64),), extension_windows=(64, 64),
         ),
         evaluation=Evaluation(
-            target=1.50, tokens=444_324, row_tokens=32_768, every=280, windows=(64, 64), log_every=2
+            target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2
         ),
     ),
     # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
@@ -376,6 +377,12 @@ class Layout(NamedTuple):
     longest: int  # upper bound of a document's length
 
 
+def document_index(offsets: Tensor, T: int) -> Tensor:
+    """Document of each position (B, T) from document `offsets` (B, M + 1); M behind the last document."""
+    position = torch.arange(T, device=offsets.device, dtype=torch.int32)
+    return (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32)
+
+
 def attention_layout(offsets: Tensor, T: int, window: int, longest: int, fused: bool) -> Layout:
     """Layout of rows with document `offsets` (B, M + 1); zero-length documents at the end are allowed."""
     B, device = offsets.size(0), offsets.device
@@ -384,8 +391,7 @@ def attention_layout(offsets: Tensor, T: int, window: int, longest: int, fused: 
         return Layout(window, None, F.pad(starts.flatten(), (0, 1), value=B * T), min(longest, T))
     C = min(window, T)
     blocks = -(-T // C)
-    position = torch.arange(blocks * C, device=device, dtype=torch.int32)
-    document = (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32).view(B, blocks, C)
+    document = document_index(offsets, blocks * C).view(B, blocks, C)
     keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
     distance = torch.arange(C, device=device)[:, None] + C - torch.arange(2 * C, device=device)
     near = (distance >= 0) & (distance <= window)
@@ -483,6 +489,19 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
     return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
 
 
+def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: tuple) -> list[Tensor]:
+    """Rows of the hashed tables, one after the other, for the last n tokens of a document: (B, T) each."""
+    document, begin, found = document_index(offsets, inputs.size(1)), 0, []
+    for n, rows in ngrams:
+        key = inputs.long() + 1
+        for k in range(1, n):
+            same = document[:, k:] == document[:, :-k]
+            key = (key * 1_000_003 + F.pad(torch.where(same, inputs[:, :-k].long() + 1, 0), (k, 0))) % 2**31
+        found.append(begin + (key * 48_271 >> 8) % rows)
+        begin += rows
+    return torch.stack(found, -1)
+
+
 class GPT(nn.Module):
     """Decoder of record #42's design. All sizes come from `model`; activations have `dtype`, parameters are fp32."""
 
@@ -502,6 +521,7 @@ class GPT(nn.Module):
         self.gate = parameter(A, H, G)
         self.smear_gate = parameter(1, G)
         self.embed = parameter(V, D)
+        self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)
         self.value_embed = parameter(tables * V, D)
         self.lm_head = parameter(V, D)
         self.residual = parameter(L, 2)  # on the stream and on the embedding, before each block
@@ -570,6 +590,8 @@ class GPT(nn.Module):
         skip = torch.sigmoid(self.skip).to(dtype).unbind(0)
 
         x = F.embedding(inputs, self.embed).to(dtype)  # (B, T, D)
+        if c.ngrams:
+            x = x + F.embedding(ngram_rows(inputs, offsets, c.ngrams), self.ngram_embed).sum(-2).to(dtype)
         weight = self.smear * torch.sigmoid(F.linear(x[:, 1:, : c.gate_inputs], self.smear_gate.to(dtype)))
         x = x0 = norm(torch.cat([x[:, :1], x[:, 1:] + weight.to(dtype) * x[:, :-1]], 1))
         tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
@@ -709,6 +731,8 @@ class Unit:
     N equal chunks; rank r owns entries [r C, (r + 1) C).
     """
 
+    SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
+
     def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Tensor | float = 1.0):
         self.group, self.comm = group, comm
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
@@ -758,7 +782,11 @@ class Unit:
         self.updates += 1
         full = self.stack(self.params)
         weights = self.state.get("master", full[self.own])
-        (self.update_matrices if self.matrix else self.update_elements)(weights, grad, scale)
+        size = self.chunk if weights.is_cuda else max(1, self.SLICE[self.group["kind"]] // max(1, self.tail.numel()))
+        for begin in range(0, self.chunk, size):
+            part = slice(begin, begin + size)
+            state = {key: value[part] for key, value in self.state.items()}
+            (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, part)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
 
@@ -768,10 +796,10 @@ class Unit:
             for p, part in zip(self.params, full[: self.size].split(self.counts)):
                 p.detach().copy_(part.view(p.shape))
 
-    def update_elements(self, weights: Tensor, grad: Tensor, scale: float) -> None:
+    def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], _: slice) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,)."""
         group, (beta1, beta2) = self.group, self.group["betas"]
-        m, v = self.state["exp_avg"], self.state["exp_avg_sq"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
         m.mul_(beta1).add_(grad, alpha=(1 - beta1) * scale)
         v.mul_(beta2).addcmul_(grad, grad, value=(1 - beta2) * scale * scale)
         denominator = (v / (1 - beta2**self.updates)).sqrt_().add_(group["eps"])
@@ -783,16 +811,9 @@ class Unit:
             weights.mul_(1 - decay)
         weights.add_(update, alpha=-group["lr"])
 
-    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float) -> None:
-        """Muon with its relatives; fp32 (C, m, n). On a CPU in slices that stay in the cache."""
-        size = self.chunk if weights.is_cuda else max(1, 2**22 // self.tail.numel())
-        for begin in range(0, self.chunk, size):
-            part = slice(begin, begin + size)
-            state = {key: value[part] for key, value in self.state.items()}
-            lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
-            self.update_slice(weights[part], grad[part], scale, state, lr_mul)
-
-    def update_slice(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], lr_mul: Any) -> None:
+    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], part: slice) -> None:
+        """Muon with its relatives; fp32 (C, m, n)."""
+        lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
         group, mu, (m, n) = self.group, self.group["momentum"], self.tail
         momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)  # EMA form
         update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
@@ -1299,7 +1320,7 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
             matrix(track.matrix, mlp=model.mlp),
             matrix(track.gate, gate=model.gate, smear_gate=model.smear_gate),
             adam(track.embed, "embed"),
-            adam(track.value, "value_embed"),
+            adam(track.value, "value_embed", "ngram_embed"),
             adam(track.head, "lm_head"),
             adam(track.scalar, "residual", "value_mix", "skip", "smear", "backout"),
         ],

@@ -1,0 +1,1720 @@
+"""Train a GPT to a target validation loss against the clock. One file, any number of processes, one result.
+
+    ./run.sh                                                      environment, data and the track this machine can run
+    torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs (the same maths on 1, 2 or 4)
+    python train_gpt.py --track tiny --seed 3 --matrix.equilibrate row
+    python train_gpt.py --help                                    every track, every field, its value and meaning
+
+A step is R packed rows of T tokens whatever the number of processes: a rank takes R / N rows, gradients are sums over
+tokens, reduced in fp32 and divided once by the global token count.
+
+Contents: 1 tracks   2 data   3 attention   4 model   5 optimizer   6 schedule   7 run   8 main
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import concurrent.futures
+import dataclasses
+import difflib
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Tracks: every number of a run. A track is data, never code.
+
+
+def field(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    corpus: str = field("shakespeare", "folder of the shards below DATA_DIR")
+    vocab_size: int = field(257, "tokens that occur, the document start included")
+    document_start: int = field(256, "token before every document")
+    predict_start: bool = field(False, "whether a document start counts as a target, in training and validation")
+    rows: int = field(8, "packed rows of one step over all processes (R)")
+    row_tokens: int = field(4096, "tokens of one row (T); nothing crosses a row border")
+    document_cut: int = field(4096, "tokens kept of a document; the tail is dropped")
+    epochs: int = field(1, "how often the shards may be read")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    padded_vocab: int = field(288, "rows of the embedding tables and the head")
+    width: int = field(192, "width of the residual stream (D)")
+    heads: int = field(3, "attention heads (H), each of width D / H")
+    layers: int = field(4, "blocks")
+    mlp_ratio: int = field(4, "hidden width of the MLP over D")
+    attention_free: tuple = field((), "blocks without attention")
+    long_blocks: tuple = field((), "blocks with the long window")
+    value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v")
+    ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
+    skips: tuple = field((), "(source, target) pairs: output of the source added before the target")
+    backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none")
+    gate_inputs: int = field(12, "leading channels that the attention and smear gates read")
+    rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
+    attention_scale: float = field(0.1, "softmax scale at the first window")
+    softcap: tuple = field((30.0, 7.5), "(A, C): logits become A sigmoid(l / C)")
+    up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    kind: str = field("matrix", "matrix, or adam: the settings of `hidden` instead of those below")
+    lr: float = field(0.03, "learning rate at factor 1")
+    weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
+    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    nesterov: bool = field(True, "blend the gradient into the momentum")
+    equilibrate: str = field("none", "MuonEq before orthogonalising: none, row, col or rowcol")
+    equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
+    phase: int | None = field(None, "update from which rowcol becomes row")
+    orthogonalize: str = field("polar_express", "polar_express or newton_schulz")
+    steps: int = field(5, "iterations of the orthogonalisation")
+    norm_bound: str = field("frobenius", "bound of the largest singular value: frobenius or spc")
+    normuon: bool = field(True, "NorMuon: equalise rows or columns of the update by their running mean square")
+    normuon_axis: str = field("auto", "auto (the longer side), row or col")
+    beta2: float = field(0.95, "decay of NorMuon's mean square")
+    scale: str = field("spectral", "shape factor: spectral sqrt(max(1, m/n)) or match_rms_adamw 0.2 sqrt(max(m, n))")
+    lr_mul: tuple | float = field(1.0, "factor on lr, or (up, down) factors of the MLP bank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    lr: float = field(0.008, "learning rate at factor 1")
+    betas: tuple = field((0.65, 0.95), "decay of the first and second moment")
+    eps: float = field(1.5e-13, "added to the root of the second moment; gradients are means over tokens")
+    weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
+    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    every: int = field(2, "steps between updates; gradients are kept in between")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    steps: int = field(2245, "scheduled steps")
+    extension: int = field(40, "further steps at the learning-rate floor")
+    cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
+    floor: float = field(0.1, "learning-rate factor at the end")
+    momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
+    momentum_warmup: int = field(300, "steps over which the momentum rises")
+    momentum_cooldown: int = field(50, "last steps over which it falls again")
+    windows: tuple = field(((128, 384), (384, 896), (640, 1408)), "(short, long) in equal parts of the schedule")
+    extension_windows: tuple = field((768, 1664), "(short, long) in the extension")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    target: float = field(3.28, "validation loss to reach, nats per token")
+    tokens: int = field(10_485_760, "validation targets, from the start of the validation shards")
+    row_tokens: int = field(262_144, "tokens of one validation row")
+    every: int = field(250, "steps between validations; the end is always validated")
+    windows: tuple = field((768, 2560), "(short, long) at the final validation")
+    log_every: int = field(10, "steps between logged training losses")
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    data: Data = Data()
+    model: Model = Model()
+    matrix: Matrix = Matrix()
+    gate: Matrix = Matrix()
+    hidden: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
+    embed: Adam = Adam()
+    value: Adam = Adam()
+    head: Adam = Adam()
+    scalar: Adam = Adam()
+    schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
+    seed: int = field(0, "seed of the initial weights")
+    device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
+    dtype: str = field("auto", "bfloat16 or float32 for activations; auto: bfloat16 where the processor has it")
+    compile: bool = field(True, "torch.compile the model")
+    micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens")
+    threads: int = field(0, "CPU threads of a process; 0: cores over processes")
+    checkpoint_every: int = field(0, "steps between checkpoints; 0: none")
+    resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
+    out: str = field("logs", "folder of logs and checkpoints")
+
+
+TRACKS = {
+    # A small GPT on the works of Shakespeare, tokens are bytes: less than a minute on two CPU cores.
+    "tiny": Track(
+        data=Data(rows=2, row_tokens=2048, epochs=2),
+        model=Model(width=128, heads=2, ngrams=((2, 4096), (3, 8192), (4, 8192), (5, 16384))),
+        matrix=Matrix(lr=0.04, equilibrate="row"),
+        gate=Matrix(normuon_axis="row"),
+        embed=Adam(lr=0.6, every=1),
+        value=Adam(lr=1.0, every=1),
+        head=Adam(lr=0.008, every=1),
+        scalar=Adam(lr=0.04, every=1),
+        schedule=Schedule(
+            steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
+            windows=((64, 64),), extension_windows=(64, 64),
+        ),
+        evaluation=Evaluation(
+            target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2
+        ),
+    ),
+    # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
+    "short": Track(
+        data=Data(
+            corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True,
+            rows=8, row_tokens=32_768, document_cut=2048,
+        ),
+        model=Model(
+            padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
+            value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
+            skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
+        ),
+        matrix=Matrix(lr=0.03, lr_mul=(2.0, 1.0)),
+        # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
+        gate=Matrix(lr=0.03, normuon_axis="row"),
+        embed=Adam(lr=0.6),
+        value=Adam(lr=0.6),
+        head=Adam(lr=0.008),
+        scalar=Adam(lr=0.04),
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data: shards, packing of documents into rows, prefetch.
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of a shard, uint16 (count,). The format of llm.c: 256 int32 (magic, version, count), then uint16 tokens.
+
+    Raises ValueError naming the file when it is missing, truncated or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC:
+        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC} expected)")
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
+    count, size = int(header[2]), path.stat().st_size
+    if count < 0 or size != 4 * HEADER_INTS + 2 * count:
+        raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")
+    return np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
+
+
+class Shard:
+    """Tokens and document index of one shard, documents cut to `cut` tokens."""
+
+    def __init__(self, path: Path, start_token: int, cut: int):
+        self.tokens = read_shard(path)
+        self.starts = np.flatnonzero(self.tokens == start_token)
+        if len(self.starts) == 0:
+            raise ValueError(f"{path} holds no document start (token {start_token})")
+        lengths = np.minimum(np.diff(self.starts, append=len(self.tokens)), cut)
+        self.ends = np.concatenate([[0], np.cumsum(lengths)])  # kept tokens before document i
+
+
+class Batch(NamedTuple):
+    inputs: Tensor  # (B, T) int32
+    targets: Tensor  # (B, T) int64, -1 where nothing is predicted
+    offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
+
+
+def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, documents: int) -> Batch:
+    """Rows of (T + 1 tokens, document lengths of the T inputs) as tensors; token -1 pads, M = `documents`."""
+    tokens = np.stack([row[0] for row in rows]).astype(np.int64)  # (B, T + 1)
+    targets = tokens[:, 1:].copy()
+    if not data.predict_start:
+        targets[targets == data.document_start] = -1
+    offsets = np.full((len(rows), documents + 1), tokens.shape[1] - 1, dtype=np.int32)
+    for row, (_, lengths) in zip(offsets, rows):
+        row[: len(lengths) + 1] = np.concatenate([[0], np.cumsum(lengths)])
+    return Batch(
+        torch.from_numpy(tokens[:, :-1].clip(min=0).astype(np.int32)), torch.from_numpy(targets), torch.from_numpy(offsets)
+    )
+
+
+class Packer:
+    """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
+
+    Each document gives its first min(length, document_cut, space left) tokens, the rest is dropped, and the next row
+    begins with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document).
+    """
+
+    def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
+        self.paths, self.data = list(paths), data
+        self.epoch, self.index, self.document = position
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.loaded: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        return self.epoch, self.index, self.document
+
+    def shard(self) -> Shard:
+        """The current shard; the one after it is read in the background."""
+        for index in (self.index, (self.index + 1) % len(self.paths)):
+            if index not in self.loaded:
+                path, data = self.paths[index], self.data
+                self.loaded[index] = self.pool.submit(Shard, path, data.document_start, data.document_cut)
+        while len(self.loaded) > 2:
+            self.loaded.popitem(last=False)
+        return self.loaded[self.index].result()
+
+    def next_row(self) -> list[tuple[Shard, int, np.ndarray]]:
+        """Pieces (shard, first document, lengths) of the next row, T + 1 tokens in all."""
+        pieces, need = [], self.data.row_tokens + 1
+        while need:
+            if self.epoch >= self.data.epochs:
+                raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
+            shard = self.shard()
+            begin = shard.ends[self.document]
+            last = min(np.searchsorted(shard.ends, begin + need), len(shard.starts))
+            lengths = np.diff(shard.ends[self.document : last + 1])
+            if last > self.document:
+                lengths[-1] -= max(0, shard.ends[last] - begin - need)
+                pieces.append((shard, self.document, lengths))
+                need -= int(lengths.sum())
+            self.document = int(last)
+            if self.document == len(shard.starts):
+                self.document, self.index = 0, self.index + 1
+                if self.index == len(self.paths):
+                    self.index, self.epoch = 0, self.epoch + 1
+        return pieces
+
+
+def assemble(pieces: list[tuple[Shard, int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a packed row (T + 1) and the document lengths of its inputs (T in all)."""
+    tokens = []
+    for shard, first, lengths in pieces:
+        # position of token j of document i is starts[i] + j: one gather for all the documents
+        shift = shard.starts[first : first + len(lengths)] - (np.cumsum(lengths) - lengths)
+        tokens.append(shard.tokens[np.repeat(shift, lengths) + np.arange(lengths.sum())])
+    lengths = np.concatenate([piece[2] for piece in pieces])
+    lengths[-1] -= 1
+    return np.concatenate(tokens), lengths[lengths > 0]
+
+
+class Step(NamedTuple):
+    batch: Batch  # this rank's R / N rows
+    targets: int  # targets of all R rows
+    position: tuple[int, int, int]  # of the packer after this step
+
+
+def training_steps(packer: Packer, data: Data, documents: int, rank: int, world_size: int) -> Iterator[Step]:
+    """The rows of one step after the other, endless; one step is prepared ahead."""
+    own = range(rank * data.rows // world_size, (rank + 1) * data.rows // world_size)
+
+    def prepare() -> Step:
+        rows = [packer.next_row() for _ in range(data.rows)]
+        batch = make_batch([assemble(rows[i]) for i in own], data, documents)
+        starts = sum(len(lengths) for row in rows for _, _, lengths in row) - len(rows)  # targets that start a document
+        return Step(batch, data.rows * data.row_tokens - (0 if data.predict_start else starts), packer.position)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(prepare)
+        while True:
+            step, ahead = ahead.result(), pool.submit(prepare)
+            yield step
+
+
+def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The validation stream cut into rows, in order and not aligned to documents; the last row is padded.
+
+    Ends after exactly `evaluation.tokens` counted targets; ValueError when there are fewer.
+    """
+    stream = np.concatenate([read_shard(path) for path in paths])
+    counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
+    if len(counted) == 0 or counted[-1] < evaluation.tokens:
+        raise ValueError(
+            f"the validation shards in {paths[0].parent} hold {counted[-1] if len(counted) else 0} targets, "
+            f"the track needs {evaluation.tokens}"
+        )
+    stream = stream[: np.searchsorted(counted, evaluation.tokens) + 2]
+    rows, T = [], evaluation.row_tokens
+    for begin in range(0, len(stream) - 1, T):
+        row = stream[begin : begin + T + 1]
+        inputs = len(row) - 1
+        starts = np.flatnonzero(row[:inputs] == data.document_start)
+        ends = np.unique(np.concatenate([starts, [inputs, T]]))
+        padded = np.pad(row.astype(np.int32), (0, T - inputs), constant_values=-1)
+        rows.append((padded, np.diff(ends, prepend=0)[ends > 0]))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Attention: causal, within a document, window W = own position and the W before it.
+
+
+class Layout(NamedTuple):
+    """Who sees whom in a batch of rows, for one window: a mask for the blocked form or offsets for the fused one."""
+
+    window: int
+    mask: Tensor | None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
+    offsets: Tensor | None  # (B M + 1,) int32 over the flattened rows
+    longest: int  # upper bound of a document's length
+
+
+def document_index(offsets: Tensor, T: int) -> Tensor:
+    """Document of each position (B, T) from document `offsets` (B, M + 1); M behind the last document."""
+    position = torch.arange(T, device=offsets.device, dtype=torch.int32)
+    return (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32)
+
+
+def attention_layout(offsets: Tensor, T: int, window: int, longest: int, fused: bool) -> Layout:
+    """Layout of rows with document `offsets` (B, M + 1); zero-length documents at the end are allowed."""
+    B, device = offsets.size(0), offsets.device
+    if fused:
+        starts = offsets[:, :-1] + T * torch.arange(B, device=device, dtype=torch.int32)[:, None]
+        return Layout(window, None, F.pad(starts.flatten(), (0, 1), value=B * T), min(longest, T))
+    C = min(window, T)
+    blocks = -(-T // C)
+    document = document_index(offsets, blocks * C).view(B, blocks, C)
+    keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
+    distance = torch.arange(C, device=device)[:, None] + C - torch.arange(2 * C, device=device)
+    near = (distance >= 0) & (distance <= window)
+    return Layout(window, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None], None, min(longest, T))
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Softmax attention in blocks, (B, T, H, d) each, cost T x window; the backward recomputes the scores.
+
+    Scores are bounded (|q k| <= 60: RMS-normalised heads times a scale), so the exponentials need no running maximum.
+    """
+
+    @staticmethod
+    def split(x: Tensor, C: int) -> Tensor:  # (B, T, H, d) -> (B, T / C, H, C, d)
+        B, T, H, d = x.shape
+        return F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
+
+    @staticmethod
+    def join(x: Tensor, T: int) -> Tensor:
+        B, blocks, H, C, d = x.shape
+        return x.transpose(2, 3).reshape(B, blocks * C, H, d)[:, :T]
+
+    @staticmethod
+    def with_previous(x: Tensor) -> Tensor:  # (B, n, H, C, d) -> (B, n, H, 2 C, d)
+        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3)
+
+    @staticmethod
+    def fold_previous(x: Tensor, C: int) -> Tensor:  # the transpose of with_previous
+        return x[:, :, :, C:] + F.pad(x[:, 1:, :, :C], (0, 0, 0, 0, 0, 0, 0, 1))
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        cls, C = BlockedAttention, mask.size(-2)
+        queries = cls.split(q, C)
+        keys, values = cls.with_previous(cls.split(k, C)), cls.with_previous(cls.split(v, C))
+        weights = torch.where(mask, (queries @ keys.mT).float().exp(), 0.0)
+        total = weights.sum(-1, keepdim=True)
+        y = cls.join((weights / total).to(q.dtype) @ values, q.size(1))
+        ctx.save_for_backward(q, k, v, mask, y, total)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, y, total = ctx.saved_tensors
+        cls, C, T = BlockedAttention, mask.size(-2), q.size(1)
+        queries, outer = cls.split(q, C), cls.split(grad, C)
+        keys, values = cls.with_previous(cls.split(k, C)), cls.with_previous(cls.split(v, C))
+        weights = torch.where(mask, (queries @ keys.mT).float().exp() / total, 0.0)
+        mean = (outer.float() * cls.split(y, C).float()).sum(-1, keepdim=True)
+        scores = (weights * ((outer @ values.mT).float() - mean)).to(q.dtype)
+        dq = cls.join(scores @ keys, T)
+        dk = cls.join(cls.fold_previous(scores.mT @ queries, C), T)
+        dv = cls.join(cls.fold_previous(weights.to(q.dtype).mT @ outer, C), T)
+        return dq, dk, dv, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q."""
+    if layout.offsets is None:
+        return BlockedAttention.apply(q, k, v, layout.mask)
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
+    return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window, 0)).view_as(q)
+
+
+def has_fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether varlen_attn (FlashAttention) runs here: CUDA with capability >= 8.0, 16-bit activations."""
+    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Model: weights of one shape live in one bank.
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
+    """Frequencies (d / 2,) in radians per token and softmax scale after a history of long windows.
+
+    Half of the pairs do not rotate. At each window change YaRN (2309.00071) interpolates the slow frequencies and the
+    softmax scale grows by 1 + 0.2 ln(new / old).
+    """
+    pairs = model.width // model.heads // 2
+    turning = pairs // 2
+    frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
+    scale = model.attention_scale
+    for old, new in zip(windows, windows[1:]):
+        if old != new:
+            keep = ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+            frequencies = frequencies * (old / new + keep * (1 - old / new))
+            scale *= 1 + 0.2 * math.log(new / old)
+    return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
+
+
+def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: tuple) -> list[Tensor]:
+    """Rows of the hashed tables, one after the other, for the last n tokens of a document: (B, T) each."""
+    document, begin, found = document_index(offsets, inputs.size(1)), 0, []
+    for n, rows in ngrams:
+        key = inputs.long() + 1
+        for k in range(1, n):
+            same = document[:, k:] == document[:, :-k]
+            key = (key * 1_000_003 + F.pad(torch.where(same, inputs[:, :-k].long() + 1, 0), (k, 0))) % 2**31
+        found.append(begin + (key * 48_271 >> 8) % rows)
+        begin += rows
+    return torch.stack(found, -1)
+
+
+class GPT(nn.Module):
+    """Decoder of record #42's design. All sizes come from `model`; activations have `dtype`, parameters are fp32."""
+
+    def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config, self.dtype = model, dtype
+        D, H, L, V = model.width, model.heads, model.layers, model.padded_vocab
+        self.attention_blocks = [i for i in range(L) if i not in model.attention_free]
+        A, G = len(self.attention_blocks), model.gate_inputs
+        tables = 1 + max((table for _, table in model.value_tables), default=-1)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device))
+
+        self.attn = parameter(4 * A, D, D)  # q, k, v, o of each attention block, (out, in)
+        self.mlp = parameter(2 * L, D, model.mlp_ratio * D)  # up as (in, out), down as (out, in)
+        self.gate = parameter(A, H, G)
+        self.smear_gate = parameter(1, G)
+        self.embed = parameter(V, D)
+        self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)
+        self.value_embed = parameter(tables * V, D)
+        self.lm_head = parameter(V, D)
+        self.residual = parameter(L, 2)  # on the stream and on the embedding, before each block
+        self.value_mix = parameter(A, 2)  # on v and on the value embedding
+        self.skip = parameter(len(model.skips))
+        self.smear = parameter(1)
+        self.backout = parameter(1)
+        half = D // H // 2
+        self.register_buffer("cos", torch.ones(max_tokens, half, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("sin", torch.zeros(max_tokens, half, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("attention_scale", torch.ones((), dtype=dtype, device=device), persistent=False)
+        self.fused = has_fused_attention(self.embed.device, dtype)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """The start of a run, the same on every device: drawn on the CPU from `seed`."""
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+        bound = c.up_std * (3 / c.width) ** 0.5
+        attn = torch.empty(self.attn.shape).uniform_(-bound, bound, generator=generator)
+        attn[3::4] = 0  # o
+        mlp = torch.empty(self.mlp.shape).uniform_(-bound, bound, generator=generator)
+        mlp[1::2] = 0  # down
+        start = {
+            "attn": attn, "mlp": mlp,
+            "embed": torch.randn(self.embed.shape, generator=generator),
+            "value_embed": torch.randn(self.value_embed.shape, generator=generator),
+            "residual": torch.tensor([1.0, 0.0]), "value_mix": torch.tensor([0.5, 0.5]),
+            "skip": torch.tensor(-1.5), "backout": torch.tensor(0.5 if c.backout >= 0 else 0.0),
+        }  # fmt: skip
+        for name, p in self.named_parameters():
+            p.copy_(start.get(name, torch.tensor(0.0)).expand(p.shape))
+
+    @torch.no_grad()
+    def set_rotary(self, windows: Sequence[int]) -> None:
+        """Rotary tables and softmax scale for a history of long windows (in place: nothing recompiles)."""
+        frequencies, scale = rotary_frequencies(self.config, windows)
+        angles = torch.arange(self.cos.size(0), dtype=torch.float64)[:, None] * frequencies
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+        self.attention_scale.fill_(scale)
+
+    def rotate(self, x: Tensor) -> Tensor:  # (B, T, H, d), pairs are (j, j + d / 2)
+        cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+
+    def attention(self, x: Tensor, weights: tuple[Tensor, ...], value: Tensor | None, layout: Layout) -> Tensor:
+        qkv, o, gate, mix = weights
+        B, T, D = x.shape
+        q, k, v = F.linear(x, qkv).view(B, T, 3 * self.config.heads, -1).chunk(3, 2)
+        q, k, v = self.rotate(norm(q)) * self.attention_scale, self.rotate(norm(k)), mix[0] * v
+        if value is not None:
+            v = v + mix[1] * value.view_as(v)
+        y = attend(q, k, v, layout)  # (B, T, H, d)
+        y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
+        return F.linear(y.reshape(B, T, D), o)
+
+    def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int) -> Tensor:
+        """Summed cross entropy in nats (fp32 scalar) over the targets >= 0 of (B, T) rows; windows are (short, long)."""
+        c, D, dtype = self.config, self.config.width, self.dtype
+        layouts = {w: attention_layout(offsets, inputs.size(1), w, longest, self.fused) for w in set(windows)}
+        attn = self.attn.to(dtype).view(-1, 4 * D, D).unbind(0)
+        mlp = self.mlp.to(dtype).view(-1, 2, *self.mlp.shape[1:]).unbind(0)
+        gates, mixes = self.gate.to(dtype).unbind(0), self.value_mix.to(dtype).unbind(0)
+        residual = self.residual.to(dtype).unbind(0)
+        skip = torch.sigmoid(self.skip).to(dtype).unbind(0)
+
+        x = F.embedding(inputs, self.embed).to(dtype)  # (B, T, D)
+        if c.ngrams:
+            x = x + F.embedding(ngram_rows(inputs, offsets, c.ngrams), self.ngram_embed).sum(-2).to(dtype)
+        weight = self.smear * torch.sigmoid(F.linear(x[:, 1:, : c.gate_inputs], self.smear_gate.to(dtype)))
+        x = x0 = norm(torch.cat([x[:, :1], x[:, 1:] + weight.to(dtype) * x[:, :-1]], 1))
+        tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
+        values = F.embedding(inputs[..., None] + tables, self.value_embed).to(dtype)  # (B, T, tables, D)
+
+        outputs, block_values, block_skips = {}, dict(c.value_tables), {t: (s, i) for i, (s, t) in enumerate(c.skips)}
+        for i in range(c.layers):
+            if i in block_skips:
+                source, index = block_skips[i]
+                x = x + skip[index] * outputs[source]
+            x = residual[i][0] * x + residual[i][1] * x0
+            if i in self.attention_blocks:
+                a = self.attention_blocks.index(i)
+                value = values[:, :, block_values[i]] if i in block_values else None
+                weights = (*attn[a].split([3 * D, D]), gates[a], mixes[a])
+                x = x + self.attention(norm(x), weights, value, layouts[windows[i in c.long_blocks]])
+            up, down = mlp[i].unbind(0)
+            x = x + F.linear(F.relu(norm(x) @ up).square(), down)
+            outputs[i] = x
+        if c.backout >= 0:
+            x = x - self.backout.to(dtype) * outputs[c.backout]
+        logits = F.linear(norm(x), self.lm_head.to(dtype)).float()  # (B, T, V)
+        logits = c.softcap[0] * torch.sigmoid(logits / c.softcap[1])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Optimizer: MuonEq for matrices, Adam for the rest; stacked, padded, sharded over ranks.
+
+# Polar Express (2505.16932): triples for 5 iterations, safety 2e-2; the input norm must be at most 1 / POLAR_MARGIN
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_LIMIT, POLAR_MARGIN = (1.875, -1.25, 0.375), 1.02
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
+
+
+class Comm:
+    """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
+
+    class Done:
+        def wait(self) -> None:
+            """Nothing is under way."""
+
+    def __init__(self) -> None:
+        on = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+        # torch 2.13 renamed the tensor collectives, 2.11 has only the old names
+        self._scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+        self._gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+    def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
+        """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
+        if self.world_size == 1:
+            return full, self.Done()
+        chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
+        return chunk, self._scatter(chunk, full, async_op=True)
+
+    def all_gather(self, full: Tensor, chunk: Tensor) -> Any:
+        """Chunks (C, ...) of all ranks -> full (N C, ...); the chunk may lie inside `full`."""
+        if self.world_size == 1:
+            if full.data_ptr() != chunk.data_ptr():
+                full.copy_(chunk)
+            return self.Done()
+        return self._gather(full, chunk, async_op=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The tensor of rank 0, in place."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+
+def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
+    """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
+
+    Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
+    depend on the scale of u when the exponent is -1/2.
+    """
+
+    def factor(dim: int) -> Tensor:
+        sums = torch.linalg.vector_norm(u, dim=dim, keepdim=True).square()
+        return (sums + 1e-8 * sums.mean((-2, -1), keepdim=True) + TINY).pow(exponent)
+
+    if mode == "row":
+        return u * factor(-1)
+    if mode == "col":
+        return u * factor(-2)
+    return u * factor(-1) * factor(-2) if mode == "rowcol" else u
+
+
+def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
+                  work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
+    """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately: singular values near 1, in `work_dtype`.
+
+    x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter, ||(x xT)^2||_F^(1/4)
+    ("spc"), and goes through an odd quintic a x + (b g + c g^2) x, g = x xT, `steps` times: Jordan's Newton-Schulz
+    (one triple) or Polar Express (2505.16932; fewer than 5 steps take the last triples, more append the limit).
+    """
+    if method == "polar_express":
+        triples, margin = (POLAR_EXPRESS + (POLAR_LIMIT,) * max(0, steps - 5))[max(0, 5 - steps) :], POLAR_MARGIN
+    else:
+        triples, margin = (NEWTON_SCHULZ,) * steps, 1.0
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+    x = (x / (size if norm_bound == "spc" else size * margin)).to(work_dtype)
+    wide, alone = x.size(-2) <= x.size(-1), x.size(0) == 1
+    x = x[0] if alone else x  # on a CPU plain products beat a batch of one
+    multiply_add = torch.addmm if alone else torch.baddbmm
+    for i, (a, b, c) in enumerate(triples):
+        gram = x @ x.mT if wide else x.mT @ x
+        square = gram @ gram if norm_bound == "spc" and i == 0 else None
+        if square is not None:  # the bound comes from products that the first iteration needs anyway
+            bound = torch.linalg.vector_norm(square.float(), dim=(-2, -1), keepdim=True).clamp_min(TINY) ** 0.25 * margin
+            x, gram, square = (x / bound).to(work_dtype), gram / bound**2, square / bound**4
+            polynomial = (b * gram + c * square).to(work_dtype)
+        else:
+            polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, polynomial, x, beta=a) if wide else multiply_add(x, x, polynomial, beta=a)
+    return x[None] if alone else x
+
+
+class Unit:
+    """Parameters that are updated as one stack, and this rank's chunk of the state.
+
+    The stack (S, *tail) has one entry per matrix (tail (m, n)) or per element (tail ()). It is padded with zeros to
+    N equal chunks; rank r owns entries [r C, (r + 1) C).
+    """
+
+    SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
+
+    def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Tensor | float = 1.0):
+        self.group, self.comm = group, comm
+        self.names, self.params = [name for name, _ in named], [p for _, p in named]
+        self.matrix = group["kind"] == "matrix"
+        self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
+        self.counts = [p.numel() // max(1, self.tail.numel()) for p in self.params]
+        self.size = sum(self.counts)
+        self.chunk = -(-self.size // comm.world_size)
+        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
+        self.dtype, self.device = self.params[0].dtype, self.params[0].device
+        # one unpadded parameter: gradients and weights travel from and to its own storage
+        self.direct = len(self.params) == 1 and self.size == self.chunk * comm.world_size and self.params[0].is_contiguous()
+        self.lr_mul = lr_mul
+        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in self.state_shapes().items()}
+        self.reset()
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """fp32 state of the owned chunk."""
+        if not self.matrix:
+            shapes = {"exp_avg": (self.chunk,), "exp_avg_sq": (self.chunk,)}
+        else:
+            (m, n), group = self.tail, self.group
+            shapes = {"momentum": (self.chunk, m, n)}
+            if group["normuon"]:
+                per_row = m >= n if group["normuon_axis"] == "auto" else group["normuon_axis"] == "row"
+                shapes["second_moment"] = (self.chunk, m, 1) if per_row else (self.chunk, 1, n)
+        if self.dtype != torch.float32:
+            shapes["master"] = (self.chunk, *self.tail)
+        return shapes
+
+    def reset(self) -> None:
+        self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
+        for key, value in self.state.items():
+            value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
+
+    def stack(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The padded stack of one tensor per parameter (None: zeros); of a direct unit a view."""
+        parts = [
+            torch.zeros(count, *self.tail, device=self.device) if t is None else t.detach().reshape(-1, *self.tail)
+            for t, count in zip(tensors, self.counts)
+        ]
+        padding = self.chunk * self.comm.world_size - self.size
+        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(padding, *self.tail)])
+
+    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks; `finish` takes what is returned."""
+        self.updates += 1
+        full = self.stack(self.params)
+        weights = self.state.get("master", full[self.own])
+        size = self.chunk if weights.is_cuda else max(1, self.SLICE[self.group["kind"]] // max(1, self.tail.numel()))
+        for begin in range(0, self.chunk, size):
+            part = slice(begin, begin + size)
+            state = {key: value[part] for key, value in self.state.items()}
+            (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, part)
+        chunk = weights.to(self.dtype)
+        return full, chunk, self.comm.all_gather(full, chunk)
+
+    def finish(self, full: Tensor, chunk: Tensor, work: Any) -> None:
+        work.wait()  # both buffers live until here
+        if not self.direct:
+            for p, part in zip(self.params, full[: self.size].split(self.counts)):
+                p.detach().copy_(part.view(p.shape))
+
+    def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], _: slice) -> None:
+        """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,)."""
+        group, (beta1, beta2) = self.group, self.group["betas"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m.mul_(beta1).add_(grad, alpha=(1 - beta1) * scale)
+        v.mul_(beta2).addcmul_(grad, grad, value=(1 - beta2) * scale * scale)
+        denominator = (v / (1 - beta2**self.updates)).sqrt_().add_(group["eps"])
+        update = m / denominator.mul_(1 - beta1**self.updates)
+        decay = group["lr"] * group["weight_decay"]
+        if decay and group["cautious"]:
+            weights.sub_(decay * weights * (update * weights > 0))
+        elif decay:
+            weights.mul_(1 - decay)
+        weights.add_(update, alpha=-group["lr"])
+
+    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], part: slice) -> None:
+        """Muon with its relatives; fp32 (C, m, n)."""
+        lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
+        group, mu, (m, n) = self.group, self.group["momentum"], self.tail
+        momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)  # EMA form
+        update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
+        mode = group["equilibrate"]
+        if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
+            mode = "row"
+        update = equilibrate(update, mode, group["equilibrate_exponent"])
+        if callable(group["orthogonalize"]):
+            update = group["orthogonalize"](update.to(group["work_dtype"]))
+        else:
+            method, steps, bound = group["orthogonalize"], group["steps"], group["norm_bound"]
+            update = orthogonalize(update, method, steps, bound, group["work_dtype"])  # (C, m, n)
+        shape = math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
+        factor = group["lr"] * shape * lr_mul
+        if group["normuon"]:
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
+        decay = group["lr"] * group["weight_decay"]
+        if decay and group["cautious"]:
+            weights.sub_(decay * weights * (update * weights >= 0))
+        elif decay:
+            weights.mul_(1 - decay)
+        if isinstance(factor, float):
+            weights.add_(update, alpha=-factor)
+        else:
+            weights.sub_(update * factor)
+
+
+def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
+
+    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use.
+    """
+    dim = -1 if second_moment.size(-1) == 1 else -2
+    length = update.size(dim)
+    mean_square = torch.linalg.vector_norm(update.float(), dim=dim, keepdim=True).square() / length
+    second_moment.lerp_(mean_square, 1 - beta2)
+    factor = second_moment.clamp_min(1e-10).rsqrt()
+    before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
+    after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
+    return factor * (before / after.clamp_min(1e-10))
+
+
+def gradient(p: Tensor) -> Tensor | None:
+    return p.grad if getattr(p, "main_grad", None) is None else p.main_grad
+
+
+def accumulate_in_fp32(p: Tensor) -> None:
+    """Hook of a parameter of lower precision: its gradients of several backward passes are added in fp32."""
+    if p.grad is not None:
+        p.main_grad = p.grad.float() if p.main_grad is None else p.main_grad.add_(p.grad)
+        p.grad = None
+
+
+class MuonEq(torch.optim.Optimizer):
+    """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
+
+    `groups` are dicts with `kind`, `params` (tensors or (name, tensor) pairs) and any field of `FIELDS[kind]`; `lr`,
+    `momentum` and `weight_decay` are read at every step. Matrix parameters are (m, n) or banks (K, m, n), "row" is dim
+    -2; those of one shape in one group are processed as one stack. Each rank updates its share and all ranks receive
+    the result; without torch.distributed the one process does everything.
+
+    grads="mean": gradients are means and equal on all ranks (one process, or DDP).
+    grads="token_sum": gradients are sums over this rank's tokens; `step(tokens=n)` adds them over ranks and divides by
+    the global count n.
+
+    A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
+    decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
+    copy; with "token_sum" their gradients move from `.grad` to an fp32 sum, `.main_grad`. A missing gradient counts as
+    zero. ValueError for a field, shape or combination that does not exist.
+    """
+
+    REQUIRED = object()
+    FIELDS = {
+        "matrix": dict(
+            lr=REQUIRED, weight_decay=0.0, cautious=False, momentum=0.95, nesterov=True, equilibrate="row",
+            equilibrate_exponent=-0.5, phase=None, orthogonalize="polar_express", steps=5, norm_bound="frobenius",
+            normuon=False, normuon_axis="auto", beta2=0.95, scale="spectral", lr_mul=1.0, work_dtype=torch.bfloat16,
+            every=1,
+        ),
+        "adam": dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, cautious=False, every=1),
+    }  # fmt: skip
+    CHOICES = dict(
+        equilibrate=("none", "row", "col", "rowcol"), orthogonalize=("polar_express", "newton_schulz"),
+        norm_bound=("frobenius", "spc"), normuon_axis=("auto", "row", "col"), scale=("spectral", "match_rms_adamw"),
+    )  # fmt: skip
+    SMALL = 16_384  # elements below which Adam parameters share one stack
+
+    def __init__(self, groups: Iterable[dict], grads: str = "mean"):
+        if grads not in ("mean", "token_sum"):
+            raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
+        groups, names = [self._checked(dict(group)) for group in groups], []
+        for group in groups:
+            params = [p if isinstance(p, tuple) else (None, p) for p in group["params"]]
+            group["names"] = [str(len(names) + i) if name is None else name for i, (name, _) in enumerate(params)]
+            group["params"] = [p for _, p in params]
+            names += group["names"]
+        tensors = [id(p) for group in groups for p in group["params"]]
+        for name, tensor in zip(names, tensors):
+            if names.count(name) > 1 or tensors.count(tensor) > 1:
+                raise ValueError(f"parameter {name!r} appears twice")
+        super().__init__(groups, {})
+        self.grads, self.comm, self.steps = grads, Comm(), 0
+        units = [unit for group in self.param_groups for unit in self._units(group)]
+        # large reductions start first, small updates are done first: their waits hide behind the large transfers
+        self.units = sorted(units, key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
+        if grads == "token_sum":
+            for p in (p for unit in units for p in unit.params if p.dtype != torch.float32):
+                if not hasattr(p, "main_grad"):
+                    p.main_grad = None
+                    p.register_post_accumulate_grad_hook(accumulate_in_fp32)
+
+    def _checked(self, group: dict) -> dict:
+        fields = self.FIELDS.get(group.get("kind"))
+        if fields is None:
+            raise ValueError(f"a group's kind is 'matrix' or 'adam', not {group.get('kind')!r}")
+        for key in group.keys() - fields.keys() - {"kind", "params"}:
+            near = difflib.get_close_matches(key, fields, 1)
+            raise ValueError(f"a {group['kind']} group has no field {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
+        group = {**fields, **group, "params": group.get("params", [])}
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if group["lr"] is self.REQUIRED:
+            raise ValueError(f"a {group['kind']} group needs lr")
+        for key, choices in self.CHOICES.items():
+            if key in group and group[key] not in choices and not (key == "orthogonalize" and callable(group[key])):
+                raise ValueError(f"{key} is one of {', '.join(choices)}, not {group[key]!r}")
+        if group["every"] < 1 or group.get("steps", 1) < 1 or group["lr"] < 0:
+            raise ValueError("every and steps are at least 1 and lr is not negative")
+        return group
+
+    def add_param_group(self, param_group: dict) -> None:
+        if hasattr(self, "units"):
+            raise ValueError("MuonEq takes all groups at construction")
+        super().add_param_group(param_group)
+
+    def _units(self, group: dict) -> list[Unit]:
+        named, stacks = list(zip(group.pop("names"), group["params"])), collections.defaultdict(list)
+        if group["kind"] == "adam":
+            for name, p in named:
+                stacks[p.dtype, p.device, name if p.numel() >= self.SMALL else None].append((name, p))
+            return [Unit(group, stack, self.comm) for stack in stacks.values()]
+        lr_mul = group["lr_mul"]
+        total = sum(p.size(0) if p.ndim == 3 else 1 for _, p in named)
+        if not isinstance(lr_mul, (int, float)) and len(lr_mul) != total:
+            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {total} matrices")
+        factors, begin = collections.defaultdict(list), 0
+        for name, p in named:
+            if p.ndim not in (2, 3):
+                raise ValueError(f"matrix parameter {name!r} has shape {tuple(p.shape)}; (m, n) or (K, m, n) expected")
+            key, count = (p.dtype, p.device, p.shape[-2:]), p.size(0) if p.ndim == 3 else 1
+            stacks[key].append((name, p))
+            factors[key] += [] if isinstance(lr_mul, (int, float)) else list(lr_mul[begin : begin + count])
+            begin += count
+        units = []
+        for key, stack in stacks.items():
+            unit = Unit(group, stack, self.comm, float(lr_mul) if isinstance(lr_mul, (int, float)) else 1.0)
+            if factors[key]:
+                padded = torch.zeros(unit.chunk * self.comm.world_size, 1, 1)
+                padded[: unit.size, 0, 0] = torch.tensor(factors[key])
+                unit.lr_mul = padded[unit.own].to(unit.device)
+            units.append(unit)
+        return units
+
+    def _active(self, step: int) -> list[Unit]:
+        return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None, *, tokens: int | None = None) -> Any:
+        """Update the groups that are due. `tokens`: global token count behind the gradients (grads="token_sum")."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if (self.grads == "token_sum") != (tokens is not None) or tokens == 0:
+            raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
+        active = self._active(self.steps)
+        self.steps += 1
+        for unit in self.units:
+            unit.tokens += 1 if tokens is None else tokens
+        reducing = []
+        for unit in reversed(active):
+            full = unit.stack([gradient(p) for p in unit.params]).float()
+            if self.grads == "token_sum":
+                reducing.append((unit, full, *self.comm.reduce_scatter(full)))
+            else:
+                reducing.append((unit, full, full[unit.own], Comm.Done()))
+        gathering = []
+        for unit, _, chunk, work in reversed(reducing):
+            work.wait()
+            gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
+            unit.tokens = 0
+        for unit, pending in gathering:
+            unit.finish(*pending)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the groups that the last step updated; the others go on accumulating."""
+        self._clear(self._active(self.steps - 1), set_to_none)
+
+    def _clear(self, units: list[Unit], set_to_none: bool = True) -> None:
+        for p in (p for unit in units for p in unit.params):
+            if hasattr(p, "main_grad"):
+                p.main_grad = None
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def reset(self) -> None:
+        """Forget all state and gradients; master copies are taken from the parameters again."""
+        for unit in self.units:
+            unit.reset()
+        self._clear(self.units)
+        self.steps = 0
+
+    SCHEDULED = ("lr", "momentum", "weight_decay")
+
+    def state_dict(self) -> dict:
+        """Full unpadded fp32 state by parameter name, the same at any world size. Collective: every rank calls it."""
+        state: dict[str, dict] = {}
+        for unit in self.units:
+            for key, chunk in unit.state.items():
+                full = chunk.new_empty(unit.chunk * self.comm.world_size, *chunk.shape[1:])
+                self.comm.all_gather(full, chunk).wait()
+                for name, p, part in zip(unit.names, unit.params, full[: unit.size].split(unit.counts)):
+                    shape = p.shape[:-2] + part.shape[1:] if unit.matrix else p.shape
+                    state.setdefault(name, {"updates": unit.updates})[key] = part.reshape(shape).clone()
+        groups = [{key: group[key] for key in self.SCHEDULED if key in group} for group in self.param_groups]
+        return {"step": self.steps, "state": state, "groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a `state_dict` written at any world size; ValueError naming the parameter that does not fit."""
+        state = state_dict["state"]
+        expected = {
+            name: {key: p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape for key, chunk in unit.state.items()}
+            for unit in self.units for name, p in zip(unit.names, unit.params)
+        }  # fmt: skip
+        for name in expected.keys() | state.keys():
+            found = {key: value.shape for key, value in state.get(name, {}).items() if isinstance(value, Tensor)}
+            if expected.get(name) != found:
+                raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
+        for unit in self.units:
+            for key, chunk in unit.state.items():
+                parts = [state[name][key].to(unit.device).reshape(-1, *chunk.shape[1:]) for name in unit.names]
+                padding = chunk.new_zeros(unit.chunk * self.comm.world_size - unit.size, *chunk.shape[1:])
+                chunk.copy_(torch.cat([*parts, padding])[unit.own])
+            unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
+        for group, saved in zip(self.param_groups, state_dict["groups"]):
+            group.update(saved)
+        self.steps = state_dict["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Schedule: pure functions of the step.
+
+
+def total_steps(schedule: Schedule) -> int:
+    return schedule.steps + schedule.extension
+
+
+def windows_at(schedule: Schedule, step: int) -> tuple[int, int]:
+    """(short, long) window of a step, in tokens."""
+    if step >= schedule.steps:
+        return schedule.extension_windows
+    return schedule.windows[len(schedule.windows) * step // schedule.steps]
+
+
+def window_history(schedule: Schedule, step: int) -> list[int]:
+    """Long windows of the stages up to this step: what YaRN has been through."""
+    stages = [long for _, long in schedule.windows[: len(schedule.windows) * step // schedule.steps + 1]]
+    return stages + [schedule.extension_windows[1]] * (step >= schedule.steps)
+
+
+def learning_rate_factor(schedule: Schedule, step: int) -> float:
+    """1, then linear to the floor over the last `cooldown` of the scheduled steps, then flat."""
+    remaining = max(0.0, 1 - step / schedule.steps)
+    share = min(1.0, remaining / schedule.cooldown) if schedule.cooldown else float(remaining > 0)
+    return share + (1 - share) * schedule.floor
+
+
+def momentum_at(schedule: Schedule, step: int) -> float:
+    """Rises over the first steps, falls again over the last."""
+    low, high = schedule.momentum
+    rising = step / schedule.momentum_warmup if schedule.momentum_warmup else 1.0
+    falling = (total_steps(schedule) - step) / schedule.momentum_cooldown if schedule.momentum_cooldown else 1.0
+    return low + (high - low) * min(1.0, rising, falling)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Run: data check, clock, log, checkpoints, warm-up, training and validation.
+
+
+def source_sha256() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
+    """The manifest beside the shards; ValueError when it is missing or describes another vocabulary."""
+    hint = f"run `python data/{'fineweb' if data.corpus.startswith('fineweb') else data.corpus}.py` or set DATA_DIR"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found = manifest["vocab_size"], manifest["document_start"], [file["sha256"] for file in manifest["files"].values()]
+    except FileNotFoundError:
+        raise ValueError(f"no data: {folder / 'manifest.json'} is missing; {hint}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / 'manifest.json'} is not a manifest of token shards; {hint}") from None
+    if found[:2] != (data.vocab_size, data.document_start):
+        needed = data.vocab_size, data.document_start
+        raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track needs {needed}")
+    return manifest
+
+
+def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
+    paths = sorted(folder / name for name in manifest["files"] if f"{split}_" in name)
+    if not paths:
+        raise ValueError(f"{folder} holds no {split} shards")
+    return paths
+
+
+def check_data(track: Track, folder: Path) -> dict[str, Any]:
+    """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
+
+    Returns the sha256 of each file used and the largest number of documents in a training and a validation row.
+    """
+    data, manifest = track.data, manifest_of(folder, track.data)
+    packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
+    for _ in range(total_steps(track.schedule) * data.rows):
+        most = max(most, sum(len(lengths) for _, _, lengths in packer.next_row()))
+    last = packer.index if packer.epoch == 0 else len(packer.paths) - 1
+    validation = shard_paths(folder, manifest, "val")
+    digests = {}
+    for path in packer.paths[: last + 1] + validation:
+        if len(tokens := read_shard(path)) and int(tokens.max()) >= data.vocab_size:
+            raise ValueError(f"{path} holds token {int(tokens.max())}, the vocabulary has {data.vocab_size}")
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if digests[path.name] != manifest["files"][path.name]["sha256"]:
+            raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
+    rows = validation_rows(validation, data, track.evaluation)
+    return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows)}
+
+
+def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
+    """The result of `work` on rank 0, for all ranks; its ValueError as well."""
+    if comm.world_size == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if comm.rank == 0:
+        try:
+            box[0] = work()
+        except ValueError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    return box[0]
+
+
+class Clock:
+    """Seconds of training. Stopped during validation and checkpoints; waits for the device at both ends."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0):
+        self.device, self.seconds, self.began = device, seconds, None
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def start(self) -> None:
+        self.synchronize()
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.synchronize()
+        self.seconds, self.began = self.now(), None
+
+    def now(self) -> float:
+        return self.seconds + (time.perf_counter() - self.began if self.began is not None else 0.0)
+
+
+class Log:
+    """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes."""
+
+    def __init__(self, out: Path, run_id: str, active: bool, keep_bytes: int = 0):
+        self.path, self.file = out / f"{run_id}.jsonl", None
+        if active:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
+            self.file = open(self.path, "a", encoding="ascii")
+            # what was written after the checkpoint happens again; a log that is not there begins anew
+            self.file.truncate(keep_bytes if self.file.tell() >= keep_bytes else 0)
+
+    def write(self, event: str, **fields: Any) -> None:
+        if self.file:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+            self.file.write(json.dumps({"event": event, **finite}) + "\n")
+            self.file.flush()
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.file else 0
+
+
+CHECKPOINT_FORMAT = "train_gpt checkpoint 1"
+CHECKPOINT_KEYS = {"key", "run_id", "step", "position", "tokens", "train_time_s", "log_bytes", "model", "optimizer"}
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """All or nothing: written under another name, flushed to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, key: dict) -> dict:
+    """A checkpoint of this run's track, seed and source; ValueError naming the file when it is anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        foreign = content["format"] != CHECKPOINT_FORMAT or not content.keys() >= CHECKPOINT_KEYS
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path} does not exist") from None
+    except Exception as error:  # torch.load fails in many ways on damaged files
+        raise ValueError(f"checkpoint {path} is damaged or foreign ({type(error).__name__})") from None
+    if foreign:
+        raise ValueError(f"checkpoint {path} is not complete or not a {CHECKPOINT_FORMAT!r}")
+    for name, value in key.items():
+        if content["key"].get(name) != value:
+            raise ValueError(f"checkpoint {path} belongs to another {name}")
+    return content
+
+
+def newest_checkpoint(out: Path, key: dict) -> str:
+    """The newest good checkpoint of unfinished runs of this track, seed and source, "" for none; others are named."""
+    paths = [path for path in out.glob("*/step_*.pt") if not (path.parent / "finished").exists()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            load_checkpoint(path, key)
+            return str(path)
+        except ValueError as error:
+            print(f"train_gpt.py: not resumed from: {error}", file=sys.stderr)
+    return ""
+
+
+def compile_counts() -> tuple[int, int]:
+    """Graphs compiled by this process, and those of them that the cache did not hold."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
+
+
+def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
+    """What a reader of the log must know about the machine."""
+    def command(*args: str) -> str:
+        try:
+            return subprocess.run(args, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if (
+        sys.platform == "linux") else platform.processor()  # fmt: skip
+    on_cuda = device.type == "cuda"
+    return {
+        "source_sha256": source_sha256(),
+        "git_commit": command("git", "rev-parse", "HEAD"),
+        "git_dirty": bool(command("git", "status", "--porcelain", "--untracked-files=no")),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
+        "driver": command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else "",
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu or platform.machine(),
+        "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def processor_has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def build_optimizer(model: GPT, track: Track) -> MuonEq:
+    def matrix(settings: Matrix, **params: nn.Parameter) -> dict:
+        if settings.kind == "adam":
+            return adam(track.hidden, *params)
+        fields = dataclasses.asdict(settings)
+        if not isinstance(fields["lr_mul"], (int, float)):
+            count, cycle = sum(p.size(0) if p.ndim == 3 else 1 for p in params.values()), fields["lr_mul"]
+            fields["lr_mul"] = [cycle[i % len(cycle)] for i in range(count)]
+        return dict(params=list(params.items()), work_dtype=model.dtype, **fields)
+
+    def adam(settings: Adam, *names: str) -> dict:
+        return dict(kind="adam", params=[(name, getattr(model, name)) for name in names], **dataclasses.asdict(settings))
+
+    plain = dataclasses.replace(track.matrix, lr_mul=1.0)
+    return MuonEq(
+        [
+            matrix(plain, attn=model.attn),
+            matrix(track.matrix, mlp=model.mlp),
+            matrix(track.gate, gate=model.gate, smear_gate=model.smear_gate),
+            adam(track.embed, "embed"),
+            adam(track.value, "value_embed", "ngram_embed"),
+            adam(track.head, "lm_head"),
+            adam(track.scalar, "residual", "value_mix", "skip", "smear", "backout"),
+        ],
+        grads="token_sum",
+    )
+
+
+class Trainer:
+    """One run: everything between a parsed command line and the final line of the log."""
+
+    def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
+        self.track, self.run, self.comm, self.device = track, run, comm, device
+        data, evaluation = track.data, track.evaluation
+        self.folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
+        self.checked = on_rank_0(comm, lambda: check_data(track, self.folder))
+        manifest = manifest_of(self.folder, data)
+        self.train_paths = shard_paths(self.folder, manifest, "train")
+        rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation)
+        self.validation = [
+            make_batch([row], data, self.checked["val_documents"]) for row in rows[comm.rank :: comm.world_size]
+        ]
+        dtype = run.dtype if run.dtype != "auto" else "bfloat16" if processor_has_bfloat16(device) else "float32"
+        self.dtype = getattr(torch, dtype)
+        self.model = GPT(track.model, max(data.row_tokens, evaluation.row_tokens), self.dtype, device)
+        self.optimizer = build_optimizer(self.model, track)
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
+        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if run.compile else self.model
+        self.clock, self.environment = Clock(device), environment(device, comm)
+        self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256()}
+        self.micro_rows = micro_rows(track, run, comm.world_size)
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        for parts in zip(*(x.split(self.micro_rows) for x in batch)):
+            yield Batch(*(x.to(self.device, non_blocking=True) for x in parts))
+
+    def forward_backward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """Add this rank's gradient sums to the parameters; returns its summed loss."""
+        total = torch.zeros((), device=self.device)
+        for micro in self.micro_batches(batch):
+            loss = self.forward(*micro, windows, self.track.data.document_cut)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        return self.forward(*(x.to(self.device) for x in batch), windows, self.track.evaluation.row_tokens)
+
+    def validate(self, windows: tuple[int, int]) -> float:
+        """Mean loss over the validation targets, nats per token, the same on all ranks."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for batch in self.validation:
+            total += self.evaluate(batch, windows).double()
+        return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
+
+    def warm_up(self) -> float:
+        """Run every graph and the optimizer once on made-up rows, then set everything to its start; seconds."""
+        began, schedule, T = time.perf_counter(), self.track.schedule, self.track.data.row_tokens
+        self.model.init_weights(self.run.seed)
+        self.model.set_rotary([1])
+        row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
+        batch = make_batch([row] * self.micro_rows, self.track.data, self.checked["documents"])
+        stages = [*schedule.windows, *[schedule.extension_windows] * (schedule.extension > 0)]
+        for windows in dict.fromkeys(stages):
+            self.forward_backward(batch, windows)
+        for windows in dict.fromkeys([*stages, self.track.evaluation.windows]):
+            for validation in self.validation[:1]:
+                self.evaluate(validation, windows)
+        for _ in range(self.period):
+            self.optimizer.step(tokens=1)
+        self.optimizer.reset()
+        self.model.init_weights(self.run.seed)
+        for p in self.model.parameters():
+            self.comm.broadcast(p.detach())
+        self.optimizer.reset()
+        return time.perf_counter() - began
+
+    def resume(self) -> dict | None:
+        """The checkpoint to go on from, loaded into model and optimizer."""
+        if self.run.resume is None:
+            return None
+        path = self.run.resume or on_rank_0(self.comm, lambda: newest_checkpoint(Path(self.run.out), self.key))
+        if not path:
+            return None
+        checkpoint = load_checkpoint(Path(path), self.key)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(checkpoint["model"][name])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint
+
+    def train(self) -> dict[str, Any]:
+        """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
+        from tqdm import tqdm
+
+        track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
+        data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
+        chief, out = comm.rank == 0, Path(run.out)
+        warm_up_s = self.warm_up()
+        graphs, misses = compile_counts()
+        checkpoint = self.resume()
+        fresh_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
+        run_id = checkpoint["run_id"] if checkpoint else fresh_id
+        log = Log(out, run_id, chief, checkpoint["log_bytes"] if checkpoint else 0)
+        first, position, tokens = 0, (0, 0, 0), 0
+        if checkpoint:
+            first, position, tokens = checkpoint["step"], tuple(checkpoint["position"]), checkpoint["tokens"]
+            clock.seconds = checkpoint["train_time_s"]
+        if log.size() == 0:
+            log.write(
+                "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
+                dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **self.environment,
+                data=self.checked["digests"], compiled=run.compile, graphs=graphs, warm_up_s=warm_up_s,
+                compile="cold" if misses else "warm" if graphs else "none",
+            )  # fmt: skip
+        if checkpoint:
+            log.write("checkpoint", step=first)
+            log.write("resume", step=first, world_size=comm.world_size)
+        packer = Packer(self.train_paths, data, position)
+        batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
+        bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
+                   disable=None if chief else True, dynamic_ncols=True)  # fmt: skip
+        say = bar.write if not bar.disable else functools.partial(print, flush=True) if chief else lambda _: None
+        if run.compile:
+            torch.compiler.set_stance("fail_on_recompile")
+        gc.collect()
+        windows, val_loss, due = None, math.nan, False
+        clock.start()
+        for step in range(first, steps):
+            if windows_at(schedule, step) != windows or step == schedule.steps:
+                windows = windows_at(schedule, step)
+                self.model.set_rotary(window_history(schedule, step))
+            batch, count, position = next(batches)
+            loss = self.forward_backward(batch, windows)
+            factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
+            for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+                group["lr"] = lr * factor
+                if "momentum" in group:
+                    group["momentum"] = momentum
+            self.optimizer.step(tokens=count)
+            self.optimizer.zero_grad()
+            tokens += data.rows * data.row_tokens
+            done, last = step + 1, step + 1 == steps
+            if done % evaluation.log_every == 0 or last:
+                train_loss = float(comm.all_reduce(loss)) / count
+                log.write("step", step=done, train_loss=train_loss, train_time_s=clock.now(), tokens=tokens)
+                bar.set_description(f"step {done}/{steps} loss {train_loss:.4f}", refresh=False)
+                if not math.isfinite(train_loss):
+                    raise ValueError(f"training loss is {train_loss} at step {done}; log {log.path}")
+                if bar.disable and (done % max(1, steps // 20) == 0 or last):
+                    say(f"step {done}/{steps} loss {train_loss:.4f} {clock.now():.1f} s {tokens / clock.now():,.0f} tokens/s")
+            bar.update(data.rows * data.row_tokens)
+            due = due or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
+            save = due and done % self.period == 0 and not last
+            if not (save or last or done % evaluation.every == 0):
+                continue
+            clock.stop()
+            if last or done % evaluation.every == 0:
+                val_loss = self.validate(evaluation.windows if last else windows)
+                log.write("val", step=done, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds,
+                          tokens=tokens)  # fmt: skip
+                say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
+                if not math.isfinite(val_loss):
+                    raise ValueError(f"validation loss is {val_loss} at step {done}; log {log.path}")
+            if save:
+                due = False
+                if not all(p.isfinite().all() for p in self.model.parameters()):
+                    raise ValueError(f"parameters are not finite at step {done}; the last good checkpoint is kept")
+                optimizer = self.optimizer.state_dict()  # collective
+                if chief:
+                    save_checkpoint(out / run_id / f"step_{done:06d}.pt", {
+                        "key": self.key, "run_id": run_id, "step": done, "position": list(position), "tokens": tokens,
+                        "train_time_s": clock.seconds, "log_bytes": log.size(), "optimizer": optimizer,
+                        "model": {name: p.detach() for name, p in self.model.named_parameters()},
+                    })  # fmt: skip
+                    log.write("checkpoint", step=done)
+                    for old in sorted((out / run_id).glob("step_*.pt"))[:-2]:
+                        old.unlink()
+            clock.start()
+        clock.stop()
+        bar.close()
+        final = dict(
+            step=steps, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds, tokens=tokens,
+            target=evaluation.target, reached=val_loss <= evaluation.target,
+            compiles_in_timed_region=compile_counts()[0] - graphs, peak_memory_bytes=peak_memory(self.device),
+        )  # fmt: skip
+        log.write("final", **final)
+        if chief and (out / run_id).is_dir():
+            (out / run_id / "finished").touch()
+        say(f"track {run.track}: validation loss {val_loss:.4f}, target {evaluation.target} "
+            f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
+            f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
+        return final
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the accelerator's allocator, or of the process on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. main: command line, devices, process group.
+
+
+def auto_track() -> str:
+    if not torch.cuda.is_available():
+        return "tiny"
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "short" if all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards) else "tiny"
+
+
+def help_text() -> str:
+    lines = [__doc__.strip(), "", "Run options (--name value):"]
+    lines += [f"  --{f.name:<18} {f.default!s:<12} {f.metadata['meaning']}" for f in dataclasses.fields(Run)]
+    for name, track in TRACKS.items():
+        lines += ["", f"Track {name} (--section.field value):"]
+        for section in dataclasses.fields(Track):
+            part = getattr(track, section.name)
+            lines += [
+                f"  --{section.name + '.' + f.name:<32} {str(getattr(part, f.name)).replace(' ', '')}   {f.metadata['meaning']}"
+                for f in dataclasses.fields(part)
+            ]
+    return "\n".join(lines)
+
+
+VALUES = {"bool": (bool,), "int": (int,), "float": (int, float), "tuple": (tuple, list), "None": (type(None),)}
+
+
+def parse_value(option: str, text: str, annotation: str) -> Any:
+    """The value of an option from its text; ValueError when it has another type than the field."""
+    if annotation.startswith("str"):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    kinds = annotation.split(" | ")
+    if not isinstance(value, sum((VALUES[kind] for kind in kinds), ())) or (isinstance(value, bool) and kinds != ["bool"]):
+        raise ValueError(f"{option} takes {annotation}, not {text!r}")
+    return float(value) if kinds == ["float"] else tuple(value) if isinstance(value, list) else value
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
+    """Track and run options; ValueError names the nearest option for an unknown one."""
+    run, overrides, words = Run(), [], list(argv)
+    while words:
+        option, _, text = words.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise ValueError(f"{option!r} is not an option; options look like --track tiny")
+        if not text and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not text and name != "resume":
+            raise ValueError(f"{option} needs a value")
+        overrides.append((option, name, text))
+    sections = {f.name: f for f in dataclasses.fields(Track)}
+    run_fields = {f.name: f for f in dataclasses.fields(Run)}
+    known = list(run_fields) + [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(getattr(Track, s))]
+    for option, name, _ in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise ValueError(f"unknown option {option}, the nearest is --{near}")
+    for option, name, text in overrides:
+        if name in run_fields:
+            run = dataclasses.replace(run, **{name: parse_value(option, text, run_fields[name].type)})
+    run = dataclasses.replace(run, track=auto_track() if run.track == "auto" else run.track)
+    if run.track not in TRACKS:
+        raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
+    track = TRACKS[run.track]
+    for option, name, text in overrides:
+        if "." in name:
+            section, key = name.split(".")
+            part = getattr(track, section)
+            kind = next(f.type for f in dataclasses.fields(part) if f.name == key)
+            part = dataclasses.replace(part, **{key: parse_value(option, text, kind)})
+            track = dataclasses.replace(track, **{section: part})
+    return track, run
+
+
+def device_of(run: Run, local_rank: int) -> torch.device:
+    """This process's accelerator; the CPU where there is none and for the track tiny."""
+    name = run.device
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = "cpu" if run.track == "tiny" or accelerator is None else accelerator.type
+    if name != "cpu" and not (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == name):
+        raise ValueError(f"there is no device {name!r} here")
+    return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
+
+
+def check_settings(track: Track, run: Run) -> None:
+    """ValueError for numbers that no run can have."""
+    data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
+    counts = (data.rows, data.row_tokens, data.document_cut, data.epochs, model.heads, model.layers, schedule.steps,
+              evaluation.tokens, evaluation.row_tokens, evaluation.every, evaluation.log_every)  # fmt: skip
+    if min(counts) < 1:
+        raise ValueError("rows, tokens, epochs, heads, layers, steps and intervals are at least 1")
+    windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
+    adams = (track.hidden, track.embed, track.value, track.head, track.scalar)
+    pairs = (schedule.momentum, model.softcap, *(adam.betas for adam in adams))
+    for name, value in (("windows", windows), ("value_tables", model.value_tables), ("skips", model.skips)):
+        if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
+            raise ValueError(f"{name} are pairs of whole numbers, such as ((128, 384), (640, 1408))")
+    if not all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs):
+        raise ValueError("momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)")
+
+    def finite(section: Any) -> bool:
+        return all(abs(x) < 1e30 for x in dataclasses.asdict(section).values() if isinstance(x, float))
+
+    blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    for good, sentence in (
+        (all(finite(getattr(track, f.name)) for f in dataclasses.fields(Track)), "numbers are finite and below 1e30"),
+        ({track.matrix.kind, track.gate.kind} <= {"matrix", "adam"}, "the kind of matrix and gate is matrix or adam"),
+        (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
+        (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
+        (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
+        (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
+        (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
+        (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
+        (all(0 <= i < model.layers for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
+        (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
+    ):
+        if not good:
+            raise ValueError(sentence)
+
+
+def micro_rows(track: Track, run: Run, world_size: int) -> int:
+    """Rows of one forward pass; ValueError for a number of processes or rows that does not divide."""
+    rows = track.data.rows
+    if rows % world_size:
+        allowed = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise ValueError(f"{world_size} processes do not divide the {rows} rows of a step; allowed: {allowed}")
+    own = rows // world_size
+    if run.micro_rows and own % run.micro_rows:
+        raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
+    return run.micro_rows or max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * track.data.row_tokens <= 8192))
+
+
+def explanation(error: BaseException) -> str | None:
+    """One sentence for what a user can do something about; None for a defect of the program."""
+    text = str(error)
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return "out of memory; a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
+    if "fail_on_recompile" in text:
+        return "a graph would have been compiled inside the timed region; the warm-up did not cover it"
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}: {error.filename}" if error.filename else text
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        track, run = parse_command_line(argv)
+        check_settings(track, run)
+        micro_rows(track, run, world_size)
+        device = device_of(run, local_rank)
+        if device.type == "cpu":
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(run.threads or max(1, cores // local))
+        else:
+            torch.accelerator.set_device_index(local_rank)
+        cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{device.type}"))
+        torch._dynamo.config.recompile_limit = 64
+        if "WORLD_SIZE" in os.environ:
+            backend = dist.get_default_backend_for_device(device)
+            dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
+        Trainer(track, run, Comm(), device).train()
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = explanation(error)
+        if sentence is None:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0 or not isinstance(error, ValueError):  # ValueErrors are those of all ranks
+            print(f"train_gpt.py: {sentence}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
