@@ -74,7 +74,7 @@ if [ ! -f "${DATA_DIR:-data}/$corpus/manifest.json" ]; then
   "$python" "$maker" || exit 1
 fi
 exec "$python" - "$processes" train_gpt.py --track "$track" "$@" <<'PYTHON'
-import logging, sys
+import logging, signal, sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -83,6 +83,9 @@ logging.disable(logging.CRITICAL)  # the trainer says itself what is wrong, in o
 try:
     run.main(["--standalone", f"--nproc_per_node={sys.argv[1]}", *sys.argv[2:]])
 except ChildFailedError as error:
+    for rank, failure in sorted(error.failures.items()):
+        if failure.exitcode < 0:  # what a killed rank cannot say itself
+            print(f"run.sh: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
     sys.exit(error.get_first_failure()[1].exitcode or 1)
 except (KeyboardInterrupt, SignalException):
     sys.exit(130)

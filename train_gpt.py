@@ -17,16 +17,21 @@ import ast
 import collections
 import concurrent.futures
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -157,11 +162,13 @@ class Run:
     threads: int = field(0, "CPU threads of a process; 0: cores over processes")
     checkpoint_every: int = field(0, "steps between checkpoints; 0: none")
     resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
+    adopt: bool = field(False, "resume even the checkpoint of another source, track, seed, dtype or data, as a new run")
+    timeout: int = field(600, "seconds without progress after which a job of several processes ends")
     out: str = field("logs", "folder of logs and checkpoints")
 
 
 TRACKS = {
-    # A small GPT on the works of Shakespeare, tokens are bytes: less than a minute on two CPU cores.
+    # A small GPT on the works of Shakespeare, tokens are bytes: half a minute on two CPU cores.
     "tiny": Track(
         data=Data(rows=2, row_tokens=2048, epochs=2),
         model=Model(width=128, heads=2, ngrams=((2, 4096), (3, 8192), (4, 8192), (5, 16384))),
@@ -175,9 +182,7 @@ TRACKS = {
             steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
             windows=((64, 64),), extension_windows=(64, 64),
         ),
-        evaluation=Evaluation(
-            target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2
-        ),
+        evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2),
     ),
     # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
     "short": Track(
@@ -347,11 +352,8 @@ def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -
     """
     stream = np.concatenate([read_shard(path) for path in paths])
     counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
-    if len(counted) == 0 or counted[-1] < evaluation.tokens:
-        raise ValueError(
-            f"the validation shards in {paths[0].parent} hold {counted[-1] if len(counted) else 0} targets, "
-            f"the track needs {evaluation.tokens}"
-        )
+    if (found := counted[-1] if len(counted) else 0) < evaluation.tokens:
+        raise ValueError(f"{paths[0].parent} holds {found} validation targets, the track needs {evaluation.tokens}")
     stream = stream[: np.searchsorted(counted, evaluation.tokens) + 2]
     rows, T = [], evaluation.row_tokens
     for begin in range(0, len(stream) - 1, T):
@@ -378,7 +380,7 @@ class Layout(NamedTuple):
 
 
 def document_index(offsets: Tensor, T: int) -> Tensor:
-    """Document of each position (B, T) from document `offsets` (B, M + 1); M behind the last document."""
+    """Document of each position (B, T) from the document `offsets` (B, M + 1)."""
     position = torch.arange(T, device=offsets.device, dtype=torch.int32)
     return (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32)
 
@@ -460,7 +462,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def has_fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether varlen_attn (FlashAttention) runs here: CUDA with capability >= 8.0, 16-bit activations."""
-    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and dtype.itemsize == 2 and processor_has_bfloat16(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,8 +491,11 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
     return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
 
 
-def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: tuple) -> list[Tensor]:
-    """Rows of the hashed tables, one after the other, for the last n tokens of a document: (B, T) each."""
+def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: Sequence[tuple[int, int]]) -> Tensor:
+    """Row of each n-gram in its hashed table, (B, T, len(ngrams)): the last n tokens within the document.
+
+    The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
+    """
     document, begin, found = document_index(offsets, inputs.size(1)), 0, []
     for n, rows in ngrams:
         key = inputs.long() + 1
@@ -644,12 +649,14 @@ class Comm:
     def __init__(self) -> None:
         on = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+        self.calls = 0
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names
         self._scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
         self._gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
         """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
+        self.calls += 1
         if self.world_size == 1:
             return full, self.Done()
         chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
@@ -657,20 +664,23 @@ class Comm:
 
     def all_gather(self, full: Tensor, chunk: Tensor) -> Any:
         """Chunks (C, ...) of all ranks -> full (N C, ...); the chunk may lie inside `full`."""
+        self.calls += 1
         if self.world_size == 1:
             if full.data_ptr() != chunk.data_ptr():
                 full.copy_(chunk)
             return self.Done()
         return self._gather(full, chunk, async_op=True)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+    def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sum, or another reduction, over ranks, in place."""
+        self.calls += 1
         if self.world_size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, op)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The tensor of rank 0, in place."""
+        self.calls += 1
         if self.world_size > 1:
             dist.broadcast(x, src=0)
         return x
@@ -733,7 +743,7 @@ class Unit:
 
     SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
 
-    def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Tensor | float = 1.0):
+    def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Sequence[float] = (1.0,)):
         self.group, self.comm = group, comm
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
         self.matrix = group["kind"] == "matrix"
@@ -745,7 +755,10 @@ class Unit:
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         # one unpadded parameter: gradients and weights travel from and to its own storage
         self.direct = len(self.params) == 1 and self.size == self.chunk * comm.world_size and self.params[0].is_contiguous()
-        self.lr_mul = lr_mul
+        self.lr_mul: Tensor | float = lr_mul[0]
+        if len(set(lr_mul)) > 1:
+            padded = torch.tensor([*lr_mul, *[0.0] * (self.chunk * comm.world_size - self.size)], device=self.device)
+            self.lr_mul = padded[self.own, None, None]
         self.state = {key: torch.zeros(shape, device=self.device) for key, shape in self.state_shapes().items()}
         self.reset()
 
@@ -765,6 +778,7 @@ class Unit:
 
     def reset(self) -> None:
         self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
+        self.bad_since = torch.full((), math.inf, device=self.device)  # first step with a gradient that is not finite
         for key, value in self.state.items():
             value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
 
@@ -786,7 +800,8 @@ class Unit:
         for begin in range(0, self.chunk, size):
             part = slice(begin, begin + size)
             state = {key: value[part] for key, value in self.state.items()}
-            (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, part)
+            lr = self.group["lr"] * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part])
+            (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, lr)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
 
@@ -796,7 +811,7 @@ class Unit:
             for p, part in zip(self.params, full[: self.size].split(self.counts)):
                 p.detach().copy_(part.view(p.shape))
 
-    def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], _: slice) -> None:
+    def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,)."""
         group, (beta1, beta2) = self.group, self.group["betas"]
         m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -809,11 +824,10 @@ class Unit:
             weights.sub_(decay * weights * (update * weights > 0))
         elif decay:
             weights.mul_(1 - decay)
-        weights.add_(update, alpha=-group["lr"])
+        weights.add_(update, alpha=-lr)
 
-    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict[str, Tensor], part: slice) -> None:
+    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float) -> None:
         """Muon with its relatives; fp32 (C, m, n)."""
-        lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
         group, mu, (m, n) = self.group, self.group["momentum"], self.tail
         momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)  # EMA form
         update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
@@ -827,7 +841,7 @@ class Unit:
             method, steps, bound = group["orthogonalize"], group["steps"], group["norm_bound"]
             update = orthogonalize(update, method, steps, bound, group["work_dtype"])  # (C, m, n)
         shape = math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
-        factor = group["lr"] * shape * lr_mul
+        factor = lr * shape
         if group["normuon"]:
             factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
         decay = group["lr"] * group["weight_decay"]
@@ -854,10 +868,6 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
     before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
     return factor * (before / after.clamp_min(1e-10))
-
-
-def gradient(p: Tensor) -> Tensor | None:
-    return p.grad if getattr(p, "main_grad", None) is None else p.main_grad
 
 
 def accumulate_in_fp32(p: Tensor) -> None:
@@ -949,32 +959,24 @@ class MuonEq(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def _units(self, group: dict) -> list[Unit]:
-        named, stacks = list(zip(group.pop("names"), group["params"])), collections.defaultdict(list)
+        named = [(name, p) for name, p in zip(group.pop("names"), group["params"]) if p.numel()]
+        stacks = collections.defaultdict(list)
         if group["kind"] == "adam":
             for name, p in named:
                 stacks[p.dtype, p.device, name if p.numel() >= self.SMALL else None].append((name, p))
             return [Unit(group, stack, self.comm) for stack in stacks.values()]
-        lr_mul = group["lr_mul"]
-        total = sum(p.size(0) if p.ndim == 3 else 1 for _, p in named)
-        if not isinstance(lr_mul, (int, float)) and len(lr_mul) != total:
-            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {total} matrices")
-        factors, begin = collections.defaultdict(list), 0
-        for name, p in named:
+        lr_mul, counts = group["lr_mul"], [p.size(0) if p.ndim == 3 else 1 for _, p in named]
+        factors = [float(lr_mul)] * sum(counts) if isinstance(lr_mul, (int, float)) else list(lr_mul)
+        if len(factors) != sum(counts):
+            raise ValueError(f"lr_mul has {len(factors)} entries for {sum(counts)} matrices")
+        muls = collections.defaultdict(list)
+        for (name, p), count in zip(named, counts):
             if p.ndim not in (2, 3):
                 raise ValueError(f"matrix parameter {name!r} has shape {tuple(p.shape)}; (m, n) or (K, m, n) expected")
-            key, count = (p.dtype, p.device, p.shape[-2:]), p.size(0) if p.ndim == 3 else 1
+            key = p.dtype, p.device, p.shape[-2:]
             stacks[key].append((name, p))
-            factors[key] += [] if isinstance(lr_mul, (int, float)) else list(lr_mul[begin : begin + count])
-            begin += count
-        units = []
-        for key, stack in stacks.items():
-            unit = Unit(group, stack, self.comm, float(lr_mul) if isinstance(lr_mul, (int, float)) else 1.0)
-            if factors[key]:
-                padded = torch.zeros(unit.chunk * self.comm.world_size, 1, 1)
-                padded[: unit.size, 0, 0] = torch.tensor(factors[key])
-                unit.lr_mul = padded[unit.own].to(unit.device)
-            units.append(unit)
-        return units
+            muls[key] += [factors.pop(0) for _ in range(count)]
+        return [Unit(group, stack, self.comm, muls[key]) for key, stack in stacks.items()]
 
     def _active(self, step: int) -> list[Unit]:
         return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
@@ -994,7 +996,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.tokens += 1 if tokens is None else tokens
         reducing = []
         for unit in reversed(active):
-            full = unit.stack([gradient(p) for p in unit.params]).float()
+            full = unit.stack([p.grad if getattr(p, "main_grad", None) is None else p.main_grad for p in unit.params]).float()
             if self.grads == "token_sum":
                 reducing.append((unit, full, *self.comm.reduce_scatter(full)))
             else:
@@ -1002,6 +1004,8 @@ class MuonEq(torch.optim.Optimizer):
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
+            largest = torch.linalg.vector_norm(chunk, math.inf)
+            unit.bad_since = torch.where(largest.isfinite(), unit.bad_since, unit.bad_since.clamp_max(self.steps))
             gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
         for unit, pending in gathering:
@@ -1027,6 +1031,10 @@ class MuonEq(torch.optim.Optimizer):
             unit.reset()
         self._clear(self.units)
         self.steps = 0
+
+    def bad_since(self) -> Tensor:
+        """First step, from 1, in which a gradient in this rank's chunks was not finite, (units,) fp32; inf for none."""
+        return torch.stack([unit.bad_since for unit in self.units])
 
     SCHEDULED = ("lr", "momentum", "weight_decay")
 
@@ -1156,20 +1164,48 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows)}
 
 
+class Refusal(ValueError):
+    """What all ranks refuse with the same sentence; rank 0 says it."""
+
+
 def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
-    """The result of `work` on rank 0, for all ranks; its ValueError as well."""
-    if comm.world_size == 1:
-        return work()
+    """The result of `work` on rank 0, for all ranks; Refusal on all of them when it fails."""
     box: list[Any] = [None, None]
     if comm.rank == 0:
         try:
             box[0] = work()
-        except ValueError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+        except (ValueError, OSError) as error:
+            box[1] = explanation(error)
+    if comm.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise Refusal(box[1])
     return box[0]
+
+
+def watch(trainer: Trainer, seconds: int, done: threading.Event) -> None:
+    """Thread that ends a process of torchrun whose parent is gone, or that of a rank when none has moved for `seconds`.
+
+    All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
+    """
+    comm, parent, calls, moved, why = trainer.comm, os.getppid(), -1, time.monotonic(), ""
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        while not why and not done.wait(1.0):
+            if calls != (calls := comm.calls + trainer.optimizer.comm.calls):
+                moved = time.monotonic()
+            store.set(f"calls/{comm.rank}", str(calls))
+            if os.getppid() != parent:
+                why = "the process that started it is gone"
+            elif time.monotonic() - moved > seconds:
+                made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
+                behind = ", ".join(str(rank) for rank, n in enumerate(made) if n == min(made))
+                why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
+    except RuntimeError:
+        why = "the process that started it does not answer"
+    if why and not done.is_set():
+        print(f"train_gpt.py: rank {comm.rank} ends: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 class Clock:
@@ -1195,60 +1231,88 @@ class Clock:
 
 
 class Log:
-    """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes."""
+    """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes.
 
-    def __init__(self, out: Path, run_id: str, active: bool, keep_bytes: int = 0):
-        self.path, self.file = out / f"{run_id}.jsonl", None
-        if active:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
-            self.file = open(self.path, "a", encoding="ascii")
-            # what was written after the checkpoint happens again; a log that is not there begins anew
-            self.file.truncate(keep_bytes if self.file.tell() >= keep_bytes else 0)
+    A log that is there already keeps its lines up to the `step` of `open`: what came after it happens again.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.events = path, None, set()
+
+    def open(self, step: int) -> None:
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        (self.path.parent / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
+        self.file, size = open(self.path, "a+b"), 0
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process writes {self.path}; wait until it has ended") from None
+        self.file.seek(0)
+        for line in self.file:
+            try:
+                event = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a kill can tear the last line
+                if event.get("step", 0) > step:
+                    break
+                self.events.add((event["event"], event.get("step")))
+            except (ValueError, AttributeError, KeyError, TypeError):
+                raise ValueError(f"{self.path} is not a log: {line[:40]!r}") from None
+            size += len(line)
+        self.file.truncate(size)
 
     def write(self, event: str, **fields: Any) -> None:
         if self.file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-            self.file.write(json.dumps({"event": event, **finite}) + "\n")
+            self.file.write((json.dumps({"event": event, **finite}) + "\n").encode())
             self.file.flush()
 
-    def size(self) -> int:
-        return self.path.stat().st_size if self.file else 0
 
-
-CHECKPOINT_FORMAT = "train_gpt checkpoint 1"
-CHECKPOINT_KEYS = {"key", "run_id", "step", "position", "tokens", "train_time_s", "log_bytes", "model", "optimizer"}
+CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
+CHECKPOINT_FIELDS = {"key": dict, "run_id": str, "step": int, "position": list, "tokens": int, "train_time_s": float,
+                     "model": dict, "optimizer": dict}  # fmt: skip
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """All or nothing: written under another name, flushed to the disk, then renamed."""
+    """All or nothing: written under another name with its sha256 at the end, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except RuntimeError as error:  # torch's writer hides the system's reason
+        raise OSError(f"cannot write {partial}: {error.__context__ or error}") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, key: dict) -> dict:
-    """A checkpoint of this run's track, seed and source; ValueError naming the file when it is anything else."""
+    """A checkpoint with this `key` (empty: with any); ValueError naming the file when it is anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        foreign = content["format"] != CHECKPOINT_FORMAT or not content.keys() >= CHECKPOINT_KEYS
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            size = len(content) - hashlib.sha256().digest_size
+            with memoryview(content) as view:
+                if hashlib.sha256(view[:size]).digest() != content[size:]:
+                    raise ValueError("its checksum is wrong")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if found["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is not {CHECKPOINT_FORMAT!r}")
+        if wrong := [name for name, kind in CHECKPOINT_FIELDS.items() if not isinstance(found.get(name), kind)]:
+            raise ValueError(f"it has no {wrong[0]}")
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # torch.load fails in many ways on damaged files
-        raise ValueError(f"checkpoint {path} is damaged or foreign ({type(error).__name__})") from None
-    if foreign:
-        raise ValueError(f"checkpoint {path} is not complete or not a {CHECKPOINT_FORMAT!r}")
+        reason = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"checkpoint {path} is damaged or foreign ({reason})") from None
     for name, value in key.items():
-        if content["key"].get(name) != value:
-            raise ValueError(f"checkpoint {path} belongs to another {name}")
-    return content
+        if found["key"].get(name) != value:
+            raise ValueError(f"checkpoint {path} belongs to another {name}; --adopt true takes it as the start of a new run")
+    return found
 
 
 def newest_checkpoint(out: Path, key: dict) -> str:
@@ -1272,21 +1336,18 @@ def compile_counts() -> tuple[int, int]:
 
 def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     """What a reader of the log must know about the machine."""
-    def command(*args: str) -> str:
-        try:
-            return subprocess.run(args, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+    def command(line: str) -> str:  # "" where there is no such command
+        return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if (
         sys.platform == "linux") else platform.processor()  # fmt: skip
     on_cuda = device.type == "cuda"
     return {
         "source_sha256": source_sha256(),
-        "git_commit": command("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(command("git", "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": command("git rev-parse HEAD"),
+        "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
         "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "driver": command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else "",
+        "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu or platform.machine(),
         "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -1339,9 +1400,8 @@ class Trainer:
         manifest = manifest_of(self.folder, data)
         self.train_paths = shard_paths(self.folder, manifest, "train")
         rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation)
-        self.validation = [
-            make_batch([row], data, self.checked["val_documents"]) for row in rows[comm.rank :: comm.world_size]
-        ]
+        rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
+        self.validation = [make_batch([row], data, documents) for row in rows]
         dtype = run.dtype if run.dtype != "auto" else "bfloat16" if processor_has_bfloat16(device) else "float32"
         self.dtype = getattr(torch, dtype)
         self.model = GPT(track.model, max(data.row_tokens, evaluation.row_tokens), self.dtype, device)
@@ -1350,18 +1410,17 @@ class Trainer:
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if run.compile else self.model
         self.clock, self.environment = Clock(device), environment(device, comm)
-        self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256()}
+        self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
+                    "data": self.checked["digests"]}  # fmt: skip
         self.micro_rows = micro_rows(track, run, comm.world_size)
-
-    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        for parts in zip(*(x.split(self.micro_rows) for x in batch)):
-            yield Batch(*(x.to(self.device, non_blocking=True) for x in parts))
+        self.asked_to_stop = 0  # the signal that did
 
     def forward_backward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss."""
         total = torch.zeros((), device=self.device)
-        for micro in self.micro_batches(batch):
-            loss = self.forward(*micro, windows, self.track.data.document_cut)
+        for micro in zip(*(x.split(self.micro_rows) for x in batch)):
+            parts = (x.to(self.device, non_blocking=True) for x in micro)
+            loss = self.forward(*parts, windows, self.track.data.document_cut)
             loss.backward()
             total += loss.detach()
         return total
@@ -1392,7 +1451,6 @@ class Trainer:
                 self.evaluate(validation, windows)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
-        self.optimizer.reset()
         self.model.init_weights(self.run.seed)
         for p in self.model.parameters():
             self.comm.broadcast(p.detach())
@@ -1401,17 +1459,42 @@ class Trainer:
 
     def resume(self) -> dict | None:
         """The checkpoint to go on from, loaded into model and optimizer."""
-        if self.run.resume is None:
-            return None
-        path = self.run.resume or on_rank_0(self.comm, lambda: newest_checkpoint(Path(self.run.out), self.key))
+        run, key = self.run, {} if self.run.adopt and self.run.resume else self.key
+        path = run.resume if run.resume != "" else on_rank_0(self.comm, lambda: newest_checkpoint(Path(run.out), key))
         if not path:
             return None
-        checkpoint = load_checkpoint(Path(path), self.key)
+        on_rank_0(self.comm, lambda: load_checkpoint(Path(path), key) and None)
+        checkpoint = load_checkpoint(Path(path), key)
+        try:  # the fields of the groups are the track's
+            self.optimizer.load_state_dict({**checkpoint["optimizer"], "groups": []})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refusal(f"checkpoint {path} does not fit: {error}") from None
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(checkpoint["model"][name])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint
+
+    def check_disk(self, out: Path, run_id: str) -> None:
+        """ValueError when two checkpoints and the one that is being written will not fit."""
+        state = sum(value.nbytes for unit in self.optimizer.units for value in unit.state.values())
+        need = 3 * (sum(p.nbytes for p in self.model.parameters()) + self.comm.world_size * state)
+        folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in (out / run_id).glob("step_*.pt"))
+        if self.run.checkpoint_every and free < need:
+            raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, checkpoints take {need / 1e6:,.0f}; use another --out")
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """The run saves and ends at its next logged step; before training, or with a second Ctrl-C, it ends at once."""
+        if self.clock.now() == 0 or (self.asked_to_stop and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.asked_to_stop = number
+
+    def refuse_nonfinite(self, step: int, what: str) -> None:
+        """Refusal that says in which step and for which parameters a gradient was first not finite. Collective."""
+        since = self.comm.all_reduce(self.optimizer.bad_since(), dist.ReduceOp.MIN).tolist()
+        names = [name for unit, at in zip(self.optimizer.units, since) if at == min(since) <= step for name in unit.names]
+        where = f"gradients of {', '.join(names)} since step {min(since):.0f}" if names else "no gradient before it"
+        raise Refusal(f"not finite at step {step}, {what}: {where}; the last checkpoint is kept")
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
@@ -1423,14 +1506,19 @@ class Trainer:
         warm_up_s = self.warm_up()
         graphs, misses = compile_counts()
         checkpoint = self.resume()
-        fresh_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
-        run_id = checkpoint["run_id"] if checkpoint else fresh_id
-        log = Log(out, run_id, chief, checkpoint["log_bytes"] if checkpoint else 0)
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         first, position, tokens = 0, (0, 0, 0), 0
         if checkpoint:
-            first, position, tokens = checkpoint["step"], tuple(checkpoint["position"]), checkpoint["tokens"]
-            clock.seconds = checkpoint["train_time_s"]
-        if log.size() == 0:
+            first, tokens, clock.seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["train_time_s"]
+            run_id = checkpoint["run_id"] if checkpoint["key"] == self.key else run_id
+            same_data = checkpoint["key"].get("data") == self.key["data"]
+            position = tuple(checkpoint["position"]) if same_data else position
+            if first >= steps:
+                raise Refusal(f"checkpoint of step {first}: the schedule has only {steps} steps")
+        on_rank_0(comm, lambda: self.check_disk(out, run_id))
+        log = Log(out / f"{run_id}.jsonl")
+        on_rank_0(comm, lambda: log.open(first))
+        if not log.events:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
                 dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **self.environment,
@@ -1438,8 +1526,9 @@ class Trainer:
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
         if checkpoint:
-            log.write("checkpoint", step=first)
-            log.write("resume", step=first, world_size=comm.world_size)
+            if ("checkpoint", first) not in log.events and run_id == checkpoint["run_id"]:
+                log.write("checkpoint", step=first)
+            log.write("resume", step=first, world_size=comm.world_size, run_id=checkpoint["run_id"])
         packer = Packer(self.train_paths, data, position)
         batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
         bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
@@ -1448,7 +1537,7 @@ class Trainer:
         if run.compile:
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
-        windows, val_loss, due = None, math.nan, False
+        windows, val_loss, due, stopping = None, math.nan, False, False
         clock.start()
         for step in range(first, steps):
             if windows_at(schedule, step) != windows or step == schedule.steps:
@@ -1465,16 +1554,19 @@ class Trainer:
             self.optimizer.zero_grad()
             tokens += data.rows * data.row_tokens
             done, last = step + 1, step + 1 == steps
-            if done % evaluation.log_every == 0 or last:
-                train_loss = float(comm.all_reduce(loss)) / count
+            if done % evaluation.log_every == 0 or done % evaluation.every == 0 or last:
+                bad = (self.optimizer.bad_since() <= done).any()
+                report = torch.stack([loss, bad, loss.new_tensor(self.asked_to_stop)])
+                loss_sum, bad, stops = comm.all_reduce(report).tolist()
+                train_loss, stopping = loss_sum / count, stops > 0
                 log.write("step", step=done, train_loss=train_loss, train_time_s=clock.now(), tokens=tokens)
                 bar.set_description(f"step {done}/{steps} loss {train_loss:.4f}", refresh=False)
-                if not math.isfinite(train_loss):
-                    raise ValueError(f"training loss is {train_loss} at step {done}; log {log.path}")
+                if bad or not math.isfinite(train_loss):
+                    self.refuse_nonfinite(done, f"training loss {train_loss}")
                 if bar.disable and (done % max(1, steps // 20) == 0 or last):
                     say(f"step {done}/{steps} loss {train_loss:.4f} {clock.now():.1f} s {tokens / clock.now():,.0f} tokens/s")
             bar.update(data.rows * data.row_tokens)
-            due = due or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
+            due = due or stopping or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
             save = due and done % self.period == 0 and not last
             if not (save or last or done % evaluation.every == 0):
                 continue
@@ -1485,21 +1577,24 @@ class Trainer:
                           tokens=tokens)  # fmt: skip
                 say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
                 if not math.isfinite(val_loss):
-                    raise ValueError(f"validation loss is {val_loss} at step {done}; log {log.path}")
+                    self.refuse_nonfinite(done, f"validation loss {val_loss}")
             if save:
                 due = False
                 if not all(p.isfinite().all() for p in self.model.parameters()):
-                    raise ValueError(f"parameters are not finite at step {done}; the last good checkpoint is kept")
+                    self.refuse_nonfinite(done, "parameters")
                 optimizer = self.optimizer.state_dict()  # collective
                 if chief:
                     save_checkpoint(out / run_id / f"step_{done:06d}.pt", {
                         "key": self.key, "run_id": run_id, "step": done, "position": list(position), "tokens": tokens,
-                        "train_time_s": clock.seconds, "log_bytes": log.size(), "optimizer": optimizer,
+                        "train_time_s": clock.seconds, "optimizer": optimizer,
                         "model": {name: p.detach() for name, p in self.model.named_parameters()},
                     })  # fmt: skip
                     log.write("checkpoint", step=done)
-                    for old in sorted((out / run_id).glob("step_*.pt"))[:-2]:
+                    for old in sorted((out / run_id).glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-2]:
                         old.unlink()
+                if stopping:
+                    say(f"stopped and saved at step {done}; the same command with --resume goes on")
+                    sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
             clock.start()
         clock.stop()
         bar.close()
@@ -1531,10 +1626,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def auto_track() -> str:
-    if not torch.cuda.is_available():
-        return "tiny"
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return "short" if all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards) else "tiny"
+    return "short" if cards and all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards) else "tiny"
 
 
 def help_text() -> str:
@@ -1542,12 +1635,10 @@ def help_text() -> str:
     lines += [f"  --{f.name:<18} {f.default!s:<12} {f.metadata['meaning']}" for f in dataclasses.fields(Run)]
     for name, track in TRACKS.items():
         lines += ["", f"Track {name} (--section.field value):"]
-        for section in dataclasses.fields(Track):
-            part = getattr(track, section.name)
-            lines += [
-                f"  --{section.name + '.' + f.name:<32} {str(getattr(part, f.name)).replace(' ', '')}   {f.metadata['meaning']}"
-                for f in dataclasses.fields(part)
-            ]
+        for section, part in vars(track).items():
+            for f in dataclasses.fields(part):
+                value = str(getattr(part, f.name)).replace(" ", "")
+                lines.append(f"  --{section + '.' + f.name:<32} {value}   {f.metadata['meaning']}")
     return "\n".join(lines)
 
 
@@ -1570,38 +1661,28 @@ def parse_value(option: str, text: str, annotation: str) -> Any:
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
     """Track and run options; ValueError names the nearest option for an unknown one."""
-    run, overrides, words = Run(), [], list(argv)
+    known, values, words = {f.name: f for f in dataclasses.fields(Run)}, {}, list(argv)
+    for section in dataclasses.fields(Track):
+        known |= {f"{section.name}.{f.name}": f for f in dataclasses.fields(section.default)}
     while words:
         option, _, text = words.pop(0).partition("=")
         name = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--"):
             raise ValueError(f"{option!r} is not an option; options look like --track tiny")
+        if name not in known:
+            raise ValueError(f"unknown option {option}, the nearest is --{difflib.get_close_matches(name, known, 1, 0.0)[0]}")
         if not text and words and not words[0].startswith("--"):
             text = words.pop(0)
         elif not text and name != "resume":
             raise ValueError(f"{option} needs a value")
-        overrides.append((option, name, text))
-    sections = {f.name: f for f in dataclasses.fields(Track)}
-    run_fields = {f.name: f for f in dataclasses.fields(Run)}
-    known = list(run_fields) + [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(getattr(Track, s))]
-    for option, name, _ in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"unknown option {option}, the nearest is --{near}")
-    for option, name, text in overrides:
-        if name in run_fields:
-            run = dataclasses.replace(run, **{name: parse_value(option, text, run_fields[name].type)})
+        values[name] = parse_value(option, text, known[name].type)
+    run = dataclasses.replace(Run(), **{name: value for name, value in values.items() if "." not in name})
     run = dataclasses.replace(run, track=auto_track() if run.track == "auto" else run.track)
     if run.track not in TRACKS:
         raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
     track = TRACKS[run.track]
-    for option, name, text in overrides:
-        if "." in name:
-            section, key = name.split(".")
-            part = getattr(track, section)
-            kind = next(f.type for f in dataclasses.fields(part) if f.name == key)
-            part = dataclasses.replace(part, **{key: parse_value(option, text, kind)})
-            track = dataclasses.replace(track, **{section: part})
+    for section, key, value in ((*name.split("."), value) for name, value in values.items() if "." in name):
+        track = dataclasses.replace(track, **{section: dataclasses.replace(getattr(track, section), **{key: value})})
     return track, run
 
 
@@ -1626,18 +1707,15 @@ def check_settings(track: Track, run: Run) -> None:
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
     adams = (track.hidden, track.embed, track.value, track.head, track.scalar)
     pairs = (schedule.momentum, model.softcap, *(adam.betas for adam in adams))
-    for name, value in (("windows", windows), ("value_tables", model.value_tables), ("skips", model.skips)):
+    for value in (windows, model.value_tables, model.skips, model.ngrams):
         if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
-            raise ValueError(f"{name} are pairs of whole numbers, such as ((128, 384), (640, 1408))")
-    if not all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs):
-        raise ValueError("momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)")
-
-    def finite(section: Any) -> bool:
-        return all(abs(x) < 1e30 for x in dataclasses.asdict(section).values() if isinstance(x, float))
-
+            raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
+    settings = [x for section in vars(track).values() for x in vars(section).values()]
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    numbers = all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs)
     for good, sentence in (
-        (all(finite(getattr(track, f.name)) for f in dataclasses.fields(Track)), "numbers are finite and below 1e30"),
+        (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
+        (all(abs(x) < 1e30 for x in settings if isinstance(x, float)), "numbers are finite and below 1e30"),
         ({track.matrix.kind, track.gate.kind} <= {"matrix", "adam"}, "the kind of matrix and gate is matrix or adam"),
         (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
@@ -1645,7 +1723,8 @@ def check_settings(track: Track, run: Run) -> None:
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
-        (all(0 <= i < model.layers for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
+        (all(i in range(model.layers) for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
+        (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
         (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
     ):
         if not good:
@@ -1673,6 +1752,8 @@ def explanation(error: BaseException) -> str | None:
         return "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory; a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return "lost the connection to another rank"
     if "fail_on_recompile" in text:
         return "a graph would have been compiled inside the timed region; the warm-up did not cover it"
     if isinstance(error, OSError):
@@ -1685,7 +1766,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     try:
         track, run = parse_command_line(argv)
         check_settings(track, run)
@@ -1702,18 +1783,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._dynamo.config.recompile_limit = 64
         if "WORLD_SIZE" in os.environ:
             backend = dist.get_default_backend_for_device(device)
-            dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
-        Trainer(track, run, Comm(), device).train()
-    except (Exception, KeyboardInterrupt) as error:
-        sentence = explanation(error)
-        if sentence is None:
-            raise
-        if int(os.environ.get("RANK", 0)) == 0 or not isinstance(error, ValueError):  # ValueErrors are those of all ranks
-            print(f"train_gpt.py: {sentence}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-    finally:
+            bound = datetime.timedelta(seconds=run.timeout + 60)
+            dist.init_process_group(backend, timeout=bound, device_id=None if device.type == "cpu" else device)
+        trainer, done = Trainer(track, run, Comm(), device), threading.Event()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, trainer.on_signal)
+        if dist.is_initialized():
+            threading.Thread(target=watch, args=(trainer, run.timeout, done), daemon=True).start()
+        trainer.train()
+        done.set()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, own = explanation(error), dist.is_initialized() and not isinstance(error, Refusal)
+        if own or rank == 0:
+            who, cause = f"rank {rank}: " * (own and world_size > 1), sentence or f"{type(error).__name__}: {error}"
+            print(f"train_gpt.py: {who}{cause}", file=sys.stderr, flush=True)
+        if sentence is None:
+            raise
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from shards import HEADER_BYTES, DataError, check_shard, data_dir, holds, publish, read_manifest, write_manifest
+from shards import HEADER_BYTES, DataError, check_shard, data_dir, exclusive, holds, publish, read_manifest, write_manifest
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAIN_SHARDS = 103
@@ -49,7 +49,7 @@ def published(names: list[str]) -> dict[str, dict[str, str | int]]:
 
 def download(name: str, folder: Path, entry: dict[str, str | int]) -> None:
     """Fetch one shard into `folder`, where it appears under its name only if it is what `entry` says."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
         path = Path(ask_hub(name, hf_hub_download, REPOSITORY, name, local_dir=scratch))
         try:
             check_shard(path, entry, full=True)
@@ -77,7 +77,6 @@ def fetch(train: int, folder: Path) -> None:
     if not unknown:
         print(f"{folder} is complete: nothing to do")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     hub = published(unknown)
     kept = [name for name in unknown if holds(folder / name, hub[name], full=True)]
     wanted = [name for name in unknown if name not in kept]
@@ -104,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not given.isdecimal() or not 1 <= int(given) <= TRAIN_SHARDS:
         sys.exit(f"data/fineweb.py: N is the number of training shards, 1 to {TRAIN_SHARDS}, not {given!r}")
     try:
-        fetch(int(given), data_dir() / "fineweb10B")
+        folder = data_dir() / "fineweb10B"
+        with exclusive(folder):
+            fetch(int(given), folder)
     except KeyboardInterrupt:
         sys.exit("data/fineweb.py: interrupted; the same command goes on from here")
     except (DataError, OSError) as error:

