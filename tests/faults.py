@@ -255,8 +255,9 @@ def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: 
     began = time.monotonic()
     codes, results, said = launch(fault.world_size, argv, folder, fault, fault.at * seconds[fault.world_size])
     struck, before = any(codes), last_step(out)
+    complete = any(out.glob("*/finished"))  # the fault came after the end of the run: a new one starts
     asked = fault.kind in ("SIGTERM", "SIGINT")
-    if struck and not all(codes):
+    if struck and not all(codes) and not complete and fault.place != "peak_memory":  # that is after the last collective
         flaws.append(f"some ranks ended well: {codes}")
     if struck and fault.kind in ("kill", "write", "time") and codes[fault.victim] != -signal.SIGKILL:
         flaws.append(f"the victim was not killed: {codes}")
@@ -277,7 +278,7 @@ def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: 
     outcome = results[0][0]
     lines = outcome.lines
     resumed = [line["step"] for line in lines if line["event"] == "resume"]
-    repeated = max(0, before - (resumed[0] if resumed else 0)) if struck else 0
+    repeated = max(0, before - (resumed[0] if resumed else 0)) if struck and not complete else 0
     kinds = [line["event"] for line in lines]
     if kinds.count("header") != 1 or kinds.count("final") != 1 or kinds[-1] != "final":
         flaws.append("the log does not have one header and one final line")
@@ -290,8 +291,8 @@ def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: 
     interval = 6 if fault.damage else 4  # steps between checkpoints, where embed and head wait for every second step
     if repeated > interval + (0 if resumed else 4) or (asked and not fault.damage and repeated > 0 and before > 0):
         flaws.append(f"{repeated} steps repeated")
-    left = [path.name for path in out.rglob("*") if path.suffix not in (".pt", ".py", ".jsonl") and path.is_file()]
-    if set(left) - {"finished"}:
+    left = {path.name for path in out.glob(f"{outcome.log.stem}/*") if path.suffix != ".pt"} - {"finished"}
+    if left:
         flaws.append(f"left behind: {left}")
     bits = sum(differing_bits(result.params, expected.params) for result, _ in results)
     return Result(fault, struck, starts, repeated, bits, flaws)
