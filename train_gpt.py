@@ -178,23 +178,17 @@ TRACKS = {
         value=Adam(lr=1.0, every=1),
         head=Adam(lr=0.008, every=1),
         scalar=Adam(lr=0.04, every=1),
-        schedule=Schedule(
-            steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
-            windows=((64, 64),), extension_windows=(64, 64),
-        ),
+        schedule=Schedule(steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
+                          windows=((64, 64),), extension_windows=(64, 64)),  # fmt: skip
         evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2),
     ),
     # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
     "short": Track(
-        data=Data(
-            corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True,
-            rows=8, row_tokens=32_768, document_cut=2048,
-        ),
-        model=Model(
-            padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
-            value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
-            skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
-        ),
+        data=Data(corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True,
+                  rows=8, row_tokens=32_768, document_cut=2048),
+        model=Model(padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
+                    value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
+                    skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7),
         matrix=Matrix(lr=0.03, lr_mul=(2.0, 1.0)),
         # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
         gate=Matrix(lr=0.03, normuon_axis="row"),
@@ -678,13 +672,6 @@ class Comm:
             dist.all_reduce(x, op)
         return x
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """The tensor of rank 0, in place."""
-        self.calls += 1
-        if self.world_size > 1:
-            dist.broadcast(x, src=0)
-        return x
-
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
@@ -697,11 +684,8 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
         sums = torch.linalg.vector_norm(u, dim=dim, keepdim=True).square()
         return (sums + 1e-8 * sums.mean((-2, -1), keepdim=True) + TINY).pow(exponent)
 
-    if mode == "row":
-        return u * factor(-1)
-    if mode == "col":
-        return u * factor(-2)
-    return u * factor(-1) * factor(-2) if mode == "rowcol" else u
+    dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
+    return math.prod(map(factor, dims), start=u)
 
 
 def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
@@ -723,8 +707,8 @@ def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm
     multiply_add = torch.addmm if alone else torch.baddbmm
     for i, (a, b, c) in enumerate(triples):
         gram = x @ x.mT if wide else x.mT @ x
-        square = gram @ gram if norm_bound == "spc" and i == 0 else None
-        if square is not None:  # the bound comes from products that the first iteration needs anyway
+        if norm_bound == "spc" and i == 0:  # the bound comes from products that the first iteration needs anyway
+            square = gram @ gram
             bound = torch.linalg.vector_norm(square.float(), dim=(-2, -1), keepdim=True).clamp_min(TINY) ** 0.25 * margin
             x, gram, square = (x / bound).to(work_dtype), gram / bound**2, square / bound**4
             polynomial = (b * gram + c * square).to(work_dtype)
@@ -755,7 +739,7 @@ class Unit:
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         # one unpadded parameter: gradients and weights travel from and to its own storage
         self.direct = len(self.params) == 1 and self.size == self.chunk * comm.world_size and self.params[0].is_contiguous()
-        self.lr_mul: Tensor | float = lr_mul[0]
+        self.lr_mul: Tensor | float = float(lr_mul[0])
         if len(set(lr_mul)) > 1:
             padded = torch.tensor([*lr_mul, *[0.0] * (self.chunk * comm.world_size - self.size)], device=self.device)
             self.lr_mul = padded[self.own, None, None]
@@ -764,14 +748,11 @@ class Unit:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """fp32 state of the owned chunk."""
-        if not self.matrix:
-            shapes = {"exp_avg": (self.chunk,), "exp_avg_sq": (self.chunk,)}
-        else:
-            (m, n), group = self.tail, self.group
-            shapes = {"momentum": (self.chunk, m, n)}
-            if group["normuon"]:
-                per_row = m >= n if group["normuon_axis"] == "auto" else group["normuon_axis"] == "row"
-                shapes["second_moment"] = (self.chunk, m, 1) if per_row else (self.chunk, 1, n)
+        shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
+        if self.group.get("normuon"):
+            (m, n), axis = self.tail, self.group["normuon_axis"]
+            per_row = m >= n if axis == "auto" else axis == "row"
+            shapes["second_moment"] = (self.chunk, m, 1) if per_row else (self.chunk, 1, n)
         if self.dtype != torch.float32:
             shapes["master"] = (self.chunk, *self.tail)
         return shapes
@@ -997,10 +978,8 @@ class MuonEq(torch.optim.Optimizer):
         reducing = []
         for unit in reversed(active):
             full = unit.stack([p.grad if getattr(p, "main_grad", None) is None else p.main_grad for p in unit.params]).float()
-            if self.grads == "token_sum":
-                reducing.append((unit, full, *self.comm.reduce_scatter(full)))
-            else:
-                reducing.append((unit, full, full[unit.own], Comm.Done()))
+            summed = self.grads == "token_sum"
+            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.Done()))))
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
@@ -1036,8 +1015,6 @@ class MuonEq(torch.optim.Optimizer):
         """First step, from 1, in which a gradient in this rank's chunks was not finite, (units,) fp32; inf for none."""
         return torch.stack([unit.bad_since for unit in self.units])
 
-    SCHEDULED = ("lr", "momentum", "weight_decay")
-
     def state_dict(self) -> dict:
         """Full unpadded fp32 state by parameter name, the same at any world size. Collective: every rank calls it."""
         state: dict[str, dict] = {}
@@ -1048,7 +1025,8 @@ class MuonEq(torch.optim.Optimizer):
                 for name, p, part in zip(unit.names, unit.params, full[: unit.size].split(unit.counts)):
                     shape = p.shape[:-2] + part.shape[1:] if unit.matrix else p.shape
                     state.setdefault(name, {"updates": unit.updates})[key] = part.reshape(shape).clone()
-        groups = [{key: group[key] for key in self.SCHEDULED if key in group} for group in self.param_groups]
+        scheduled = ("lr", "momentum", "weight_decay")
+        groups = [{key: group[key] for key in scheduled if key in group} for group in self.param_groups]
         return {"step": self.steps, "state": state, "groups": groups}
 
     @torch.no_grad()
@@ -1128,8 +1106,7 @@ def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
         raise ValueError(f"no data: {folder / 'manifest.json'} is missing; {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / 'manifest.json'} is not a manifest of token shards; {hint}") from None
-    if found[:2] != (data.vocab_size, data.document_start):
-        needed = data.vocab_size, data.document_start
+    if found[:2] != (needed := (data.vocab_size, data.document_start)):
         raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track needs {needed}")
     return manifest
 
@@ -1188,17 +1165,17 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event) -> None:
 
     All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
     """
-    comm, parent, calls, moved, why = trainer.comm, os.getppid(), -1, time.monotonic(), ""
+    comm, parent, calls, idle, why = trainer.comm, os.getppid(), -1, 0, ""
+    key, patience = f"calls/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/", datetime.timedelta(seconds=30)
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
         while not why and not done.wait(1.0):
-            if calls != (calls := comm.calls + trainer.optimizer.comm.calls):
-                moved = time.monotonic()
-            store.set(f"calls/{comm.rank}", str(calls))
+            idle = 0 if calls != (calls := comm.calls + trainer.optimizer.comm.calls) else idle + 1
+            store.set(f"{key}{comm.rank}", str(calls))
             if os.getppid() != parent:
                 why = "the process that started it is gone"
-            elif time.monotonic() - moved > seconds:
-                made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
+            elif idle > seconds and comm.world_size > 1:
+                made = [store.add(f"{key}{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
                 behind = ", ".join(str(rank) for rank, n in enumerate(made) if n == min(made))
                 why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
     except RuntimeError:
@@ -1247,7 +1224,7 @@ class Log:
         self.file, size = open(self.path, "a+b"), 0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another process writes {self.path}; wait until it has ended") from None
         self.file.seek(0)
         for line in self.file:
@@ -1274,9 +1251,9 @@ CHECKPOINT_FIELDS = {"key": dict, "run_id": str, "step": int, "position": list, 
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """All or nothing: written under another name with its sha256 at the end, flushed to the disk, then renamed."""
+    """All or nothing: written under another name with its sha256 at the end, flushed, then renamed. The last two stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name("step.partial")  # one name: the next save replaces what a kill leaves
     try:
         with open(partial, "w+b") as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
@@ -1289,23 +1266,23 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise OSError(f"cannot write {partial}: {error.__context__ or error}") from None
     finally:
         partial.unlink(missing_ok=True)
+    for old in sorted(path.parent.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-2]:
+        old.unlink()
 
 
 def load_checkpoint(path: Path, key: dict) -> dict:
     """A checkpoint with this `key` (empty: with any); ValueError naming the file when it is anything else."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            size = len(content) - hashlib.sha256().digest_size
-            with memoryview(content) as view:
-                if hashlib.sha256(view[:size]).digest() != content[size:]:
-                    raise ValueError("its checksum is wrong")
+            if hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
+                raise ValueError("its checksum is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if found["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is not {CHECKPOINT_FORMAT!r}")
         if wrong := [name for name, kind in CHECKPOINT_FIELDS.items() if not isinstance(found.get(name), kind)]:
             raise ValueError(f"it has no {wrong[0]}")
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint {path} does not exist") from None
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch.load fails in many ways on damaged files
         reason = error if type(error) is ValueError else type(error).__name__
         raise ValueError(f"checkpoint {path} is damaged or foreign ({reason})") from None
@@ -1420,6 +1397,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for micro in zip(*(x.split(self.micro_rows) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
+            self.comm.calls += 1  # a sign of life for `watch`
             loss = self.forward(*parts, windows, self.track.data.document_cut)
             loss.backward()
             total += loss.detach()
@@ -1452,8 +1430,8 @@ class Trainer:
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
-        for p in self.model.parameters():
-            self.comm.broadcast(p.detach())
+        for p in self.model.parameters() if self.comm.world_size > 1 else ():
+            dist.broadcast(p.detach(), src=0)
         self.optimizer.reset()
         return time.perf_counter() - began
 
@@ -1472,7 +1450,13 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(checkpoint["model"][name])
-        return checkpoint
+        return {**checkpoint, "path": Path(path)}
+
+    def save(self, path: Path, **progress: Any) -> None:
+        """Collective: rank 0 writes a checkpoint, the others wait for it."""
+        model, optimizer = {name: p.detach() for name, p in self.model.named_parameters()}, self.optimizer.state_dict()
+        content = dict(key=self.key, train_time_s=self.clock.seconds, model=model, optimizer=optimizer, **progress)
+        on_rank_0(self.comm, lambda: save_checkpoint(path, content))
 
     def check_disk(self, out: Path, run_id: str) -> None:
         """ValueError when two checkpoints and the one that is being written will not fit."""
@@ -1484,8 +1468,8 @@ class Trainer:
             raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, checkpoints take {need / 1e6:,.0f}; use another --out")
 
     def on_signal(self, number: int, _: Any) -> None:
-        """The run saves and ends at its next logged step; before training, or with a second Ctrl-C, it ends at once."""
-        if self.clock.now() == 0 or (self.asked_to_stop and number == signal.SIGINT):
+        """The run saves and ends at its next logged step; before training, or after a Ctrl-C, it ends at once."""
+        if self.clock.now() == 0 or self.asked_to_stop == signal.SIGINT:  # torchrun turns the second Ctrl-C into SIGTERM
             raise KeyboardInterrupt
         self.asked_to_stop = number
 
@@ -1511,13 +1495,21 @@ class Trainer:
         if checkpoint:
             first, tokens, clock.seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["train_time_s"]
             run_id = checkpoint["run_id"] if checkpoint["key"] == self.key else run_id
-            same_data = checkpoint["key"].get("data") == self.key["data"]
-            position = tuple(checkpoint["position"]) if same_data else position
+            its, mine = checkpoint["key"], self.key
+            same_rows = (its.get("data"), its.get("track", {}).get("data")) == (mine["data"], mine["track"]["data"])
+            position = tuple(checkpoint["position"]) if same_rows else position
             if first >= steps:
                 raise Refusal(f"checkpoint of step {first}: the schedule has only {steps} steps")
-        on_rank_0(comm, lambda: self.check_disk(out, run_id))
         log = Log(out / f"{run_id}.jsonl")
-        on_rank_0(comm, lambda: log.open(first))
+
+        def begin() -> None:
+            self.check_disk(out, run_id)
+            if checkpoint and run_id == checkpoint["run_id"]:
+                os.utime(checkpoint["path"])  # the newest now: what came after it is done again
+                (out / run_id / "finished").unlink(missing_ok=True)
+            log.open(first)
+
+        on_rank_0(comm, begin)
         if not log.events:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
@@ -1529,6 +1521,7 @@ class Trainer:
             if ("checkpoint", first) not in log.events and run_id == checkpoint["run_id"]:
                 log.write("checkpoint", step=first)
             log.write("resume", step=first, world_size=comm.world_size, run_id=checkpoint["run_id"])
+            checkpoint = None  # its file was mapped until here
         packer = Packer(self.train_paths, data, position)
         batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
         bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
@@ -1540,8 +1533,7 @@ class Trainer:
         windows, val_loss, due, stopping = None, math.nan, False, False
         clock.start()
         for step in range(first, steps):
-            if windows_at(schedule, step) != windows or step == schedule.steps:
-                windows = windows_at(schedule, step)
+            if windows != (windows := windows_at(schedule, step)) or step == schedule.steps:
                 self.model.set_rotary(window_history(schedule, step))
             batch, count, position = next(batches)
             loss = self.forward_backward(batch, windows)
@@ -1582,16 +1574,9 @@ class Trainer:
                 due = False
                 if not all(p.isfinite().all() for p in self.model.parameters()):
                     self.refuse_nonfinite(done, "parameters")
-                optimizer = self.optimizer.state_dict()  # collective
-                if chief:
-                    save_checkpoint(out / run_id / f"step_{done:06d}.pt", {
-                        "key": self.key, "run_id": run_id, "step": done, "position": list(position), "tokens": tokens,
-                        "train_time_s": clock.seconds, "optimizer": optimizer,
-                        "model": {name: p.detach() for name, p in self.model.named_parameters()},
-                    })  # fmt: skip
-                    log.write("checkpoint", step=done)
-                    for old in sorted((out / run_id).glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-2]:
-                        old.unlink()
+                path = out / run_id / f"step_{done:06d}.pt"
+                self.save(path, run_id=run_id, step=done, position=list(position), tokens=tokens)
+                log.write("checkpoint", step=done)
                 if stopping:
                     say(f"stopped and saved at step {done}; the same command with --resume goes on")
                     sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
@@ -1623,11 +1608,6 @@ def peak_memory(device: torch.device) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. main: command line, devices, process group.
-
-
-def auto_track() -> str:
-    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return "short" if cards and all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards) else "tiny"
 
 
 def help_text() -> str:
@@ -1677,7 +1657,10 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
             raise ValueError(f"{option} needs a value")
         values[name] = parse_value(option, text, known[name].type)
     run = dataclasses.replace(Run(), **{name: value for name, value in values.items() if "." not in name})
-    run = dataclasses.replace(run, track=auto_track() if run.track == "auto" else run.track)
+    if run.track == "auto":
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        large = cards and all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards)
+        run = dataclasses.replace(run, track="short" if large else "tiny")
     if run.track not in TRACKS:
         raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
     track = TRACKS[run.track]
@@ -1694,6 +1677,8 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         name = "cpu" if run.track == "tiny" or accelerator is None else accelerator.type
     if name != "cpu" and not (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == name):
         raise ValueError(f"there is no device {name!r} here")
+    if name != "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
+        raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
     return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
 
 
@@ -1705,13 +1690,13 @@ def check_settings(track: Track, run: Run) -> None:
     if min(counts) < 1:
         raise ValueError("rows, tokens, epochs, heads, layers, steps and intervals are at least 1")
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
-    adams = (track.hidden, track.embed, track.value, track.head, track.scalar)
-    pairs = (schedule.momentum, model.softcap, *(adam.betas for adam in adams))
+    pairs = (schedule.momentum, model.softcap, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
     for value in (windows, model.value_tables, model.skips, model.ngrams):
         if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
             raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
     settings = [x for section in vars(track).values() for x in vars(section).values()]
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    factors = track.matrix.lr_mul if isinstance(track.matrix.lr_mul, tuple) else (track.matrix.lr_mul,)
     numbers = all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs)
     for good, sentence in (
         (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
@@ -1726,6 +1711,11 @@ def check_settings(track: Track, run: Run) -> None:
         (all(i in range(model.layers) for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
         (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
         (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
+        (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
+        (0 < model.gate_inputs <= model.width and model.mlp_ratio > 0, "gate_inputs is 1 to width, mlp_ratio at least 1"),
+        (model.up_std >= 0 and abs(run.seed) < 2**63, "up_std is not negative and the seed has 64 bits"),
+        (factors and all(isinstance(x, (int, float)) for x in factors), "lr_mul is a number or a tuple of numbers"),
+        (1 <= run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
     ):
         if not good:
             raise ValueError(sentence)
@@ -1753,7 +1743,7 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory; a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
     if isinstance(error, dist.DistError) or "gloo" in text:
-        return "lost the connection to another rank"
+        return f"lost the connection to another rank ({text.strip().splitlines()[-1]})"
     if "fail_on_recompile" in text:
         return "a graph would have been compiled inside the timed region; the warm-up did not cover it"
     if isinstance(error, OSError):
@@ -1764,13 +1754,13 @@ def explanation(error: BaseException) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
-        print(help_text())
-        return
+        return print(help_text())
     rank, local_rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     try:
         track, run = parse_command_line(argv)
         check_settings(track, run)
         micro_rows(track, run, world_size)
+        build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         device = device_of(run, local_rank)
         if device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1787,7 +1777,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             dist.init_process_group(backend, timeout=bound, device_id=None if device.type == "cpu" else device)
         trainer, done = Trainer(track, run, Comm(), device), threading.Event()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, trainer.on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, trainer.on_signal)
         if dist.is_initialized():
             threading.Thread(target=watch, args=(trainer, run.timeout, done), daemon=True).start()
         trainer.train()
@@ -1795,9 +1786,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
-        sentence, own = explanation(error), dist.is_initialized() and not isinstance(error, Refusal)
+        common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not dist.is_initialized())
+        sentence, own = explanation(error), not common and world_size > 1
         if own or rank == 0:
-            who, cause = f"rank {rank}: " * (own and world_size > 1), sentence or f"{type(error).__name__}: {error}"
+            who, cause = f"rank {rank}: " * own, sentence or f"{type(error).__name__}: {error}"
             print(f"train_gpt.py: {who}{cause}", file=sys.stderr, flush=True)
         if sentence is None:
             raise

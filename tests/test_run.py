@@ -174,7 +174,7 @@ RESUMED = dict(checkpoint_every=3)  # embed and head wait for every second step:
 
 
 def resume(out: Path, **overrides: Any) -> Outcome:
-    return train([*options(out=out, **RESUMED | overrides), "--resume"])
+    return train(options(**dict(out=out, **RESUMED) | dict(resume="") | overrides))
 
 
 def stop_at(place: str, error: Callable[[], None]) -> contextlib.ExitStack:
@@ -364,7 +364,8 @@ def test_checkpoint_of_another_run_is_refused(
 
 
 def test_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "step_1.pt does not exist" in refusal(options(out=tmp_path / "out", resume=tmp_path / "step_1.pt"), capsys)
+    path = tmp_path / "step_1.pt"
+    assert f"No such file or directory: {path}" in refusal(options(out=tmp_path / "out", resume=path), capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -432,6 +433,27 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path, stopped: P
         kinds = [(line["event"], line.get("step")) for line in outcome.lines]
         assert kinds.count(("checkpoint", 6)) == 1 and kinds.count(("header", None)) == 1
         assert outcome.losses == (reference.losses if content else [x for x in reference.losses if x[1] > 6])
+
+
+def test_resumed_from_an_older_checkpoint_and_stopped_again(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
+    """The second resume goes on from the branch that the log holds, not from the later checkpoint of the first."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    (older,) = out.glob("*/step_000004.pt")
+    with stop_at("step 5", stop), pytest.raises(Stopped):
+        resume(out, resume=older)
+    outcome = resume(out)
+    assert [line["step"] for line in outcome.lines if line["event"] == "resume"] == [4, 4]
+    check_equal(outcome, reference)
+
+
+def test_a_finished_run_resumed_by_name_can_be_resumed_again(tmp_path: Path, reference: Outcome) -> None:
+    first = train(options(out=tmp_path, **RESUMED))
+    (path,) = tmp_path.glob("*/step_000016.pt")
+    with stop_at("step 18", stop), pytest.raises(Stopped):
+        train(options(out=tmp_path, resume=path, **RESUMED))
+    outcome = resume(tmp_path)
+    assert outcome.log == first.log
+    check_equal(outcome, reference)
 
 
 @pytest.mark.parametrize("change", [dict(head__lr=0.009), dict(seed=1), dict(schedule__steps=16)])
@@ -587,6 +609,10 @@ COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "micro_rows=-1": "negative", "threads=-1": "negative",
     "schedule.windows=()": "windows", "schedule.windows=(16,24)": "windows", "schedule.momentum=(0.9,)": "momentum",
+    "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
+    "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
+    "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
+    "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every", "model.ngrams=((2,0),)": "ngrams",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
 }  # fmt: skip
 
