@@ -219,7 +219,7 @@ SMALL_VALUES = st.one_of(
 TRIED = [name for name in NAMES if "." in name and name not in ("--data.corpus", "--data.vocab_size", "--data.document_start")]
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=120)
 @given(changes=st.lists(st.tuples(st.sampled_from(TRIED), SMALL_VALUES), min_size=1, max_size=2))
 def test_whole_runs(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[tuple[str, str]]) -> None:
     """One setting or two changed at random: the run ends well, or with one sentence and without a `final` line."""

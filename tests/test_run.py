@@ -612,7 +612,8 @@ IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
     "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
     "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
-    "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every", "model.ngrams=((2,0),)": "ngrams",
+    "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every",
+    "model.ngrams=((2,0),)": "ngrams",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
 }  # fmt: skip
 
