@@ -363,6 +363,17 @@ def test_checkpoint_of_another_run_is_refused(
     assert "resume" not in [line["event"] for line in outcome.lines]
 
 
+def test_checkpoint_of_other_data_is_refused(
+    tmp_path: Path, stopped: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (path,) = stopped.glob("*/step_000006.pt")
+    shutil.copytree(data_dir / "shakespeare", tmp_path / "shakespeare")
+    patch_shard(tmp_path / "shakespeare", "train_000001.bin", 300, 98, resign=True)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    message = refusal(options(out=tmp_path / "out", resume=path), capsys)
+    assert str(path) in message and "another data" in message
+
+
 def test_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "step_1.pt"
     assert f"No such file or directory: {path}" in refusal(options(out=tmp_path / "out", resume=path), capsys)
@@ -414,7 +425,7 @@ def test_a_log_has_one_writer(tmp_path: Path, stopped: Path, capsys: pytest.Capt
     (path,) = out.glob("*.jsonl")
     before = path.read_bytes()
     with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH)
         message = refusal([*options(out=out, **RESUMED), "--resume"], capsys)
     assert f"another process writes {path}" in message and path.read_bytes() == before
 
