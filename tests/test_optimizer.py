@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from train_gpt import MuonEq
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (8, 8)}
@@ -242,6 +243,25 @@ def test_many_steps_reach_the_polar_factor(shape):
     g = randn(*shape, seed=3)
     u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
     close([first_update(g, steps=12)], [u @ vt], atol=1e-5)
+
+
+def test_slices_of_a_cpu_give_the_same_update(monkeypatch):
+    """A bank and an Adam parameter in slices of one matrix and of seven elements: each is updated once."""
+    results = []
+    for sizes in ({"matrix": 10**9, "adam": 10**9}, {"matrix": 1, "adam": 7}):
+        monkeypatch.setattr(train_gpt.Unit, "SLICE", sizes)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 6, 4), (10, 5))]
+        groups = [dict(MATRIX, normuon=True, lr_mul=[1.0, 2.0, 0.5, 1.0, 3.0]), ADAM]
+        kinds = zip(("matrix", "adam"), params, groups)
+        optimizer = MuonEq([dict(group, kind=kind, params=[p]) for kind, p, group in kinds])
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        results.append(params)
+    for whole, sliced in zip(*results):
+        torch.testing.assert_close(sliced, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_momentum_is_an_ema_read_at_every_step():
