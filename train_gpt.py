@@ -1160,15 +1160,15 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def watch(trainer: Trainer, seconds: int, done: threading.Event) -> None:
+def watch(trainer: Trainer, seconds: int, done: threading.Event, connect: Callable[[], dist.Store]) -> None:
     """Thread that ends a process of torchrun whose parent is gone, or that of a rank when none has moved for `seconds`.
 
     All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
     """
     comm, parent, calls, idle, why = trainer.comm, os.getppid(), -1, 0, ""
-    key, patience = f"calls/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/", datetime.timedelta(seconds=30)
+    key = f"calls/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
+        store = connect()
         while not why and not done.wait(1.0):
             idle = 0 if calls != (calls := comm.calls + trainer.optimizer.comm.calls) else idle + 1
             store.set(f"{key}{comm.rank}", str(calls))
@@ -1218,7 +1218,6 @@ class Log:
 
     def open(self, step: int) -> None:
         import fcntl
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         (self.path.parent / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
         self.file, size = open(self.path, "a+b"), 0
@@ -1483,7 +1482,6 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
         from tqdm import tqdm
-
         track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
         data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
         chief, out = comm.rank == 0, Path(run.out)
@@ -1508,7 +1506,6 @@ class Trainer:
                 os.utime(checkpoint["path"])  # the newest now: what came after it is done again
                 (out / run_id / "finished").unlink(missing_ok=True)
             log.open(first)
-
         on_rank_0(comm, begin)
         if not log.events:
             log.write(
@@ -1602,7 +1599,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -1773,14 +1769,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._dynamo.config.recompile_limit = 64
         if "WORLD_SIZE" in os.environ:
             backend = dist.get_default_backend_for_device(device)
-            bound = datetime.timedelta(seconds=run.timeout + 60)
+            bound, patience = (datetime.timedelta(seconds=x) for x in (run.timeout + 60, 30))
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            connect = functools.partial(dist.TCPStore, *address, is_master=False, timeout=patience)
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                connect()  # torchrun answers, unless it was killed meanwhile
             dist.init_process_group(backend, timeout=bound, device_id=None if device.type == "cpu" else device)
         trainer, done = Trainer(track, run, Comm(), device), threading.Event()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, trainer.on_signal)
         if dist.is_initialized():
-            threading.Thread(target=watch, args=(trainer, run.timeout, done), daemon=True).start()
+            threading.Thread(target=watch, args=(trainer, run.timeout, done, connect), daemon=True).start()
         trainer.train()
         done.set()
         if dist.is_initialized():
