@@ -1756,7 +1756,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         track, run = parse_command_line(argv)
         check_settings(track, run)
         micro_rows(track, run, world_size)
-        build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         device = device_of(run, local_rank)
         if device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1767,6 +1766,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{device.type}"))
         torch._dynamo.config.recompile_limit = 64
+        build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:
             backend = dist.get_default_backend_for_device(device)
             bound, patience = (datetime.timedelta(seconds=x) for x in (run.timeout + 60, 30))

@@ -222,14 +222,14 @@ def test_too_few_validation_tokens(tmp_path, predict_start, targets):
     data = Data(document_start=START, predict_start=predict_start)
     rows = validation_rows([path], data, Evaluation(tokens=targets, row_tokens=4))
     assert int(sum((make_batch([row], data, 4).targets >= 0).sum() for row in rows)) == targets
-    with pytest.raises(ValueError, match=f"hold {targets} targets, the track needs {targets + 1}"):
+    with pytest.raises(ValueError, match=f"holds {targets} validation targets, the track needs {targets + 1}"):
         validation_rows([path], data, Evaluation(tokens=targets + 1, row_tokens=4))
 
 
 @pytest.mark.parametrize("tokens", ([], [START]))
 def test_validation_without_any_target(tmp_path, tokens):
     path = write_shard(tmp_path / "val.bin", tokens)
-    with pytest.raises(ValueError, match="hold 0 targets"):
+    with pytest.raises(ValueError, match="holds 0 validation targets"):
         validation_rows([path], Data(document_start=START), Evaluation(tokens=1, row_tokens=4))
 
 
