@@ -158,7 +158,6 @@ def child(rank: int, world_size: int, port: int, argv: list[str], folder: Path, 
     """One rank; leaves what it printed and, when it comes to the end, its Outcome (and its line counts) in `folder`."""
     output = os.open(folder / f"output_{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -161,7 +161,9 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
 
 
 def in_environment(environment: dict[str, str], function: Any, args: tuple) -> None:
-    """A fork server keeps the environment of its own start."""
+    """A fork server keeps the environment of its own start; a shell ignores signals for what runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     function(*args)
