@@ -449,7 +449,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     if layout.offsets is None:
         return BlockedAttention.apply(q, k, v, layout.mask)
     from torch.nn.attention.varlen import varlen_attn
-
     flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
     return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window, 0)).view_as(q)
 
@@ -1160,22 +1159,20 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def watch(trainer: Trainer, seconds: int, done: threading.Event, connect: Callable[[], dist.Store]) -> None:
+def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
     """Thread that ends a process of torchrun whose parent is gone, or that of a rank when none has moved for `seconds`.
 
     All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
     """
     comm, parent, calls, idle, why = trainer.comm, os.getppid(), -1, 0, ""
-    key = f"calls/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
     try:
-        store = connect()
         while not why and not done.wait(1.0):
             idle = 0 if calls != (calls := comm.calls + trainer.optimizer.comm.calls) else idle + 1
-            store.set(f"{key}{comm.rank}", str(calls))
+            store.set(f"calls/{comm.rank}", str(calls))
             if os.getppid() != parent:
                 why = "the process that started it is gone"
             elif idle > seconds and comm.world_size > 1:
-                made = [store.add(f"{key}{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
+                made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
                 behind = ", ".join(str(rank) for rank, n in enumerate(made) if n == min(made))
                 why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
     except RuntimeError:
@@ -1306,7 +1303,6 @@ def newest_checkpoint(out: Path, key: dict) -> str:
 def compile_counts() -> tuple[int, int]:
     """Graphs compiled by this process, and those of them that the cache did not hold."""
     from torch._dynamo.utils import counters
-
     return counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
 
 
@@ -1587,7 +1583,7 @@ class Trainer:
         )  # fmt: skip
         log.write("final", **final)
         if chief and (out / run_id).is_dir():
-            (out / run_id / "finished").touch()
+            (out / run_id / "finished").write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
         say(f"track {run.track}: validation loss {val_loss:.4f}, target {evaluation.target} "
             f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
             f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
@@ -1768,19 +1764,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._dynamo.config.recompile_limit = 64
         build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:
-            backend = dist.get_default_backend_for_device(device)
-            bound, patience = (datetime.timedelta(seconds=x) for x in (run.timeout + 60, 30))
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            connect = functools.partial(dist.TCPStore, *address, is_master=False, timeout=patience)
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                connect()  # torchrun answers, unless it was killed meanwhile
-            dist.init_process_group(backend, timeout=bound, device_id=None if device.type == "cpu" else device)
+            restart, job = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
+            bound = datetime.timedelta(seconds=run.timeout + 60)
+            # torchrun answers at once, unless it was killed meanwhile; its store outlives a restart, with the old addresses
+            found = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=30) if job else bound))[0]
+            store = dist.PrefixStore(f"start {restart or 0}", found)
+            store.set_timeout(bound)
+            own, backend = None if device.type == "cpu" else device, dist.get_default_backend_for_device(device)
+            dist.init_process_group(backend, timeout=bound, store=store, rank=rank, world_size=world_size, device_id=own)
+            ended = Path(run.out).glob("*/finished") if run.resume == "" and restart != "0" else ()
+            if on_rank_0(Comm(), lambda: job in [path.read_text() for path in ended]):
+                return dist.destroy_process_group()  # restarted by a fault after the end of the run
         trainer, done = Trainer(track, run, Comm(), device), threading.Event()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, trainer.on_signal)
         if dist.is_initialized():
-            threading.Thread(target=watch, args=(trainer, run.timeout, done, connect), daemon=True).start()
+            threading.Thread(target=watch, args=(trainer, run.timeout, done, store.clone()), daemon=True).start()
         trainer.train()
         done.set()
         if dist.is_initialized():

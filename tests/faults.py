@@ -183,15 +183,19 @@ def supervise(processes: list[Any]) -> list[int]:
     return finish(processes)
 
 
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(world_size: int, argv: list[str], folder: Path, fault: Fault | None = None, delay: float = 0.0,
            count: bool = False) -> tuple[list[int], list[tuple[Outcome, dict]], str]:  # fmt: skip
     """Run all ranks to their end: exit codes, results of those that finished, everything that they printed."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("result_*"):
         old.unlink()
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = start(child, [(rank, world_size, port, argv, folder, fault, count) for rank in range(world_size)])
     if fault and fault.kind == "time":
         processes[fault.victim].join(delay)

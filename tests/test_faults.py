@@ -1,7 +1,5 @@
 """Nothing is lost: kills at any instant, signals, failing ranks, full disks. `tests/faults.py` does it on a larger scale."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -127,9 +125,7 @@ def failing(rank: int, port: int, argv: list[str], folder: Path, how: str) -> No
 
 def fail(folder: Path, how: str, *more: str) -> tuple[list[int | None], list[str], float]:
     """Exit codes (None: did not end), what each rank said, seconds until rank 0 ended."""
-    with contextlib.closing(faults.socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = faults.free_port()
     folder.mkdir(exist_ok=True)
     argv = [*options(out=folder / "out", evaluation__log_every=4), *more]
     processes = start(failing, [(rank, port, argv, folder, how) for rank in range(2)])
@@ -189,28 +185,23 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def steps_done(out: Path) -> int:
-    return max((json.loads(line).get("step", 0) for path in out.glob("*.jsonl")
-                for line in path.read_bytes().split(b"\n")[:-1]), default=0)  # fmt: skip
-
-
 def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path) -> None:
     """One run: a rank is killed (torchrun restarts all), the launcher is killed (nothing stays), Ctrl-C (it saves)."""
     out = tmp_path / "out"
     argv = ["--resume", "--checkpoint_every", "20"]
     job = torchrun(out, *argv)
     try:
-        wait_for(lambda: steps_done(out) > 30)
+        wait_for(lambda: faults.last_step(out) > 30)
         os.kill(faults.workers(job.pid)[1], signal.SIGKILL)
-        wait_for(lambda: b'"resume"' in next(out.glob("*.jsonl")).read_bytes() and steps_done(out) > 60)
+        wait_for(lambda: b'"resume"' in next(out.glob("*.jsonl")).read_bytes() and faults.last_step(out) > 60)
         ranks = faults.workers(job.pid)
         assert len(ranks) == 2
         job.kill()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 20)
 
         job = torchrun(out, *argv)
-        before = steps_done(out)
-        wait_for(lambda: len(faults.workers(job.pid)) == 2 and steps_done(out) > before + 10)
+        before = faults.last_step(out)
+        wait_for(lambda: len(faults.workers(job.pid)) == 2 and faults.last_step(out) > before + 10)
         ranks = faults.workers(job.pid)
         job.send_signal(signal.SIGINT)
         assert job.wait(60) != 0
@@ -223,3 +214,13 @@ def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path)
     assert [line["event"] for line in lines].count("resume") == 2
     steps = [line["step"] for line in lines if line["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_restart_after_the_end_of_the_run_does_not_train_again(tmp_path: Path) -> None:
+    """torchrun restarts all ranks also when one dies after the last step; a new job trains a new run."""
+    argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path), "--resume", "--checkpoint_every", "4"]
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(faults.free_port())}
+    for job, restart, runs in (("a", 0, 1), ("a", 1, 1), ("b", 1, 2)):
+        elastic = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(restart)}
+        done = subprocess.run(argv, env=os.environ | place | elastic, capture_output=True, text=True)
+        assert done.returncode == 0 and len(list(tmp_path.glob("*.jsonl"))) == runs, done.stderr
