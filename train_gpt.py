@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import collections
 import concurrent.futures
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -42,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Tracks: every number of a run. A track is data, never code.
@@ -80,6 +82,8 @@ class Model:
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window")
     softcap: tuple = field((30.0, 7.5), "(A, C): logits become A sigmoid(l / C)")
+    low_precision: tuple = field((), "parameters in the dtype of the activations; the optimizer keeps exact fp32 copies")
+    fp8_head: tuple = field((), "divisors of inputs, weights and gradients of a head in FP8, where there is FP8; (): none")
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5")
 
 
@@ -157,7 +161,9 @@ class Run:
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
     dtype: str = field("auto", "bfloat16 or float32 for activations; auto: bfloat16 where the processor has it")
-    compile: bool = field(True, "torch.compile the model")
+    compile: str = field("auto", "whole, parts (equal blocks share a graph, starts sooner) or none; auto: whole on a CPU")
+    attention: str = field("fa2", "kernel on a CUDA GPU: fa2 (inside torch), fa3 or fa4 where their packages are installed")
+    memory: str = field("normal", "normal, or low: blocks recomputed in the backward, few logits at a time; the same result")
     micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens")
     threads: int = field(0, "CPU threads of a process; 0: cores over processes")
     checkpoint_every: int = field(0, "steps between checkpoints; 0: none")
@@ -188,7 +194,8 @@ TRACKS = {
                   rows=8, row_tokens=32_768, document_cut=2048),
         model=Model(padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
                     value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
-                    skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7),
+                    skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
+                    low_precision=("attn", "mlp", "embed", "value_embed"), fp8_head=(768**0.5 / 448, 2**-9, 1 / 448)),
         matrix=Matrix(lr=0.03, lr_mul=(2.0, 1.0)),
         # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
         gate=Matrix(lr=0.03, normuon_axis="row"),
@@ -365,12 +372,12 @@ def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -
 
 
 class Layout(NamedTuple):
-    """Who sees whom in a batch of rows, for one window: a mask for the blocked form or offsets for the fused one."""
+    """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the rest for the fused one."""
 
-    window: int
-    mask: Tensor | None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
-    offsets: Tensor | None  # (B M + 1,) int32 over the flattened rows
-    longest: int  # upper bound of a document's length
+    mask: Tensor | None = None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
+    offsets: Tensor | None = None  # (B M + 1,) int32 over the flattened rows
+    longest: int = 0  # upper bound of a document's length
+    window: Tensor | None = None  # (W, 0), of `window_size`
 
 
 def document_index(offsets: Tensor, T: int) -> Tensor:
@@ -379,19 +386,28 @@ def document_index(offsets: Tensor, T: int) -> Tensor:
     return (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32)
 
 
-def attention_layout(offsets: Tensor, T: int, window: int, longest: int, fused: bool) -> Layout:
-    """Layout of rows with document `offsets` (B, M + 1); zero-length documents at the end are allowed."""
-    B, device = offsets.size(0), offsets.device
-    if fused:
-        starts = offsets[:, :-1] + T * torch.arange(B, device=device, dtype=torch.int32)[:, None]
-        return Layout(window, None, F.pad(starts.flatten(), (0, 1), value=B * T), min(longest, T))
+def attention_mask(offsets: Tensor, T: int, window: int) -> Tensor:
+    """The mask of a `Layout` for rows with document `offsets` (B, M + 1); documents of no length are allowed."""
     C = min(window, T)
     blocks = -(-T // C)
-    document = document_index(offsets, blocks * C).view(B, blocks, C)
+    document = document_index(offsets, blocks * C).view(-1, blocks, C)
     keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
-    distance = torch.arange(C, device=device)[:, None] + C - torch.arange(2 * C, device=device)
+    distance = torch.arange(C, device=offsets.device)[:, None] + C - torch.arange(2 * C, device=offsets.device)
     near = (distance >= 0) & (distance <= window)
-    return Layout(window, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None], None, min(longest, T))
+    return (near & (document[..., None] == keys[:, :, None, :]))[:, :, None]
+
+
+def window_size(window: int) -> Tensor:
+    """A window as the size of an empty tensor (W, 0), which one graph can take with any value."""
+    size = torch.empty(window, 0)
+    torch._dynamo.mark_dynamic(size, 0)
+    return size
+
+
+def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layout:
+    """The same for FlashAttention, all rows as one sequence of documents; `window` is a `window_size`."""
+    starts = offsets[:, :-1] + T * torch.arange(len(offsets), device=offsets.device, dtype=torch.int32)[:, None]
+    return Layout(None, F.pad(starts.flatten(), (0, 1), value=len(offsets) * T), min(longest, T), window)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -446,16 +462,20 @@ class BlockedAttention(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q."""
-    if layout.offsets is None:
+    if layout.mask is not None:
         return BlockedAttention.apply(q, k, v, layout.mask)
     from torch.nn.attention.varlen import varlen_attn
     flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
-    return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window, 0)).view_as(q)
+    return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window.size(0), 0)).view_as(q)
 
 
-def has_fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether varlen_attn (FlashAttention) runs here: CUDA with capability >= 8.0, 16-bit activations."""
-    return device.type == "cuda" and dtype.itemsize == 2 and processor_has_bfloat16(device)
+def supports(device: torch.device, feature: str) -> bool:
+    """Whether the processor has bfloat16, fp8 products or (flash) a kernel for varlen_attn."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= ((8, 9) if feature == "fp8" else (8, 0))
+    if device.type == "cpu":
+        return feature == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return feature == "bfloat16"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,8 +520,44 @@ def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: Sequence[tuple[int, int]
     return torch.stack(found, -1)
 
 
+class FP8Linear(torch.autograd.Function):
+    """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
+
+    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32.
+    """
+
+    @staticmethod
+    def quantize(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
+        limit = torch.finfo(dtype).max
+        return (x / divisor).clamp(-limit, limit).to(dtype)
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
+        """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it."""
+        recipe, (scale_a, scale_b) = F.ScalingType.TensorWise, (torch.full((), d, device=a.device) for d in divisors)
+        return F.scaled_mm(a, b.T, scale_a, recipe, scale_b, recipe, output_dtype=dtype, use_fast_accum=fast)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, divisors: tuple[float, float, float]) -> Tensor:
+        cls, (of_x, of_w, _) = FP8Linear, divisors
+        x8, w8 = cls.quantize(x, of_x, torch.float8_e4m3fn), cls.quantize(w, of_w, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, w8)
+        ctx.divisors, ctx.dtypes = divisors, (x.dtype, w.dtype)
+        return cls.product(x8, w8, (of_x, of_w), x.dtype, True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cls, (x8, w8), (of_x, of_w, of_g) = FP8Linear, ctx.saved_tensors, ctx.divisors
+        g8 = cls.quantize(grad, of_g, torch.float8_e5m2)
+        dx = cls.product(g8, w8.T.contiguous(), (of_g, of_w), ctx.dtypes[0], False)
+        dw = cls.product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False)
+        return dx, dw.to(ctx.dtypes[1]), None
+
+
 class GPT(nn.Module):
     """Decoder of record #42's design. All sizes come from `model`; activations have `dtype`, parameters are fp32."""
+
+    COMPILED = {"parts": ("mask", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
@@ -531,7 +587,11 @@ class GPT(nn.Module):
         self.register_buffer("cos", torch.ones(max_tokens, half, dtype=dtype, device=device), persistent=False)
         self.register_buffer("sin", torch.zeros(max_tokens, half, dtype=dtype, device=device), persistent=False)
         self.register_buffer("attention_scale", torch.ones((), dtype=dtype, device=device), persistent=False)
-        self.fused = has_fused_attention(self.embed.device, dtype)
+        for name in model.low_precision:
+            setattr(self, name, nn.Parameter(getattr(self, name).to(dtype)))
+        short, place = dtype.itemsize == 2, self.embed.device
+        self.fused, self.fp8 = short and supports(place, "flash"), bool(model.fp8_head) and short and supports(place, "fp8")
+        self.low_memory, self.mask = False, attention_mask
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -566,54 +626,76 @@ class GPT(nn.Module):
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
-    def attention(self, x: Tensor, weights: tuple[Tensor, ...], value: Tensor | None, layout: Layout) -> Tensor:
-        qkv, o, gate, mix = weights
+    def embedding(self, inputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """First activations (B, T, D) and value embeddings (tables, B, T, D)."""
+        c, dtype = self.config, self.dtype
+        x = F.embedding(inputs, self.embed).to(dtype)
+        if c.ngrams:
+            x = x + F.embedding(ngram_rows(inputs, offsets, c.ngrams), self.ngram_embed).sum(-2).to(dtype)
+        weight = self.smear * torch.sigmoid(F.linear(x[:, 1:, : c.gate_inputs], self.smear_gate.to(dtype)))
+        x = norm(torch.cat([x[:, :1], x[:, 1:] + weight.to(dtype) * x[:, :-1]], 1))
+        tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
+        return x, F.embedding(inputs + tables[:, None, None], self.value_embed).to(dtype)
+
+    def block(self, x: Tensor, x0: Tensor, residual: Tensor, attention: tuple[Tensor, ...] | None, mlp: Tensor,
+              value: Tensor | None, layout: Layout) -> Tensor:  # fmt: skip
+        """x (B, T, D) through a block; `attention` is (q k v o, gate, value mix), `mlp` is (up, down)."""
+        x = residual[0] * x + residual[1] * x0
+        if attention is not None:
+            x = x + self.attention(norm(x), *attention, value, layout)
+        return x + F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
+
+    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value: Tensor | None, layout: Layout) -> Tensor:
         B, T, D = x.shape
-        q, k, v = F.linear(x, qkv).view(B, T, 3 * self.config.heads, -1).chunk(3, 2)
+        q, k, v = F.linear(x, qkvo[: 3 * D]).view(B, T, 3 * self.config.heads, -1).chunk(3, 2)
         q, k, v = self.rotate(norm(q)) * self.attention_scale, self.rotate(norm(k)), mix[0] * v
         if value is not None:
             v = v + mix[1] * value.view_as(v)
         y = attend(q, k, v, layout)  # (B, T, H, d)
         y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
-        return F.linear(y.reshape(B, T, D), o)
+        return F.linear(y.reshape(B, T, D), qkvo[3 * D :])
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy in nats, fp32, of (n, D) activations against the targets (n,) >= 0."""
+        x, (A, C) = norm(x), self.config.softcap
+        if self.fp8 and torch.is_grad_enabled():
+            logits = FP8Linear.apply(x, self.lm_head, self.config.fp8_head)
+        else:
+            logits = F.linear(x, self.lm_head.to(self.dtype))
+        return F.cross_entropy(A * torch.sigmoid(logits.float() / C), targets, ignore_index=-1, reduction="sum")
 
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int) -> Tensor:
         """Summed cross entropy in nats (fp32 scalar) over the targets >= 0 of (B, T) rows; windows are (short, long)."""
-        c, D, dtype = self.config, self.config.width, self.dtype
-        layouts = {w: attention_layout(offsets, inputs.size(1), w, longest, self.fused) for w in set(windows)}
-        attn = self.attn.to(dtype).view(-1, 4 * D, D).unbind(0)
-        mlp = self.mlp.to(dtype).view(-1, 2, *self.mlp.shape[1:]).unbind(0)
-        gates, mixes = self.gate.to(dtype).unbind(0), self.value_mix.to(dtype).unbind(0)
-        residual = self.residual.to(dtype).unbind(0)
-        skip = torch.sigmoid(self.skip).to(dtype).unbind(0)
+        return self.body(inputs, targets, offsets, [window_size(w) for w in windows] if self.fused else windows, longest)
 
-        x = F.embedding(inputs, self.embed).to(dtype)  # (B, T, D)
-        if c.ngrams:
-            x = x + F.embedding(ngram_rows(inputs, offsets, c.ngrams), self.ngram_embed).sum(-2).to(dtype)
-        weight = self.smear * torch.sigmoid(F.linear(x[:, 1:, : c.gate_inputs], self.smear_gate.to(dtype)))
-        x = x0 = norm(torch.cat([x[:, :1], x[:, 1:] + weight.to(dtype) * x[:, :-1]], 1))
-        tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
-        values = F.embedding(inputs[..., None] + tables, self.value_embed).to(dtype)  # (B, T, tables, D)
+    def body(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int) -> Tensor:
+        c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
+        recompute = self.low_memory and torch.is_grad_enabled()
+        run = functools.partial(checkpoint, use_reentrant=False) if recompute else lambda part, *args: part(*args)
+        layouts = [fused_layout(offsets, T, w, longest) if self.fused else Layout(self.mask(offsets, T, w)) for w in windows]
+        banks = self.attn.to(dtype).view(-1, 4 * D, D), self.gate.to(dtype), self.value_mix.to(dtype)
+        attentions = iter(zip(*(bank.unbind(0) for bank in banks)))
+        mlps, residuals = self.mlp.to(dtype).view(c.layers, 2, D, -1).unbind(0), self.residual.to(dtype).unbind(0)
+        skips = {target: (source, i) for i, (source, target) in enumerate(c.skips)}
+        skip, tables = torch.sigmoid(self.skip).to(dtype).unbind(0), dict(c.value_tables)
+        sources = {source for source, _ in c.skips} | {c.backout}
 
-        outputs, block_values, block_skips = {}, dict(c.value_tables), {t: (s, i) for i, (s, t) in enumerate(c.skips)}
+        x, values = self.embedding(inputs, offsets)
+        x0, values, outputs = x.view_as(x), values.unbind(0), {}  # x twice would be another graph
         for i in range(c.layers):
-            if i in block_skips:
-                source, index = block_skips[i]
-                x = x + skip[index] * outputs[source]
-            x = residual[i][0] * x + residual[i][1] * x0
-            if i in self.attention_blocks:
-                a = self.attention_blocks.index(i)
-                value = values[:, :, block_values[i]] if i in block_values else None
-                weights = (*attn[a].split([3 * D, D]), gates[a], mixes[a])
-                x = x + self.attention(norm(x), weights, value, layouts[windows[i in c.long_blocks]])
-            up, down = mlp[i].unbind(0)
-            x = x + F.linear(F.relu(norm(x) @ up).square(), down)
-            outputs[i] = x
+            if i in skips:
+                source, number = skips[i]
+                x = torch.addcmul(x, skip[number], outputs[source])
+            attention = next(attentions) if i in self.attention_blocks else None
+            value = values[tables[i]] if i in tables and attention else None
+            x = run(self.block, x, x0, residuals[i], attention, mlps[i], value, layouts[i in c.long_blocks])
+            if i in sources:
+                outputs[i] = x
         if c.backout >= 0:
-            x = x - self.backout.to(dtype) * outputs[c.backout]
-        logits = F.linear(norm(x), self.lm_head.to(dtype)).float()  # (B, T, V)
-        logits = c.softcap[0] * torch.sigmoid(logits / c.softcap[1])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+            x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
+        size = 4096 if self.low_memory else 32768  # tokens whose logits exist at a time
+        parts = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
+        return torch.stack([run(self.loss, *part) for part in parts]).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,18 +1242,16 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
 
 
 def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
-    """Thread that ends a process of torchrun whose parent is gone, or that of a rank when none has moved for `seconds`.
+    """Thread that ends this process when no rank has moved for `seconds`, or the store of the ranks is gone.
 
     All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
     """
-    comm, parent, calls, idle, why = trainer.comm, os.getppid(), -1, 0, ""
+    comm, calls, idle, why = trainer.comm, -1, 0, ""
     try:
         while not why and not done.wait(1.0):
             idle = 0 if calls != (calls := comm.calls + trainer.optimizer.comm.calls) else idle + 1
             store.set(f"calls/{comm.rank}", str(calls))
-            if os.getppid() != parent:
-                why = "the process that started it is gone"
-            elif idle > seconds and comm.world_size > 1:
+            if idle > seconds and comm.world_size > 1:
                 made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
                 behind = ", ".join(str(rank) for rank, n in enumerate(made) if n == min(made))
                 why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
@@ -1325,12 +1405,18 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def processor_has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
+    if name == "fa2":
+        return "fa2" if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
+    from torch.nn.attention import activate_flash_attention_impl
+    try:
+        if device.type != "cuda" or name == "fa4" and torch.__version__ < "2.13":
+            raise RuntimeError("it needs CUDA" if device.type != "cuda" else "its backward needs torch 2.13")
+        activate_flash_attention_impl(name.upper())
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
+    return name
 
 
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
@@ -1366,6 +1452,8 @@ class Trainer:
 
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
+        self.startup, self.lapped = {}, os.stat("/proc/self").st_ctime if os.path.exists("/proc/self") else time.time()
+        self.lap("imports and processes")
         data, evaluation = track.data, track.evaluation
         self.folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(track, self.folder))
@@ -1374,18 +1462,29 @@ class Trainer:
         rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation)
         rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
         self.validation = [make_batch([row], data, documents) for row in rows]
-        dtype = run.dtype if run.dtype != "auto" else "bfloat16" if processor_has_bfloat16(device) else "float32"
+        self.lap("data")
+        dtype = run.dtype if run.dtype != "auto" else "bfloat16" if supports(device, "bfloat16") else "float32"
         self.dtype = getattr(torch, dtype)
+        self.attention = choose_attention(run.attention, device, self.dtype)
         self.model = GPT(track.model, max(data.row_tokens, evaluation.row_tokens), self.dtype, device)
         self.optimizer = build_optimizer(self.model, track)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
-        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if run.compile else self.model
+        self.model.low_memory = run.memory == "low"
+        self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
+        for name in GPT.COMPILED[self.compiled]:
+            setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
                     "data": self.checked["digests"]}  # fmt: skip
         self.micro_rows = micro_rows(track, run, comm.world_size)
         self.asked_to_stop = 0  # the signal that did
+        self.lap("model and optimizer")
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap, or the start of the process, under `name`."""
+        began, self.lapped = self.lapped, time.time()
+        self.startup[name] = round(self.lapped - began, 3)
 
     def forward_backward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss."""
@@ -1393,14 +1492,14 @@ class Trainer:
         for micro in zip(*(x.split(self.micro_rows) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
             self.comm.calls += 1  # a sign of life for `watch`
-            loss = self.forward(*parts, windows, self.track.data.document_cut)
+            loss = self.model(*parts, windows, self.track.data.document_cut)
             loss.backward()
             total += loss.detach()
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        return self.forward(*(x.to(self.device) for x in batch), windows, self.track.evaluation.row_tokens)
+        return self.model(*(x.to(self.device) for x in batch), windows, self.track.evaluation.row_tokens)
 
     def validate(self, windows: tuple[int, int]) -> float:
         """Mean loss over the validation targets, nats per token, the same on all ranks."""
@@ -1412,6 +1511,7 @@ class Trainer:
     def warm_up(self) -> float:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start; seconds."""
         began, schedule, T = time.perf_counter(), self.track.schedule, self.track.data.row_tokens
+        self.lap("other")
         self.model.init_weights(self.run.seed)
         self.model.set_rotary([1])
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
@@ -1419,15 +1519,18 @@ class Trainer:
         stages = [*schedule.windows, *[schedule.extension_windows] * (schedule.extension > 0)]
         for windows in dict.fromkeys(stages):
             self.forward_backward(batch, windows)
+        self.lap("training graphs")
         for windows in dict.fromkeys([*stages, self.track.evaluation.windows]):
             for validation in self.validation[:1]:
                 self.evaluate(validation, windows)
+        self.lap("validation graphs")
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
         for p in self.model.parameters() if self.comm.world_size > 1 else ():
             dist.broadcast(p.detach(), src=0)
         self.optimizer.reset()
+        self.lap("optimizer")
         return time.perf_counter() - began
 
     def resume(self) -> dict | None:
@@ -1480,7 +1583,7 @@ class Trainer:
         from tqdm import tqdm
         track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
         data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
-        chief, out = comm.rank == 0, Path(run.out)
+        chief, out, dtype = comm.rank == 0, Path(run.out), str(self.dtype).removeprefix("torch.")
         warm_up_s = self.warm_up()
         graphs, misses = compile_counts()
         checkpoint = self.resume()
@@ -1506,8 +1609,9 @@ class Trainer:
         if not log.events:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
-                dtype=str(self.dtype).removeprefix("torch."), micro_rows=self.micro_rows, **self.environment,
-                data=self.checked["digests"], compiled=run.compile, graphs=graphs, warm_up_s=warm_up_s,
+                dtype=dtype, micro_rows=self.micro_rows, **self.environment,
+                data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
+                compiled=self.compiled, graphs=graphs, warm_up_s=warm_up_s, startup_s=self.startup,
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
         if checkpoint:
@@ -1520,7 +1624,7 @@ class Trainer:
         bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
                    disable=None if chief else True, dynamic_ncols=True)  # fmt: skip
         say = bar.write if not bar.disable else functools.partial(print, flush=True) if chief else lambda _: None
-        if run.compile:
+        if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
         windows, val_loss, due, stopping = None, math.nan, False, False
@@ -1694,7 +1798,9 @@ def check_settings(track: Track, run: Run) -> None:
         (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
         (all(abs(x) < 1e30 for x in settings if isinstance(x, float)), "numbers are finite and below 1e30"),
         ({track.matrix.kind, track.gate.kind} <= {"matrix", "adam"}, "the kind of matrix and gate is matrix or adam"),
-        (run.dtype in ("auto", "bfloat16", "float32"), f"dtype is auto, bfloat16 or float32, not {run.dtype!r}"),
+        *((getattr(run, name) in kinds, f"{name} is {', '.join(kinds)}, not {getattr(run, name)!r}") for name, kinds in
+          dict(dtype=("auto", "bfloat16", "float32"), compile=("auto", *GPT.COMPILED), attention=("fa2", "fa3", "fa4"),
+               memory=("normal", "low")).items()),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
@@ -1733,7 +1839,7 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-        return "out of memory; a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
+        return "out of memory; --memory low, a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
     if isinstance(error, dist.DistError) or "gloo" in text:
         return f"lost the connection to another rank ({text.strip().splitlines()[-1]})"
     if "fail_on_recompile" in text:
@@ -1743,7 +1849,8 @@ def explanation(error: BaseException) -> str | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = Trainer.train) -> Any:
+    """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
         return print(help_text())
@@ -1760,15 +1867,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             torch.accelerator.set_device_index(local_rank)
         cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{device.type}"))
         torch._dynamo.config.recompile_limit = 64
         build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:
             restart, job = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
             bound = datetime.timedelta(seconds=run.timeout + 60)
+            if job and sys.platform == "linux":
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a rank does not outlive torchrun
             # torchrun answers at once, unless it was killed meanwhile; its store outlives a restart, with the old addresses
             found = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=30) if job else bound))[0]
             store = dist.PrefixStore(f"start {restart or 0}", found)
+            pulse = store.clone()
             store.set_timeout(bound)
             own, backend = None if device.type == "cpu" else device, dist.get_default_backend_for_device(device)
             dist.init_process_group(backend, timeout=bound, store=store, rank=rank, world_size=world_size, device_id=own)
@@ -1780,11 +1891,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, trainer.on_signal)
         if dist.is_initialized():
-            threading.Thread(target=watch, args=(trainer, run.timeout, done, store.clone()), daemon=True).start()
-        trainer.train()
+            threading.Thread(target=watch, args=(trainer, run.timeout, done, pulse), daemon=True).start()
+        result = work(trainer)
         done.set()
         if dist.is_initialized():
             dist.destroy_process_group()
+        return result
     except (Exception, KeyboardInterrupt) as error:
         common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not dist.is_initialized())
         sentence, own = explanation(error), not common and world_size > 1

@@ -92,11 +92,11 @@ class Baseline(nn.Module):
         angles = torch.arange(max_tokens)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angles.cos()[:, None], persistent=False)
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
-        self.dtype = torch.bfloat16 if train_gpt.processor_has_bfloat16(torch.device("cpu")) else torch.float32
+        self.dtype = torch.bfloat16 if train_gpt.supports(torch.device("cpu"), "bfloat16") else torch.float32
 
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, window: int) -> Tensor:
         T = inputs.size(1)
-        mask = train_gpt.attention_layout(offsets, T, window, T, fused=False).mask
+        mask = train_gpt.attention_mask(offsets, T, window)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
             x = self.embed(inputs)
             cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)

@@ -22,7 +22,7 @@ TIMEOUT = 120  # seconds for one set of processes, on a busy machine
 
 # 18 + 2 steps of 12 rows: the windows change twice, both training shards are read, some groups wait for a second step
 SMALL = {
-    "track": "tiny", "compile": "false", "dtype": "float32", "threads": 1, "device": "cpu",
+    "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
     "data.rows": 12, "data.row_tokens": 64, "data.document_cut": 96,
     "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.attention_free": "()",
     "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))", "model.skips": "((0, 1),)", "model.backout": 0,

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from train_gpt import GPT, TRACKS, attend, attention_layout, has_fused_attention
+from train_gpt import GPT, TRACKS, Layout, attend, attention_mask, fused_layout, supports, window_size
 
 H, D = 2, 8
 ROWS = {  # name: (T, document lengths of each row)
@@ -25,6 +26,10 @@ def offsets_of(rows, T, tails=2):
     """(B, M + 1): 0, ends of the documents, then T repeated; at least `tails` documents of length zero per row."""
     M = max(map(len, rows)) + tails
     return torch.tensor([[sum(row[:i]) for i in range(M + 1)] for row in rows], dtype=torch.int32)
+
+
+def layout_of(offsets, T, window, longest, fused):
+    return fused_layout(offsets, T, window_size(window), longest) if fused else Layout(attention_mask(offsets, T, window))
 
 
 def visible(rows, T, window):
@@ -50,7 +55,7 @@ def compare(rows, T, window, fused, dtype=torch.float32, tolerance=5e-6, device=
     generator = torch.Generator().manual_seed(T + window)
     draws = [torch.randn(len(rows), T, heads, width, generator=generator).to(device, dtype) for _ in range(4)]
     *qkv, outer = draws[0] * size, draws[1] * size, draws[2], draws[3]
-    layout = attention_layout(offsets_of(rows, T).to(device), T, window, T, fused)
+    layout = layout_of(offsets_of(rows, T).to(device), T, window, T, fused)
     found = value_and_gradients(lambda *x: attend(*x, layout), qkv, outer)
     mask = visible(rows, T, window).to(device)
     expected = value_and_gradients(lambda *x: dense(*x, mask), [x.double() for x in qkv], outer.double())
@@ -124,7 +129,7 @@ def test_blocked_form_in_bfloat16(name, window):
 def test_blocked_form_gradcheck(window):
     """Numerical derivatives; scores are rounded to fp32 inside, hence the wide step and tolerances."""
     T, rows = 7, [[1, 4, 2], [7]]
-    layout = attention_layout(offsets_of(rows, T), T, window, T, False)
+    layout = layout_of(offsets_of(rows, T), T, window, T, False)
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(2, T, 1, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *x: attend(*x, layout), qkv, eps=1e-2, atol=2e-3, rtol=1e-3, fast_mode=False)
@@ -138,7 +143,7 @@ def test_blocked_form_at_the_bound_of_the_scores(sign):
     k = q.clone()
     q[..., 0], k[..., 0] = 60.0, sign * torch.linspace(-1, 1, T)[None, :, None]
     v, outer = torch.randn(2, 1, T, 1, 4, generator=torch.Generator().manual_seed(1))
-    layout = attention_layout(offsets_of([[T]], T), T, window, T, False)
+    layout = layout_of(offsets_of([[T]], T), T, window, T, False)
     found = value_and_gradients(lambda *x: attend(*x, layout), (q, k, v), outer)
     mask = visible([[T]], T, window)
     expected = value_and_gradients(lambda *x: dense(*x, mask), (q.double(), k.double(), v.double()), outer.double())
@@ -151,7 +156,7 @@ def test_blocked_form_at_the_bound_of_the_scores(sign):
 def test_zero_length_tail_documents_change_nothing(flash_on_cpu, fused, window):
     T, rows = 24, [[5, 19], [1, 23]]
     q, k, v, outer = torch.randn(4, 2, T, H, D, generator=torch.Generator().manual_seed(2))
-    layouts = [attention_layout(offsets_of(rows, T, tails), T, window, T, fused) for tails in (0, 9)]
+    layouts = [layout_of(offsets_of(rows, T, tails), T, window, T, fused) for tails in (0, 9)]
     plain, padded = (value_and_gradients(lambda *x, to=to: attend(*x, to), (q, k, v), outer) for to in layouts)
     for a, b in zip(plain, padded):
         assert torch.equal(a, b) and torch.isfinite(a).all()
@@ -163,10 +168,10 @@ def test_bound_of_the_document_length_reaches_the_kernel(flash_on_cpu, window):
     T, rows = 24, [[8, 8, 8], [6, 8, 7, 3]]
     q, k, v = torch.randn(3, 2, T, H, D, generator=torch.Generator().manual_seed(3))
     offsets, mask = offsets_of(rows, T), visible(rows, T, window)
-    y = attend(q, k, v, attention_layout(offsets, T, window, 8, True))
+    y = attend(q, k, v, layout_of(offsets, T, window, 8, True))
     torch.testing.assert_close(y.double(), dense(q.double(), k.double(), v.double(), mask), rtol=1e-5, atol=1e-5)
-    assert attend(q, k, v, attention_layout(offsets, T, window, 7, True)).isnan().any()
-    assert attention_layout(offsets, T, window, 4096, True).longest == T  # a row bounds it as well
+    assert attend(q, k, v, layout_of(offsets, T, window, 7, True)).isnan().any()
+    assert layout_of(offsets, T, window, 4096, True).longest == T  # a row bounds it as well
 
 
 @pytest.mark.parametrize("windows", [(3, 7), (64, 64)])
@@ -190,9 +195,31 @@ def test_both_forms_train_the_model_alike(flash_on_cpu, windows):
         assert (a - b).norm() <= 1e-4 * a.norm()
 
 
-def test_fused_form_needs_a_gpu_and_16_bits():
-    cpu = torch.device("cpu")
-    assert not has_fused_attention(cpu, torch.bfloat16) and not has_fused_attention(cpu, torch.float32)
+@pytest.mark.parametrize("mode,count", [("parts", 5), ("whole", 1)])
+def test_one_graph_serves_all_windows_and_lengths_of_documents(flash_on_cpu, mode, count):
+    """Windows of the schedule are no reason to compile; the results are those of the uncompiled model."""
+    torch._dynamo.reset()
+    config = replace(TRACKS["short"].model, padded_vocab=64, width=48)
+    model, inputs = GPT(config, 21, torch.float32), torch.randint(64, (2, 21), dtype=torch.int32)
+    model.init_weights(0)
+    model.fused, counter = True, CompileCounterWithBackend("aot_eager")
+    offsets, graphs, plain = offsets_of([[21], [10, 11]], 21), [], []
+    windows = [(2, 9), (9, 30), (5, 7), (4, 40)]
+    with torch.no_grad():
+        plain = [float(model(inputs, inputs.long(), offsets, pair, 4096)) for pair in windows]
+    for name in GPT.COMPILED[mode]:
+        setattr(model, name, torch.compile(getattr(model, name), backend=counter, dynamic=False, fullgraph=True))
+    for pair, expected in zip(windows, plain):
+        loss = model(inputs, inputs.long(), offsets, pair, 4096)
+        loss.backward()
+        graphs.append(counter.frame_count)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+    # parts: embedding, loss, and blocks with attention, without it, with a value embedding
+    assert graphs == [count] * 4
+
+
+def test_fused_form_needs_a_gpu():
+    assert not any(supports(torch.device("cpu"), feature) for feature in ("flash", "fp8"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,7 +228,7 @@ def test_fused_form_needs_a_gpu_and_16_bits():
 @pytest.mark.parametrize("fused", (True, False))
 def test_both_forms_on_a_gpu(fused, window, dtype):
     device = torch.device("cuda")
-    if fused and not has_fused_attention(device, dtype):
+    if fused and not supports(device, "flash"):
         pytest.skip("needs capability 8.0")
     rows = [[300], [1, 99, 200], [150, 1, 1, 148]]
     compare(rows, 300, window, fused, dtype, tolerance=0.03, device=device, heads=3, width=64, size=0.5)

@@ -1,0 +1,242 @@
+"""Where the time of a training step goes: each part alone beside the floor that the machine's own rates set.
+
+    python records/step_profile.py --track short                    any option of train_gpt.py may follow
+    python records/step_profile.py --trace trace.json               also a trace of three steps, for chrome://tracing
+    torchrun --standalone --nproc_per_node=8 records/step_profile.py --track short
+
+The parts run forward and backward on rows of the training data, compiled as in training, in the windows of the
+schedule's last stage. The floor of a part is its arithmetic over the rate of a large product, or the bytes that it
+must move (what it reads once, what it writes once) over the rate of a large copy, whichever is longer. MFU counts
+6 operations per parameter in a product and token, and 12 D per visible pair of tokens, over the rate of a large product.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+ROUNDS = 9
+
+
+def seconds_of(call: Callable[[], Any], clock: train_gpt.Clock, rounds: int = ROUNDS) -> float:
+    """Median seconds of a call after two that do not count."""
+    found = []
+    for turn in range(rounds + 2):
+        clock.synchronize()
+        began = time.perf_counter()
+        call()
+        clock.synchronize()
+        found += [time.perf_counter() - began] * (turn > 1)
+    return statistics.median(found)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, clock: train_gpt.Clock) -> tuple[float, float]:
+    """Operations per second of a large product and bytes per second (read and written) of a large copy."""
+    size, count = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(count // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size**3 / seconds_of(lambda: a @ b, clock), 2 * count / seconds_of(lambda: target.copy_(source), clock)
+
+
+def visible_pairs(offsets: np.ndarray, window: int) -> int:
+    """Pairs (query, key) that attention looks at in rows with document `offsets` (B, M + 1)."""
+    lengths = np.diff(offsets).ravel().astype(np.int64)
+    inside = np.minimum(lengths, window + 1)  # a query at position p sees min(p, window) + 1 keys
+    return int((inside * (inside + 1) // 2 + (lengths - inside) * (window + 1)).sum())
+
+
+def optimizer_work(optimizer: train_gpt.MuonEq) -> tuple[float, float]:
+    """Operations and bytes of an update of all units on this rank: products, and each state, gradient and weight once."""
+    operations = moved = 0.0
+    for unit in optimizer.units:
+        elements = unit.chunk * max(1, unit.tail.numel())
+        states = sum(value.nbytes for value in unit.state.values())
+        moved += (2 * states + elements * (4 + 2 * unit.dtype.itemsize)) / unit.group["every"]
+        if unit.matrix:
+            small, large = sorted(unit.tail)
+            operations += unit.chunk * unit.group["steps"] * (4 * small * small * large + 2 * small**3)
+    return operations, moved
+
+
+def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[int, int]) -> dict[str, tuple]:
+    """Name -> (call, how often in a step, operations, bytes) of one forward and backward pass over one micro-batch."""
+    model, device, c = trainer.model, trainer.device, trainer.track.model
+    inputs, targets, offsets = (x[: trainer.micro_rows].to(device) for x in batch)
+    B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
+    n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.track.data.document_cut
+    passes = trainer.track.data.rows // trainer.comm.world_size // trainer.micro_rows
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=model.dtype).requires_grad_()
+
+    def backward(part: Callable[..., Tensor], *args: Any) -> Callable[[], None]:
+        def call() -> None:
+            out = part(*args)
+            out = out[0] if isinstance(out, tuple) else out
+            out.backward(torch.ones_like(out))
+        if trainer.compiled != "none" and part not in [getattr(model, name) for name in model.COMPILED[trainer.compiled]]:
+            part = torch.compile(part, dynamic=False, fullgraph=True)
+        return call
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.nn.functional.linear(torch.relu(train_gpt.norm(x) @ up).square(), down)
+
+    heads = (B, T, c.heads, D // c.heads)
+    weights = [leaf(4 * D, D), leaf(c.heads, c.gate_inputs), leaf(2)]
+    found = {}
+    for i, window in enumerate(windows):
+        count = sum((block in c.long_blocks) == bool(i) for block in model.attention_blocks)
+        layout = train_gpt.Layout(train_gpt.attention_mask(offsets, T, window))
+        if model.fused:
+            layout = train_gpt.fused_layout(offsets, T, train_gpt.window_size(window), cut)
+        pairs = visible_pairs(offsets.cpu().numpy(), window)
+        q, k, v = (train_gpt.norm(leaf(*heads).detach() * c.attention_scale).requires_grad_() for _ in range(3))
+        name = f"attention kernel, window {window}"
+        # five products backward: the scores once more, and the gradients of weights, q, k and v
+        found[name] = (backward(train_gpt.attend, q, k, v, layout), passes * count, 14 * D * pairs, 12 * n * D * size)
+        if i == 0:
+            call = backward(model.attention, leaf(B, T, D), *weights, None, layout)
+            name = "attention with its projections, this window in all blocks"
+            found[name] = (call, passes * A, 14 * D * pairs + 24 * n * D * D, 4 * n * D * size)
+    work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
+    found["MLP"] = (backward(mlp, leaf(B, T, D), leaf(D, hidden), leaf(D, hidden)), passes * c.layers, work, bytes_moved)
+    work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
+    x, flat = leaf(n, D), targets.flatten()
+    found["head and loss"] = (backward(model.loss, x, flat), passes, work, bytes_moved)
+    tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
+    dense = sum(p.nbytes for p in (model.embed, model.ngram_embed, model.value_embed))
+    call = backward(model.embedding, inputs, offsets)
+    found["embeddings"] = (call, passes, 0, 4 * n * D * tables * size + dense)
+    return {name: part for name, part in found.items() if part[1]}
+
+
+def communication(trainer: train_gpt.Trainer) -> tuple[Callable[[], None], float]:
+    """All reductions and gathers of a step, one after the other, and the bytes that this rank sends."""
+    comm, units = trainer.comm, trainer.optimizer.units
+    buffers = [torch.zeros(unit.chunk * comm.world_size, *unit.tail, device=unit.device) for unit in units]
+
+    def call() -> None:
+        for unit, full in zip(units, buffers):
+            chunk, work = comm.reduce_scatter(full)
+            work.wait()
+            comm.all_gather(full.to(unit.dtype), chunk.to(unit.dtype)).wait()
+
+    share = (comm.world_size - 1) / comm.world_size
+    return call, share * sum(x.numel() * (4 + unit.dtype.itemsize) / unit.group["every"] for unit, x in zip(units, buffers))
+
+
+def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
+    track, clock, device = trainer.track, trainer.clock, trainer.device
+    trainer.warm_up()
+    windows = train_gpt.windows_at(track.schedule, track.schedule.steps - 1)
+    trainer.model.set_rotary(train_gpt.window_history(track.schedule, track.schedule.steps - 1))
+    packer = train_gpt.Packer(trainer.train_paths, track.data)
+    rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
+    batches = train_gpt.training_steps(packer, track.data, documents, rank, world_size)
+    batch, count, _ = next(batches)
+
+    def forward_backward() -> None:
+        trainer.forward_backward(batch, windows)
+
+    def step() -> None:
+        forward_backward()
+        trainer.optimizer.step(tokens=count)
+        trainer.optimizer.zero_grad()
+
+    for _ in range(trainer.period):
+        step()
+    rate, bandwidth = ceilings(device, trainer.dtype, clock)
+    rows = []
+
+    def add(name: str, seconds: float, operations: float, moved: float) -> None:
+        floor = max(operations / rate, moved / bandwidth)
+        rows.append(dict(part=name, ms=1e3 * seconds, floor_ms=1e3 * floor, operations=operations, bytes=moved))
+
+    whole = seconds_of(lambda: [step() for _ in range(trainer.period)], clock) / trainer.period
+    both = seconds_of(forward_backward, clock)
+    trainer.optimizer.reset()
+    parts = parts_of(trainer, batch, windows)
+    for name, (call, often, operations, moved) in parts.items():
+        add(name, often * seconds_of(call, clock), often * operations, often * moved)
+    trainer.optimizer.reset()
+    forward_backward()
+
+    def update() -> None:
+        for _ in range(trainer.period):
+            trainer.optimizer.step(tokens=count)
+
+    add("optimizer, with its communication", seconds_of(update, clock) / trainer.period, *optimizer_work(trainer.optimizer))
+    if world_size > 1:
+        call, sent = communication(trainer)
+        rows.append(dict(part="communication alone", ms=1e3 * seconds_of(call, clock), bytes=sent))
+    rows.append(dict(part="data, prepared in the background", ms=1e3 * seconds_of(lambda: next(batches), clock)))
+    # the matrices of the model take part in a product for each token, the pairs of tokens in each block
+    kernels = [often * operations for name, (_, often, operations, _) in parts.items() if name.startswith("attention kernel")]
+    matrices = sum(getattr(trainer.model, name).numel() for name in ("attn", "mlp", "lm_head"))
+    tokens = track.data.rows * track.data.row_tokens // world_size
+    model_operations = 6 * matrices * tokens + 12 / 14 * sum(kernels)
+    if trace:
+        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", "CUDA")][: 1 + (device.type == "cuda")]
+        with torch.profiler.profile(activities=activities) as recorder:
+            for _ in range(3):
+                step()
+        recorder.export_chrome_trace(trace)
+    return dict(
+        device=trainer.environment["device"], torch=torch.__version__, world_size=world_size, track=trainer.run.track,
+        dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=windows, tokens=tokens,
+        products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole, forward_backward_ms=1e3 * both, parts=rows,
+        mfu=model_operations / whole / rate, peak_memory_bytes=train_gpt.peak_memory(device),
+    )  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['device']} x {found['world_size']}, torch {found['torch']}, track {found['track']}, {found['dtype']}, "
+        f"attention {found['attention']}, {found['tokens']:,} tokens per process, windows {tuple(found['windows'])}",
+        f"large product {found['products_per_s'] / 1e12:.2f} Tflop/s, large copy {found['bytes_per_s'] / 1e9:.1f} GB/s",
+        "", "| part | ms | of the step | floor, ms | over its floor |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    whole = found["step_ms"]
+    rest = dict(part="forward and backward together", ms=found["forward_backward_ms"])
+    for row in [*found["parts"], rest, dict(part="whole step", ms=whole)]:
+        floor = row.get("floor_ms")
+        beside = f"{floor:.2f} | {row['ms'] / floor:.2f}" if floor else " | "
+        lines.append(f"| {row['part']} | {row['ms']:.2f} | {row['ms'] / whole:.1%} | {beside} |")
+    lines += ["", f"MFU {found['mfu']:.1%}, peak memory {found['peak_memory_bytes'] / 1e9:.1f} GB"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    own, argv, words = {"trace": None, "json": None}, [], sys.argv[1:]
+    if "--help" in words:
+        return print(__doc__.strip())
+    while words:
+        word = words.pop(0)
+        if word.removeprefix("--") in own and words:
+            own[word.removeprefix("--")] = words.pop(0)
+        else:
+            argv.append(word)
+    found = train_gpt.main(argv, lambda trainer: profile(trainer, own["trace"]))
+    if os.environ.get("RANK", "0") == "0":
+        print(table(found))
+        if own["json"]:
+            Path(own["json"]).write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
