@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -28,12 +29,14 @@ import math
 import mmap
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +52,8 @@ from torch.utils.checkpoint import checkpoint
 # 1. Tracks: every number of a run. A track is data, never code.
 
 
-def field(default: Any, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+def field(default: Any, meaning: str, least: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +62,32 @@ class Data:
     vocab_size: int = field(257, "tokens that occur, the document start included")
     document_start: int = field(256, "token before every document")
     predict_start: bool = field(False, "whether a document start counts as a target, in training and validation")
-    rows: int = field(8, "packed rows of one step over all processes (R)")
-    row_tokens: int = field(4096, "tokens of one row (T); nothing crosses a row border")
-    document_cut: int = field(4096, "tokens kept of a document; the tail is dropped")
-    epochs: int = field(1, "how often the shards may be read")
+    rows: int = field(8, "packed rows of one step over all processes (R)", 1)
+    row_tokens: int = field(4096, "tokens of one row (T); nothing crosses a row border", 1)
+    document_cut: int = field(4096, "tokens kept of a document; the tail is dropped", 1)
+    epochs: int = field(1, "how often the shards may be read", 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     padded_vocab: int = field(288, "rows of the embedding tables and the head")
     width: int = field(192, "width of the residual stream (D)")
-    heads: int = field(3, "attention heads (H), each of width D / H")
-    layers: int = field(4, "blocks")
-    mlp_ratio: int = field(4, "hidden width of the MLP over D")
+    heads: int = field(3, "attention heads (H), each of width D / H", 1)
+    layers: int = field(4, "blocks", 1)
+    mlp_ratio: int = field(4, "hidden width of the MLP over D", 1)
     attention_free: tuple = field((), "blocks without attention")
     long_blocks: tuple = field((), "blocks with the long window")
     value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v")
     ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
     skips: tuple = field((), "(source, target) pairs: output of the source added before the target")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none")
-    gate_inputs: int = field(12, "leading channels that the attention and smear gates read")
+    gate_inputs: int = field(12, "leading channels that the attention and smear gates read", 1)
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window")
     softcap: tuple = field((30.0, 7.5), "(A, C): logits become A sigmoid(l / C)")
     low_precision: tuple = field((), "parameters in the dtype of the activations; the optimizer keeps exact fp32 copies")
     fp8_head: tuple = field((), "divisors of inputs, weights and gradients of a head in FP8, where there is FP8; (): none")
-    up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5")
+    up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +97,13 @@ class Matrix:
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: str = field("none", "MuonEq before orthogonalising: none, row, col or rowcol")
+    equilibrate: str = field("row", "MuonEq before orthogonalising: none, row, col or rowcol")
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express or newton_schulz")
-    steps: int = field(5, "iterations of the orthogonalisation")
+    steps: int = field(5, "iterations of the orthogonalisation", 1)
     norm_bound: str = field("frobenius", "bound of the largest singular value: frobenius or spc")
-    normuon: bool = field(True, "NorMuon: equalise rows or columns of the update by their running mean square")
+    normuon: bool = field(False, "NorMuon: equalise rows or columns of the update by their running mean square")
     normuon_axis: str = field("auto", "auto (the longer side), row or col")
     beta2: float = field(0.95, "decay of NorMuon's mean square")
     scale: str = field("spectral", "shape factor: spectral sqrt(max(1, m/n)) or match_rms_adamw 0.2 sqrt(max(m, n))")
@@ -114,13 +117,13 @@ class Adam:
     eps: float = field(1.5e-13, "added to the root of the second moment; gradients are means over tokens")
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
-    every: int = field(2, "steps between updates; gradients are kept in between")
+    every: int = field(2, "steps between updates; gradients are kept in between", 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    steps: int = field(2245, "scheduled steps")
-    extension: int = field(40, "further steps at the learning-rate floor")
+    steps: int = field(2245, "scheduled steps", 1)
+    extension: int = field(40, "further steps at the learning-rate floor", 0)
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end")
     momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
@@ -133,11 +136,11 @@ class Schedule:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     target: float = field(3.28, "validation loss to reach, nats per token")
-    tokens: int = field(10_485_760, "validation targets, from the start of the validation shards")
-    row_tokens: int = field(262_144, "tokens of one validation row")
-    every: int = field(250, "steps between validations; the end is always validated")
+    tokens: int = field(10_485_760, "validation targets, from the start of the validation shards", 1)
+    row_tokens: int = field(262_144, "tokens of one validation row", 1)
+    every: int = field(250, "steps between validations; the end is always validated", 1)
     windows: tuple = field((768, 2560), "(short, long) at the final validation")
-    log_every: int = field(10, "steps between logged training losses")
+    log_every: int = field(10, "steps between logged training losses", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +167,12 @@ class Run:
     compile: str = field("auto", "whole, parts (equal blocks share a graph, starts sooner) or none; auto: whole on a CPU")
     attention: str = field("fa2", "kernel on a CUDA GPU: fa2 (inside torch), fa3 or fa4 where their packages are installed")
     memory: str = field("normal", "normal, or low: blocks recomputed in the backward, few logits at a time; the same result")
-    micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens")
-    threads: int = field(0, "CPU threads of a process; 0: cores over processes")
-    checkpoint_every: int = field(0, "steps between checkpoints; 0: none")
+    micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens", 0)
+    threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
+    checkpoint_every: int = field(0, "steps between checkpoints; 0: none", 0)
     resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
     adopt: bool = field(False, "resume even the checkpoint of another source, track, seed, dtype or data, as a new run")
-    timeout: int = field(600, "seconds without progress after which a job of several processes ends")
+    timeout: int = field(600, "seconds without progress after which a job of several processes ends", 1)
     out: str = field("logs", "folder of logs and checkpoints")
 
 
@@ -178,8 +181,8 @@ TRACKS = {
     "tiny": Track(
         data=Data(rows=2, row_tokens=2048, epochs=2),
         model=Model(width=128, heads=2, ngrams=((2, 4096), (3, 8192), (4, 8192), (5, 16384))),
-        matrix=Matrix(lr=0.04, equilibrate="row"),
-        gate=Matrix(normuon_axis="row"),
+        matrix=Matrix(lr=0.04, normuon=True),
+        gate=Matrix(equilibrate="none", normuon=True, normuon_axis="row"),
         embed=Adam(lr=0.6, every=1),
         value=Adam(lr=1.0, every=1),
         head=Adam(lr=0.008, every=1),
@@ -196,9 +199,9 @@ TRACKS = {
                     value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
                     skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
                     low_precision=("attn", "mlp", "embed", "value_embed"), fp8_head=(768**0.5 / 448, 2**-9, 1 / 448)),
-        matrix=Matrix(lr=0.03, lr_mul=(2.0, 1.0)),
+        matrix=Matrix(equilibrate="none", normuon=True, lr_mul=(2.0, 1.0)),
         # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
-        gate=Matrix(lr=0.03, normuon_axis="row"),
+        gate=Matrix(equilibrate="none", normuon=True, normuon_axis="row"),
         embed=Adam(lr=0.6),
         value=Adam(lr=0.6),
         head=Adam(lr=0.008),
@@ -257,9 +260,7 @@ def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, docume
     offsets = np.full((len(rows), documents + 1), tokens.shape[1] - 1, dtype=np.int32)
     for row, (_, lengths) in zip(offsets, rows):
         row[: len(lengths) + 1] = np.concatenate([[0], np.cumsum(lengths)])
-    return Batch(
-        torch.from_numpy(tokens[:, :-1].clip(min=0).astype(np.int32)), torch.from_numpy(targets), torch.from_numpy(offsets)
-    )
+    return Batch(*map(torch.from_numpy, (tokens[:, :-1].clip(min=0).astype(np.int32), targets, offsets)))
 
 
 class Packer:
@@ -417,47 +418,36 @@ class BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def split(x: Tensor, C: int) -> Tensor:  # (B, T, H, d) -> (B, T / C, H, C, d)
+    def split(x: Tensor, C: int, previous: bool = False) -> Tensor:  # (B, T, H, d) -> (B, n, H, C or 2 C, d)
         B, T, H, d = x.shape
-        return F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
+        x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
+        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) if previous else x
 
     @staticmethod
-    def join(x: Tensor, T: int) -> Tensor:
-        B, blocks, H, C, d = x.shape
-        return x.transpose(2, 3).reshape(B, blocks * C, H, d)[:, :T]
-
-    @staticmethod
-    def with_previous(x: Tensor) -> Tensor:  # (B, n, H, C, d) -> (B, n, H, 2 C, d)
-        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3)
-
-    @staticmethod
-    def fold_previous(x: Tensor, C: int) -> Tensor:  # the transpose of with_previous
-        return x[:, :, :, C:] + F.pad(x[:, 1:, :, :C], (0, 0, 0, 0, 0, 0, 0, 1))
+    def join(x: Tensor, T: int, C: int) -> Tensor:  # the transpose of split
+        if x.size(3) > C:
+            x = x[:, :, :, C:] + F.pad(x[:, 1:, :, :C], (0, 0, 0, 0, 0, 0, 0, 1))
+        return x.transpose(2, 3).flatten(1, 2)[:, :T]
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        cls, C = BlockedAttention, mask.size(-2)
-        queries = cls.split(q, C)
-        keys, values = cls.with_previous(cls.split(k, C)), cls.with_previous(cls.split(v, C))
-        weights = torch.where(mask, (queries @ keys.mT).float().exp(), 0.0)
+        split, T, C = BlockedAttention.split, q.size(1), mask.size(-2)
+        weights = torch.where(mask, (split(q, C) @ split(k, C, True).mT).float().exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
-        y = cls.join((weights / total).to(q.dtype) @ values, q.size(1))
+        y = BlockedAttention.join((weights / total).to(q.dtype) @ split(v, C, True), T, C)
         ctx.save_for_backward(q, k, v, mask, y, total)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, y, total = ctx.saved_tensors
-        cls, C, T = BlockedAttention, mask.size(-2), q.size(1)
-        queries, outer = cls.split(q, C), cls.split(grad, C)
-        keys, values = cls.with_previous(cls.split(k, C)), cls.with_previous(cls.split(v, C))
+        (q, k, v, mask, y, total), split, join = ctx.saved_tensors, BlockedAttention.split, BlockedAttention.join
+        T, C = q.size(1), mask.size(-2)
+        queries, outer, keys, values = split(q, C), split(grad, C), split(k, C, True), split(v, C, True)
         weights = torch.where(mask, (queries @ keys.mT).float().exp() / total, 0.0)
-        mean = (outer.float() * cls.split(y, C).float()).sum(-1, keepdim=True)
+        mean = (outer.float() * split(y, C).float()).sum(-1, keepdim=True)
         scores = (weights * ((outer @ values.mT).float() - mean)).to(q.dtype)
-        dq = cls.join(scores @ keys, T)
-        dk = cls.join(cls.fold_previous(scores.mT @ queries, C), T)
-        dv = cls.join(cls.fold_previous(weights.to(q.dtype).mT @ outer, C), T)
-        return dq, dk, dv, None
+        gradients = scores @ keys, scores.mT @ queries, weights.to(q.dtype).mT @ outer
+        return *(join(x, T, C) for x in gradients), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -528,8 +518,7 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def quantize(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
-        limit = torch.finfo(dtype).max
-        return (x / divisor).clamp(-limit, limit).to(dtype)
+        return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
     @staticmethod
     def product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
@@ -717,9 +706,7 @@ TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
 class Comm:
     """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
 
-    class Done:
-        def wait(self) -> None:
-            """Nothing is under way."""
+    DONE = types.SimpleNamespace(wait=lambda: None)  # nothing is under way
 
     def __init__(self) -> None:
         on = dist.is_available() and dist.is_initialized()
@@ -733,7 +720,7 @@ class Comm:
         """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
         self.calls += 1
         if self.world_size == 1:
-            return full, self.Done()
+            return full, self.DONE
         chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
         return chunk, self._scatter(chunk, full, async_op=True)
 
@@ -743,7 +730,7 @@ class Comm:
         if self.world_size == 1:
             if full.data_ptr() != chunk.data_ptr():
                 full.copy_(chunk)
-            return self.Done()
+            return self.DONE
         return self._gather(full, chunk, async_op=True)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -881,12 +868,16 @@ class Unit:
         v.mul_(beta2).addcmul_(grad, grad, value=(1 - beta2) * scale * scale)
         denominator = (v / (1 - beta2**self.updates)).sqrt_().add_(group["eps"])
         update = m / denominator.mul_(1 - beta1**self.updates)
-        decay = group["lr"] * group["weight_decay"]
-        if decay and group["cautious"]:
-            weights.sub_(decay * weights * (update * weights > 0))
-        elif decay:
-            weights.mul_(1 - decay)
+        self.decay(weights, update, torch.gt)
         weights.add_(update, alpha=-lr)
+
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
+        """Decoupled decay; cautious: only where update and weight agree in sign (2510.12402)."""
+        amount = self.group["lr"] * self.group["weight_decay"]
+        if amount and self.group["cautious"]:
+            weights.sub_(amount * weights * agree(update * weights, 0))
+        elif amount:
+            weights.mul_(1 - amount)
 
     def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float) -> None:
         """Muon with its relatives; fp32 (C, m, n)."""
@@ -906,11 +897,7 @@ class Unit:
         factor = lr * shape
         if group["normuon"]:
             factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
-        decay = group["lr"] * group["weight_decay"]
-        if decay and group["cautious"]:
-            weights.sub_(decay * weights * (update * weights >= 0))
-        elif decay:
-            weights.mul_(1 - decay)
+        self.decay(weights, update, torch.ge)
         if isinstance(factor, float):
             weights.add_(update, alpha=-factor)
         else:
@@ -959,14 +946,9 @@ class MuonEq(torch.optim.Optimizer):
 
     REQUIRED = object()
     FIELDS = {
-        "matrix": dict(
-            lr=REQUIRED, weight_decay=0.0, cautious=False, momentum=0.95, nesterov=True, equilibrate="row",
-            equilibrate_exponent=-0.5, phase=None, orthogonalize="polar_express", steps=5, norm_bound="frobenius",
-            normuon=False, normuon_axis="auto", beta2=0.95, scale="spectral", lr_mul=1.0, work_dtype=torch.bfloat16,
-            every=1,
-        ),
-        "adam": dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, cautious=False, every=1),
-    }  # fmt: skip
+        "matrix": {**vars(Matrix()), **dict(lr=REQUIRED, momentum=0.95, work_dtype=torch.bfloat16, every=1)},
+        "adam": {**vars(Adam()), **dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, every=1)},
+    }
     CHOICES = dict(
         equilibrate=("none", "row", "col", "rowcol"), orthogonalize=("polar_express", "newton_schulz"),
         norm_bound=("frobenius", "spc"), normuon_axis=("auto", "row", "col"), scale=("spectral", "match_rms_adamw"),
@@ -1060,7 +1042,7 @@ class MuonEq(torch.optim.Optimizer):
         for unit in reversed(active):
             full = unit.stack([p.grad if getattr(p, "main_grad", None) is None else p.main_grad for p in unit.params]).float()
             summed = self.grads == "token_sum"
-            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.Done()))))
+            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.DONE))))
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
@@ -1294,7 +1276,6 @@ class Log:
         self.path, self.file, self.events = path, None, set()
 
     def open(self, step: int) -> None:
-        import fcntl
         self.path.parent.mkdir(parents=True, exist_ok=True)
         (self.path.parent / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
         self.file, size = open(self.path, "a+b"), 0
@@ -1380,40 +1361,29 @@ def newest_checkpoint(out: Path, key: dict) -> str:
     return ""
 
 
-def compile_counts() -> tuple[int, int]:
-    """Graphs compiled by this process, and those of them that the cache did not hold."""
-    from torch._dynamo.utils import counters
-    return counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
-
-
 def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     """What a reader of the log must know about the machine."""
     def command(line: str) -> str:  # "" where there is no such command
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if (
-        sys.platform == "linux") else platform.processor()  # fmt: skip
     on_cuda = device.type == "cuda"
+    cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or platform.processor() or platform.machine()
     return {
-        "source_sha256": source_sha256(),
-        "git_commit": command("git rev-parse HEAD"),
+        "source_sha256": source_sha256(), "git_commit": command("git rev-parse HEAD"),
         "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
         "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
         "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
-        "device": torch.cuda.get_device_name(device) if on_cuda else cpu or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
         "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
-    if name == "fa2":
-        return "fa2" if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
-    from torch.nn.attention import activate_flash_attention_impl
+    if name == "fa2" or device.type != "cuda":
+        return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
     try:
-        if device.type != "cuda" or name == "fa4" and torch.__version__ < "2.13":
-            raise RuntimeError("it needs CUDA" if device.type != "cuda" else "its backward needs torch 2.13")
-        activate_flash_attention_impl(name.upper())
+        torch.nn.attention.activate_flash_attention_impl(name.upper())
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
     return name
@@ -1508,10 +1478,9 @@ class Trainer:
             total += self.evaluate(batch, windows).double()
         return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
 
-    def warm_up(self) -> float:
-        """Run every graph and the optimizer once on made-up rows, then set everything to its start; seconds."""
-        began, schedule, T = time.perf_counter(), self.track.schedule, self.track.data.row_tokens
-        self.lap("other")
+    def warm_up(self) -> None:
+        """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
+        schedule, T = self.track.schedule, self.track.data.row_tokens
         self.model.init_weights(self.run.seed)
         self.model.set_rotary([1])
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
@@ -1531,7 +1500,6 @@ class Trainer:
             dist.broadcast(p.detach(), src=0)
         self.optimizer.reset()
         self.lap("optimizer")
-        return time.perf_counter() - began
 
     def resume(self) -> dict | None:
         """The checkpoint to go on from, loaded into model and optimizer."""
@@ -1584,8 +1552,9 @@ class Trainer:
         track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
         data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
         chief, out, dtype = comm.rank == 0, Path(run.out), str(self.dtype).removeprefix("torch.")
-        warm_up_s = self.warm_up()
-        graphs, misses = compile_counts()
+        self.warm_up()
+        from torch._dynamo.utils import counters  # after the cache has its place
+        graphs, misses = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
         checkpoint = self.resume()
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         first, position, tokens = 0, (0, 0, 0), 0
@@ -1611,7 +1580,7 @@ class Trainer:
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
                 dtype=dtype, micro_rows=self.micro_rows, **self.environment,
                 data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
-                compiled=self.compiled, graphs=graphs, warm_up_s=warm_up_s, startup_s=self.startup,
+                compiled=self.compiled, graphs=graphs, startup_s=self.startup,
                 compile="cold" if misses else "warm" if graphs else "none",
             )  # fmt: skip
         if checkpoint:
@@ -1683,7 +1652,7 @@ class Trainer:
         final = dict(
             step=steps, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds, tokens=tokens,
             target=evaluation.target, reached=val_loss <= evaluation.target,
-            compiles_in_timed_region=compile_counts()[0] - graphs, peak_memory_bytes=peak_memory(self.device),
+            compiles_in_timed_region=counters["stats"]["unique_graphs"] - graphs, peak_memory_bytes=peak_memory(self.device),
         )  # fmt: skip
         log.write("final", **final)
         if chief and (out / run_id).is_dir():
@@ -1698,7 +1667,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator's allocator, or of the process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -1781,10 +1749,10 @@ def device_of(run: Run, local_rank: int) -> torch.device:
 def check_settings(track: Track, run: Run) -> None:
     """ValueError for numbers that no run can have."""
     data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
-    counts = (data.rows, data.row_tokens, data.document_cut, data.epochs, model.heads, model.layers, schedule.steps,
-              evaluation.tokens, evaluation.row_tokens, evaluation.every, evaluation.log_every)  # fmt: skip
-    if min(counts) < 1:
-        raise ValueError("rows, tokens, epochs, heads, layers, steps and intervals are at least 1")
+    for name, part in [("", run), *((f"{name}.", part) for name, part in vars(track).items())]:
+        for f in dataclasses.fields(part):
+            if f.metadata["least"] is not None and getattr(part, f.name) < f.metadata["least"]:
+                raise ValueError(f"--{name}{f.name} is at least {f.metadata['least']}, not {getattr(part, f.name)}")
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
     pairs = (schedule.momentum, model.softcap, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
     for value in (windows, model.value_tables, model.skips, model.ngrams):
@@ -1802,7 +1770,6 @@ def check_settings(track: Track, run: Run) -> None:
           dict(dtype=("auto", "bfloat16", "float32"), compile=("auto", *GPT.COMPILED), attention=("fa2", "fa3", "fa4"),
                memory=("normal", "low")).items()),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
-        (min(run.threads, run.checkpoint_every, run.micro_rows, schedule.extension) >= 0, "counts are not negative"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
@@ -1810,10 +1777,10 @@ def check_settings(track: Track, run: Run) -> None:
         (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
         (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
-        (0 < model.gate_inputs <= model.width and model.mlp_ratio > 0, "gate_inputs is 1 to width, mlp_ratio at least 1"),
-        (model.up_std >= 0 and abs(run.seed) < 2**63, "up_std is not negative and the seed has 64 bits"),
+        (model.gate_inputs <= model.width, "model.gate_inputs is at most the width"),
+        (abs(run.seed) < 2**63, "the seed has 64 bits"),
         (factors and all(isinstance(x, (int, float)) for x in factors), "lr_mul is a number or a tuple of numbers"),
-        (1 <= run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
+        (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
     ):
         if not good:
             raise ValueError(sentence)
@@ -1849,7 +1816,7 @@ def explanation(error: BaseException) -> str | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = Trainer.train) -> Any:
+def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
     """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:

@@ -185,7 +185,7 @@ def run_tiny(seed: int) -> dict:
         subprocess.run(command, check=True, stdout=sys.stderr)
         events = [json.loads(line) for line in next(Path(out).glob("*.jsonl")).read_text().splitlines()]
     final = events[-1]
-    return dict(seed=seed, steps=final["step"], compile=events[0]["compile"], warm_up_s=events[0]["warm_up_s"],
+    return dict(seed=seed, steps=final["step"], compile=events[0]["compile"], startup_s=sum(events[0]["startup_s"].values()),
                 **{k: final[k] for k in ("tokens", "train_time_s", "val_loss", "reached")})  # fmt: skip
 
 

@@ -619,7 +619,7 @@ COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=
           "evaluation.log_every=0", "evaluation.every=0", "evaluation.tokens=0", "evaluation.row_tokens=0"]  # fmt: skip
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
-    "memory=1": "memory", "micro_rows=-1": "negative", "threads=-1": "negative",
+    "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
     "schedule.windows=()": "windows", "schedule.windows=(16,24)": "windows", "schedule.momentum=(0.9,)": "momentum",
     "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
     "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
@@ -745,7 +745,7 @@ HEADER = {
     "run_id": str, "track": str, "settings": dict, "seed": int, "dtype": str, "micro_rows": int, "source_sha256": str,
     "git_commit": str, "git_dirty": bool, "torch": str, "cuda": (str, type(None)), "driver": str, "python": str,
     "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict, "compiled": str, "compile": str,
-    "warm_up_s": float,
+    "startup_s": dict, "attention": str, "head": str,
 }  # fmt: skip
 TIMED = {"step": int, "train_time_s": float, "tokens": int}
 FIELDS = {
@@ -832,7 +832,7 @@ def test_compiled_run_is_cold_once_and_compiles_nothing_in_the_timed_region(tmp_
         assert header["compiled"] == "parts" and header["graphs"] >= 2
         headers.append(header)
     assert [header["compile"] for header in headers] == ["cold", "warm"]
-    assert headers[1]["warm_up_s"] < headers[0]["warm_up_s"]
+    assert headers[1]["startup_s"]["training graphs"] < headers[0]["startup_s"]["training graphs"]
     assert any((tmp_path / "cache").iterdir())
 
 
