@@ -1,0 +1,39 @@
+"""The session that measures on a GPU: its made-up tokens train, it names what failed or did not fit into its time."""
+
+import importlib.util
+import sys
+import time
+
+import pytest
+from helpers import ROOT, options
+
+import train_gpt
+
+spec = importlib.util.spec_from_file_location("on_gpu", ROOT / "records" / "on_gpu.py")
+on_gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(on_gpu)
+
+
+def test_made_up_tokens_are_enough_for_what_is_run(tmp_path):
+    short = {name.replace(".", "__"): value for name, value in on_gpu.SHORT_RUN.items()}
+    track, _ = train_gpt.parse_command_line(options(**short))
+    on_gpu.make_tokens(tmp_path, track.data, track.evaluation)
+    checked = train_gpt.check_data(track, tmp_path)
+    assert len(checked["digests"]) == 2 and checked["documents"] > 1
+    tokens = train_gpt.read_shard(tmp_path / "train_000001.bin")
+    assert tokens[0] == 256 and 2 < len(tokens) / (tokens == 256).sum() < 100 and len(set(tokens.tolist())) > 100
+
+
+@pytest.mark.parametrize("code,seconds,status", [("print(7)", 30, "good"), ("raise SystemExit(3)", 30, "status 3"),
+                                                 ("import time; time.sleep(60)", 1, "out of time")])  # fmt: skip
+def test_a_command_is_reported_as_it_ended(tmp_path, code, seconds, status):
+    session = on_gpu.Session(tmp_path, seconds)
+    assert session.run("a b, c", [sys.executable, "-c", code], 0) == (status == "good")
+    assert session.results["a b, c"]["status"] == status and status in on_gpu.table(session.results)
+    assert (tmp_path / "a_b_c.txt").read_text() == ("7\n" if status == "good" else "")
+
+
+def test_what_does_not_fit_is_left_out_and_named(tmp_path):
+    session, began = on_gpu.Session(tmp_path, 5), time.monotonic()
+    assert not session.run("long", [sys.executable, "-c", "import time; time.sleep(60)"], 10)
+    assert time.monotonic() - began < 3 and "| long | left out |" in on_gpu.table(session.results)
