@@ -271,44 +271,40 @@ class Packer:
     """
 
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
-        self.paths, self.data = list(paths), data
-        self.epoch, self.index, self.document = position
+        self.paths, self.data, self.position = list(paths), data, tuple(position)
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.loaded: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
 
-    @property
-    def position(self) -> tuple[int, int, int]:
-        return self.epoch, self.index, self.document
-
-    def shard(self) -> Shard:
-        """The current shard; the one after it is read in the background."""
-        for index in (self.index, (self.index + 1) % len(self.paths)):
+    def shard(self, current: int) -> Shard:
+        """A shard; the one after it is read in the background."""
+        for index in (current, (current + 1) % len(self.paths)):
             if index not in self.loaded:
                 path, data = self.paths[index], self.data
                 self.loaded[index] = self.pool.submit(Shard, path, data.document_start, data.document_cut)
         while len(self.loaded) > 2:
             self.loaded.popitem(last=False)
-        return self.loaded[self.index].result()
+        return self.loaded[current].result()
 
     def next_row(self) -> list[tuple[Shard, int, np.ndarray]]:
         """Pieces (shard, first document, lengths) of the next row, T + 1 tokens in all."""
-        pieces, need = [], self.data.row_tokens + 1
+        pieces, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
         while need:
-            if self.epoch >= self.data.epochs:
+            if epoch >= self.data.epochs:
                 raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
-            shard = self.shard()
-            begin = shard.ends[self.document]
+            shard = self.shard(index)
+            begin = shard.ends[document]
             last = min(np.searchsorted(shard.ends, begin + need), len(shard.starts))
-            lengths = np.diff(shard.ends[self.document : last + 1])
-            if last > self.document:
+            lengths = np.diff(shard.ends[document : last + 1])
+            if last > document:
                 lengths[-1] -= max(0, shard.ends[last] - begin - need)
-                pieces.append((shard, self.document, lengths))
+                pieces.append((shard, document, lengths))
                 need -= int(lengths.sum())
-            self.document = int(last)
-            if self.document == len(shard.starts):
-                self.document, self.index = 0, self.index + 1
-                if self.index == len(self.paths):
-                    self.index, self.epoch = 0, self.epoch + 1
+            document = int(last)
+            if document == len(shard.starts):
+                document, index = 0, index + 1
+                if index == len(self.paths):
+                    index, epoch = 0, epoch + 1
+        self.position = epoch, index, document
         return pieces
 
 
@@ -1123,17 +1119,10 @@ def total_steps(schedule: Schedule) -> int:
     return schedule.steps + schedule.extension
 
 
-def windows_at(schedule: Schedule, step: int) -> tuple[int, int]:
-    """(short, long) window of a step, in tokens."""
-    if step >= schedule.steps:
-        return schedule.extension_windows
-    return schedule.windows[len(schedule.windows) * step // schedule.steps]
-
-
-def window_history(schedule: Schedule, step: int) -> list[int]:
-    """Long windows of the stages up to this step: what YaRN has been through."""
-    stages = [long for _, long in schedule.windows[: len(schedule.windows) * step // schedule.steps + 1]]
-    return stages + [schedule.extension_windows[1]] * (step >= schedule.steps)
+def windows_until(schedule: Schedule, step: int) -> list[tuple[int, int]]:
+    """(short, long) windows of the stages up to this step, in tokens; the last pair is in force."""
+    stages = list(schedule.windows[: len(schedule.windows) * step // schedule.steps + 1])
+    return stages + [schedule.extension_windows] * (step >= schedule.steps)
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
@@ -1190,10 +1179,10 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
     for _ in range(total_steps(track.schedule) * data.rows):
         most = max(most, sum(len(lengths) for _, _, lengths in packer.next_row()))
-    last = packer.index if packer.epoch == 0 else len(packer.paths) - 1
+    epoch, last, _ = packer.position
     validation = shard_paths(folder, manifest, "val")
     digests = {}
-    for path in packer.paths[: last + 1] + validation:
+    for path in packer.paths[: last + 1 if epoch == 0 else None] + validation:
         if len(tokens := read_shard(path)) and int(tokens.max()) >= data.vocab_size:
             raise ValueError(f"{path} holds token {int(tokens.max())}, the vocabulary has {data.vocab_size}")
         with open(path, "rb") as file:
@@ -1380,13 +1369,12 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
-    if name == "fa2" or device.type != "cuda":
-        return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
     try:
-        torch.nn.attention.activate_flash_attention_impl(name.upper())
+        if name != "fa2":
+            torch.nn.attention.activate_flash_attention_impl(name.upper())
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
-    return name
+    return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
 
 
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
@@ -1480,7 +1468,9 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        schedule, T = self.track.schedule, self.track.data.row_tokens
+        schedule, T, first = self.track.schedule, self.track.data.row_tokens, os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.comm.all_reduce(torch.zeros(1, device=self.device))  # the first rank of a machine fills its compile cache
         self.model.init_weights(self.run.seed)
         self.model.set_rotary([1])
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
@@ -1493,6 +1483,8 @@ class Trainer:
             for validation in self.validation[:1]:
                 self.evaluate(validation, windows)
         self.lap("validation graphs")
+        if first:
+            self.comm.all_reduce(torch.zeros(1, device=self.device))
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
@@ -1596,11 +1588,12 @@ class Trainer:
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
-        windows, val_loss, due, stopping = None, math.nan, False, False
+        stages, val_loss, due, stopping = None, math.nan, False, False
         clock.start()
         for step in range(first, steps):
-            if windows != (windows := windows_at(schedule, step)) or step == schedule.steps:
-                self.model.set_rotary(window_history(schedule, step))
+            if stages != (stages := windows_until(schedule, step)):
+                windows = stages[-1]
+                self.model.set_rotary([long for _, long in stages])
             batch, count, position = next(batches)
             loss = self.forward_backward(batch, windows)
             factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
@@ -1835,7 +1828,8 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
             torch.accelerator.set_device_index(local_rank)
         cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{device.type}"))
+        model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
         torch._dynamo.config.recompile_limit = 64
         build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:

@@ -143,8 +143,9 @@ def communication(trainer: train_gpt.Trainer) -> tuple[Callable[[], None], float
 def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     track, clock, device = trainer.track, trainer.clock, trainer.device
     trainer.warm_up()
-    windows = train_gpt.windows_at(track.schedule, track.schedule.steps - 1)
-    trainer.model.set_rotary(train_gpt.window_history(track.schedule, track.schedule.steps - 1))
+    stages = train_gpt.windows_until(track.schedule, track.schedule.steps - 1)
+    trainer.model.set_rotary([long for _, long in stages])
+    windows = stages[-1]
     packer = train_gpt.Packer(trainer.train_paths, track.data)
     rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
     batches = train_gpt.training_steps(packer, track.data, documents, rank, world_size)

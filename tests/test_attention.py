@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from train_gpt import GPT, TRACKS, Layout, attend, attention_mask, fused_layout, supports, window_size
+from train_gpt import GPT, TRACKS, Layout, attend, attention_mask, choose_attention, fused_layout, supports, window_size
 
 H, D = 2, 8
 ROWS = {  # name: (T, document lengths of each row)
@@ -220,6 +220,21 @@ def test_one_graph_serves_all_windows_and_lengths_of_documents(flash_on_cpu, mod
 
 def test_fused_form_needs_a_gpu():
     assert not any(supports(torch.device("cpu"), feature) for feature in ("flash", "fp8"))
+
+
+def test_another_kernel_is_activated_or_refused_by_name(monkeypatch):
+    """Without its package in one sentence that says what there is; nothing is downloaded."""
+    from torch.nn.attention import _registry
+
+    cpu, activated = torch.device("cpu"), []
+    assert choose_attention("fa2", cpu, torch.bfloat16) == "blocked"
+    with pytest.raises(ValueError, match="--attention fa3 cannot be used here .*; fa2 is part of torch"):
+        choose_attention("fa3", cpu, torch.bfloat16)
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: activated.append("FA4"))
+    monkeypatch.setattr("train_gpt.supports", lambda device, feature: feature == "flash")
+    assert choose_attention("fa4", cpu, torch.bfloat16) == "fa4" and activated == ["FA4"]
+    assert choose_attention("fa2", cpu, torch.bfloat16) == "fa2" and activated == ["FA4"]
+    assert choose_attention("fa2", cpu, torch.float32) == "blocked"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

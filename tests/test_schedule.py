@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from train_gpt import TRACKS, Schedule, learning_rate_factor, momentum_at, total_steps, window_history, windows_at
+from train_gpt import TRACKS, Schedule, learning_rate_factor, momentum_at, total_steps, windows_until
 
 SHORT = TRACKS["short"].schedule
 FIRST, SECOND, THIRD, LAST = (128, 384), (384, 896), (640, 1408), (768, 1664)  # blocks of 128: 1/3, 3/7, 5/11, 6/13
@@ -33,8 +33,7 @@ def test_numbers_of_the_short_track():
 )  # fmt: skip
 def test_windows_of_the_short_track(step, windows):
     stages = [FIRST, SECOND, THIRD, LAST]
-    assert windows_at(SHORT, step) == windows
-    assert window_history(SHORT, step) == [long for _, long in stages[: stages.index(windows) + 1]]
+    assert windows_until(SHORT, step) == stages[: stages.index(windows) + 1]
 
 
 @pytest.mark.parametrize(
@@ -68,8 +67,7 @@ def test_every_step_by_exact_fractions(schedule):
     for step in range(s.steps + s.extension):
         stage = max(i for i in range(stages) if Fraction(i * s.steps, stages) <= step) if step < s.steps else stages
         every = [*s.windows, s.extension_windows]
-        assert tuple(windows_at(s, step)) == every[stage]
-        assert window_history(s, step) == [long for _, long in every[: stage + 1]]
+        assert windows_until(s, step) == every[: stage + 1]
 
         into = step - (s.steps - cooldown)  # steps into the cooldown
         factor = Fraction(1) if into <= 0 and step < s.steps else floor
