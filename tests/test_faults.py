@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -224,3 +225,21 @@ def test_a_restart_after_the_end_of_the_run_does_not_train_again(tmp_path: Path)
         elastic = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(restart)}
         done = subprocess.run(argv, env=os.environ | place | elastic, capture_output=True, text=True)
         assert done.returncode == 0 and len(list(tmp_path.glob("*.jsonl"))) == runs, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_a_rank_that_starts_dies_with_its_launcher(tmp_path: Path) -> None:
+    """It has asked for the store of the ranks, which does not answer, when the process that started it is killed."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]),
+                 "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0",
+                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path)]
+        launcher = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *argv],
+                                    env=os.environ | place, stderr=subprocess.DEVNULL)  # fmt: skip
+        store.settimeout(60)
+        with store.accept()[0]:
+            (rank,) = faults.workers(launcher.pid)
+            launcher.kill()
+            launcher.wait()
+            wait_for(lambda: not Path(f"/proc/{rank}").exists(), 10)
