@@ -785,6 +785,9 @@ def test_header_says_what_was_run(reference: Outcome, data_dir: Path) -> None:
     folder = data_dir / "shakespeare"
     assert header["data"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.bin")}
     assert header["torch"] == torch.__version__ and header["compile"] == "none" and header["compiled"] == "none"
+    parts = ["imports and processes", "data", "model and optimizer", "training graphs", "validation graphs", "optimizer"]
+    assert list(header["startup_s"]) == parts and min(header["startup_s"].values()) >= 0
+    assert header["startup_s"]["imports and processes"] > 0 and (header["attention"], header["head"]) == ("blocked", "float32")
 
 
 def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
