@@ -273,16 +273,12 @@ class Packer:
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
         self.paths, self.data, self.position = list(paths), data, tuple(position)
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.loaded: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
+        self.loaded: dict[int, concurrent.futures.Future] = {}
 
     def shard(self, current: int) -> Shard:
         """A shard; the one after it is read in the background."""
-        for index in (current, (current + 1) % len(self.paths)):
-            if index not in self.loaded:
-                path, data = self.paths[index], self.data
-                self.loaded[index] = self.pool.submit(Shard, path, data.document_start, data.document_cut)
-        while len(self.loaded) > 2:
-            self.loaded.popitem(last=False)
+        start, cut, wanted = self.data.document_start, self.data.document_cut, (current, (current + 1) % len(self.paths))
+        self.loaded = {i: self.loaded.get(i) or self.pool.submit(Shard, self.paths[i], start, cut) for i in wanted}
         return self.loaded[current].result()
 
     def next_row(self) -> list[tuple[Shard, int, np.ndarray]]:
@@ -333,6 +329,7 @@ def training_steps(packer: Packer, data: Data, documents: int, rank: int, world_
     def prepare() -> Step:
         rows = [packer.next_row() for _ in range(data.rows)]
         batch = make_batch([assemble(rows[i]) for i in own], data, documents)
+        batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
         starts = sum(len(lengths) for row in rows for _, _, lengths in row) - len(rows)  # targets that start a document
         return Step(batch, data.rows * data.row_tokens - (0 if data.predict_start else starts), packer.position)
 
@@ -456,9 +453,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def supports(device: torch.device, feature: str) -> bool:
-    """Whether the processor has bfloat16, fp8 products or (flash) a kernel for varlen_attn."""
+    """Whether the processor has bfloat16, fp8 products, a kernel for varlen_attn (flash), or the kernels fa3 and fa4."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= ((8, 9) if feature == "fp8" else (8, 0))
+        major, minor = torch.cuda.get_device_capability(device)
+        fa4 = major in (9, 10) and torch.__version__ >= "2.13"  # its backward refuses windows before
+        return {"fp8": (major, minor) >= (8, 9), "fa3": major == 9, "fa4": fa4}.get(feature, major >= 8)
     if device.type == "cpu":
         return feature == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return feature == "bfloat16"
@@ -518,9 +517,9 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
-        """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it."""
-        recipe, (scale_a, scale_b) = F.ScalingType.TensorWise, (torch.full((), d, device=a.device) for d in divisors)
-        return F.scaled_mm(a, b.T, scale_a, recipe, scale_b, recipe, output_dtype=dtype, use_fast_accum=fast)
+        """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it. torch 2.11 cannot compile F.scaled_mm."""
+        scales = (torch.full((), divisor, device=a.device) for divisor in divisors)
+        return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, divisors: tuple[float, float, float]) -> Tensor:
@@ -601,7 +600,8 @@ class GPT(nn.Module):
     def set_rotary(self, windows: Sequence[int]) -> None:
         """Rotary tables and softmax scale for a history of long windows (in place: nothing recompiles)."""
         frequencies, scale = rotary_frequencies(self.config, windows)
-        angles = torch.arange(self.cos.size(0), dtype=torch.float64)[:, None] * frequencies
+        positions = torch.arange(self.cos.size(0), dtype=torch.float64, device=self.cos.device)
+        angles = positions[:, None] * frequencies.to(self.cos.device)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
         self.attention_scale.fill_(scale)
@@ -656,7 +656,8 @@ class GPT(nn.Module):
     def body(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int) -> Tensor:
         c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
         recompute = self.low_memory and torch.is_grad_enabled()
-        run = functools.partial(checkpoint, use_reentrant=False) if recompute else lambda part, *args: part(*args)
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = again if recompute else lambda part, *args: part(*args)
         layouts = [fused_layout(offsets, T, w, longest) if self.fused else Layout(self.mask(offsets, T, w)) for w in windows]
         banks = self.attn.to(dtype).view(-1, 4 * D, D), self.gate.to(dtype), self.value_mix.to(dtype)
         attentions = iter(zip(*(bank.unbind(0) for bank in banks)))
@@ -915,13 +916,6 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
     return factor * (before / after.clamp_min(1e-10))
 
 
-def accumulate_in_fp32(p: Tensor) -> None:
-    """Hook of a parameter of lower precision: its gradients of several backward passes are added in fp32."""
-    if p.grad is not None:
-        p.main_grad = p.grad.float() if p.main_grad is None else p.main_grad.add_(p.grad)
-        p.grad = None
-
-
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
 
@@ -936,7 +930,7 @@ class MuonEq(torch.optim.Optimizer):
 
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
-    copy; with "token_sum" their gradients move from `.grad` to an fp32 sum, `.main_grad`. A missing gradient counts as
+    copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as
     zero. ValueError for a field, shape or combination that does not exist.
     """
 
@@ -969,11 +963,8 @@ class MuonEq(torch.optim.Optimizer):
         units = [unit for group in self.param_groups for unit in self._units(group)]
         # large reductions start first, small updates are done first: their waits hide behind the large transfers
         self.units = sorted(units, key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
-        if grads == "token_sum":
-            for p in (p for unit in units for p in unit.params if p.dtype != torch.float32):
-                if not hasattr(p, "main_grad"):
-                    p.main_grad = None
-                    p.register_post_accumulate_grad_hook(accumulate_in_fp32)
+        for p in (p for unit in units for p in unit.params if grads == "token_sum"):
+            p.grad_dtype = torch.float32  # of several backward passes; the parameter may have a lower precision
 
     def _checked(self, group: dict) -> dict:
         fields = self.FIELDS.get(group.get("kind"))
@@ -1036,7 +1027,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.tokens += 1 if tokens is None else tokens
         reducing = []
         for unit in reversed(active):
-            full = unit.stack([p.grad if getattr(p, "main_grad", None) is None else p.main_grad for p in unit.params]).float()
+            full = unit.stack([p.grad for p in unit.params]).float()
             summed = self.grads == "token_sum"
             reducing.append((unit, full, *(self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.DONE))))
         gathering = []
@@ -1056,8 +1047,6 @@ class MuonEq(torch.optim.Optimizer):
 
     def _clear(self, units: list[Unit], set_to_none: bool = True) -> None:
         for p in (p for unit in units for p in unit.params):
-            if hasattr(p, "main_grad"):
-                p.main_grad = None
             if set_to_none:
                 p.grad = None
             elif p.grad is not None:
@@ -1372,6 +1361,8 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     try:
         if name != "fa2":
             torch.nn.attention.activate_flash_attention_impl(name.upper())
+            if not supports(device, name):
+                raise RuntimeError("it is not made for this GPU or this torch")
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
     return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
@@ -1405,12 +1396,20 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
     )
 
 
+def process_age() -> float:
+    """Seconds since this process was started, where the system says so."""
+    if sys.platform != "linux":
+        return 0.0
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
 
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
-        self.startup, self.lapped = {}, os.stat("/proc/self").st_ctime if os.path.exists("/proc/self") else time.time()
+        self.startup, self.lapped = {}, time.time() - process_age()
         self.lap("imports and processes")
         data, evaluation = track.data, track.evaluation
         self.folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
@@ -1440,7 +1439,7 @@ class Trainer:
         self.lap("model and optimizer")
 
     def lap(self, name: str) -> None:
-        """Note the seconds since the last lap, or the start of the process, under `name`."""
+        """Note the seconds since the last lap under `name`."""
         began, self.lapped = self.lapped, time.time()
         self.startup[name] = round(self.lapped - began, 3)
 
@@ -1468,12 +1467,10 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        schedule, T, first = self.track.schedule, self.track.data.row_tokens, os.environ.get("LOCAL_RANK", "0") == "0"
-        if not first:
-            self.comm.all_reduce(torch.zeros(1, device=self.device))  # the first rank of a machine fills its compile cache
+        schedule, T, cut = self.track.schedule, self.track.data.row_tokens, self.track.data.document_cut
         self.model.init_weights(self.run.seed)
         self.model.set_rotary([1])
-        row = (np.arange(T + 1) % self.track.data.vocab_size, np.array([T]))
+        row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, cut), T]))
         batch = make_batch([row] * self.micro_rows, self.track.data, self.checked["documents"])
         stages = [*schedule.windows, *[schedule.extension_windows] * (schedule.extension > 0)]
         for windows in dict.fromkeys(stages):
@@ -1483,8 +1480,6 @@ class Trainer:
             for validation in self.validation[:1]:
                 self.evaluate(validation, windows)
         self.lap("validation graphs")
-        if first:
-            self.comm.all_reduce(torch.zeros(1, device=self.device))
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
@@ -1649,7 +1644,7 @@ class Trainer:
         )  # fmt: skip
         log.write("final", **final)
         if chief and (out / run_id).is_dir():
-            (out / run_id / "finished").write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+            (out / run_id / "finished").touch()
         say(f"track {run.track}: validation loss {val_loss:.4f}, target {evaluation.target} "
             f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
             f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
@@ -1753,7 +1748,7 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
     settings = [x for section in vars(track).values() for x in vars(section).values()]
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
-    factors = track.matrix.lr_mul if isinstance(track.matrix.lr_mul, tuple) else (track.matrix.lr_mul,)
+    fp8, factors = model.fp8_head, track.matrix.lr_mul if isinstance(track.matrix.lr_mul, tuple) else (track.matrix.lr_mul,)
     numbers = all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs)
     for good, sentence in (
         (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
@@ -1765,6 +1760,10 @@ def check_settings(track: Track, run: Run) -> None:
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
+        ({*model.low_precision} <= {"attn", "mlp", "embed", "ngram_embed", "value_embed"}, "low_precision: no such bank"),
+        (len(fp8) in (0, 3) and all(isinstance(x, float) and x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
+        (not fp8 or data.row_tokens % 16 == model.width % 16 == model.padded_vocab % 16 == 0,
+         "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
         (all(i in range(model.layers) for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
         (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
@@ -1811,6 +1810,7 @@ def explanation(error: BaseException) -> str | None:
 
 def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
     """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
         return print(help_text())
@@ -1827,7 +1827,6 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
         else:
             torch.accelerator.set_device_index(local_rank)
         cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
         torch._dynamo.config.recompile_limit = 64
@@ -1844,8 +1843,7 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
             store.set_timeout(bound)
             own, backend = None if device.type == "cpu" else device, dist.get_default_backend_for_device(device)
             dist.init_process_group(backend, timeout=bound, store=store, rank=rank, world_size=world_size, device_id=own)
-            ended = Path(run.out).glob("*/finished") if run.resume == "" and restart != "0" else ()
-            if on_rank_0(Comm(), lambda: job in [path.read_text() for path in ended]):
+            if on_rank_0(Comm(), lambda: job and found.check(["ended"])):
                 return dist.destroy_process_group()  # restarted by a fault after the end of the run
         trainer, done = Trainer(track, run, Comm(), device), threading.Event()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -1855,6 +1853,8 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
             threading.Thread(target=watch, args=(trainer, run.timeout, done, pulse), daemon=True).start()
         result = work(trainer)
         done.set()
+        if dist.is_initialized() and rank == 0:
+            found.set("ended", "1")
         if dist.is_initialized():
             dist.destroy_process_group()
         return result

@@ -1,19 +1,22 @@
 """Everything that needs a GPU, checked and measured in one go of at most nine minutes.
 
     python records/on_gpu.py OUT                      track short on one GPU
-    python records/on_gpu.py OUT --track medium       any option of train_gpt.py may follow
+    python records/on_gpu.py OUT --attention fa3      any option of train_gpt.py may follow
 
 Runs one after the other: the tests that need a GPU; a start with an empty compile cache and one with a full one; the
 profile of a step, plain, with --memory low, compiled as a whole and on other attention kernels where there are any.
 What was left out for want of time is named. Tokens come from DATA_DIR, or are made up where it has none: times and
-memory do not depend on them. All output, logs and results.json lie in OUT; the last thing printed is a table.
+memory do not depend on them. All output, logs and results.json lie in OUT (as do a compile cache and made-up shards,
+which nobody needs later); the last thing printed is a table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -56,9 +60,12 @@ class Session:
     def __init__(self, out: Path, seconds: float):
         self.out, self.end, self.results = out, time.monotonic() + seconds, {}
 
-    def run(self, name: str, command: list[str], at_least: float, **environment: str) -> bool:
+    def save(self) -> None:
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def run(self, name: str, command: list[str], at_least: float, at_most: float = 240, **environment: str) -> bool:
         """Whether the command ended well; it is left out when less than `at_least` seconds remain."""
-        left, began = self.end - time.monotonic(), time.monotonic()
+        left, began = min(at_most, self.end - time.monotonic()), time.monotonic()
         if left < at_least:
             self.results[name] = {"status": "left out"}
             return False
@@ -71,24 +78,29 @@ class Session:
                 status = "out of time"
         self.results[name] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
         print(f"{name}: {status}, {self.results[name]['seconds']} s", flush=True)
+        self.save()
         return status == "good"
 
 
 def measure(session: Session, options: list[str]) -> None:
     out, results = session.out, session.results
     python, cache = sys.executable, {"CACHE_DIR": str(out / "cache")}
-    session.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60)
+    shutil.rmtree(out / "cache", ignore_errors=True)
+    session.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
     for name in ("empty cache", "full cache"):
         folder = out / file_name(name, "")
+        shutil.rmtree(folder, ignore_errors=True)
         if session.run(name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache):
             header, *lines = [json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()]
             step_s = (lines[-1]["train_time_s"] - lines[1]["train_time_s"]) / (STEPS - 2)
             results[name] |= {"startup_s": header["startup_s"], "step_s": step_s, "head": header["head"],
                               "peak_memory_bytes": lines[-1]["peak_memory_bytes"]}  # fmt: skip
     variants = {"plain": [], "low memory": ["--memory", "low"]}
-    variants |= {kind: ["--attention", kind] for kind, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute"))
-                 if importlib.util.find_spec(module.split(".")[0])}  # fmt: skip
+    for kind, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(module) and train_gpt.supports(torch.device("cuda"), kind):
+                variants[kind] = ["--attention", kind]
     variants |= {"compiled as a whole": ["--compile", "whole"]}
     for name, more in variants.items():
         place = out / file_name(f"profile, {name}", ".json")
@@ -134,7 +146,7 @@ def main() -> None:
         make_tokens(out / "data" / track.data.corpus, track.data, track.evaluation)
     session = Session(out, SECONDS)
     measure(session, options)
-    (out / "results.json").write_text(json.dumps(session.results, indent=1) + "\n")
+    session.save()
     print("\n" + "\n\n".join((out / file_name(name, ".txt")).read_text() for name in session.results
                              if "profile" in session.results[name]))  # fmt: skip
     print(table(session.results))

@@ -5,9 +5,10 @@
     torchrun --standalone --nproc_per_node=8 records/step_profile.py --track short
 
 The parts run forward and backward on rows of the training data, compiled as in training, in the windows of the
-schedule's last stage. The floor of a part is its arithmetic over the rate of a large product, or the bytes that it
-must move (what it reads once, what it writes once) over the rate of a large copy, whichever is longer. MFU counts
-6 operations per parameter in a product and token, and 12 D per visible pair of tokens, over the rate of a large product.
+schedule's last stage; the first rows of a step stand for all. The floor of a part is its arithmetic over the rate of a
+large product (in FP8 for a head in FP8), or the bytes that it must move (what it reads once, what it writes once) over
+the rate of a large copy, whichever is longer. MFU counts 6 operations per parameter in a product and token, and 12 D per
+visible pair of tokens, over the rate of a large product in the precision of the activations.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
     def backward(part: Callable[..., Tensor], *args: Any) -> Callable[[], None]:
         def call() -> None:
             out = part(*args)
-            out = out[0] if isinstance(out, tuple) else out
-            out.backward(torch.ones_like(out))
+            out = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+            for x in (x for x in args if isinstance(x, Tensor)):
+                x.grad = None
         if trainer.compiled != "none" and part not in [getattr(model, name) for name in model.COMPILED[trainer.compiled]]:
             part = torch.compile(part, dynamic=False, fullgraph=True)
         return call
@@ -105,7 +108,7 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
         if model.fused:
             layout = train_gpt.fused_layout(offsets, T, train_gpt.window_size(window), cut)
         pairs = visible_pairs(offsets.cpu().numpy(), window)
-        q, k, v = (train_gpt.norm(leaf(*heads).detach() * c.attention_scale).requires_grad_() for _ in range(3))
+        q, k, v = ((train_gpt.norm(leaf(*heads).detach()) * s).requires_grad_() for s in (c.attention_scale, 1.0, 1.0))
         name = f"attention kernel, window {window}"
         # five products backward: the scores once more, and the gradients of weights, q, k and v
         found[name] = (backward(train_gpt.attend, q, k, v, layout), passes * count, 14 * D * pairs, 12 * n * D * size)
@@ -116,8 +119,9 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
     work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
     found["MLP"] = (backward(mlp, leaf(B, T, D), leaf(D, hidden), leaf(D, hidden)), passes * c.layers, work, bytes_moved)
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
-    x, flat = leaf(n, D), targets.flatten()
-    found["head and loss"] = (backward(model.loss, x, flat), passes, work, bytes_moved)
+    size = min(n, 4096 if model.low_memory else 32768)  # as the model cuts it
+    call = backward(model.loss, leaf(size, D), targets.flatten()[:size])
+    found["head and loss"] = (call, passes * (n // size), work * size / n, bytes_moved * size / n)
     tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
     dense = sum(p.nbytes for p in (model.embed, model.ngram_embed, model.value_embed))
     call = backward(model.embedding, inputs, offsets)
@@ -161,14 +165,21 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
 
     for _ in range(trainer.period):
         step()
-    rate, bandwidth = ceilings(device, trainer.dtype, clock)
+    (rate, bandwidth), fp8 = ceilings(device, trainer.dtype, clock), 0.0
+    if trainer.model.fp8:
+        a, b = (torch.randn(8192, 8192, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        product = train_gpt.FP8Linear.product
+        fp8 = 2 * 8192**3 / seconds_of(lambda: product(a, b, (1.0, 1.0), torch.bfloat16, True), clock)
     rows = []
 
     def add(name: str, seconds: float, operations: float, moved: float) -> None:
-        floor = max(operations / rate, moved / bandwidth)
+        floor = max(operations / (fp8 if name == "head and loss" and fp8 else rate), moved / bandwidth)
         rows.append(dict(part=name, ms=1e3 * seconds, floor_ms=1e3 * floor, operations=operations, bytes=moved))
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     whole = seconds_of(lambda: [step() for _ in range(trainer.period)], clock) / trainer.period
+    memory = train_gpt.peak_memory(device)
     both = seconds_of(forward_backward, clock)
     trainer.optimizer.reset()
     parts = parts_of(trainer, batch, windows)
@@ -191,17 +202,18 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     matrices = sum(getattr(trainer.model, name).numel() for name in ("attn", "mlp", "lm_head"))
     tokens = track.data.rows * track.data.row_tokens // world_size
     model_operations = 6 * matrices * tokens + 12 / 14 * sum(kernels)
-    if trace:
+    if trace and rank == 0:
         activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", "CUDA")][: 1 + (device.type == "cuda")]
         with torch.profiler.profile(activities=activities) as recorder:
             for _ in range(3):
-                step()
+                forward_backward()
+                update()
         recorder.export_chrome_trace(trace)
     return dict(
         device=trainer.environment["device"], torch=torch.__version__, world_size=world_size, track=trainer.run.track,
         dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=windows, tokens=tokens,
         products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole, forward_backward_ms=1e3 * both, parts=rows,
-        mfu=model_operations / whole / rate, peak_memory_bytes=train_gpt.peak_memory(device),
+        mfu=model_operations / whole / rate, peak_memory_bytes=memory,
     )  # fmt: skip
 
 

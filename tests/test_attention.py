@@ -231,10 +231,13 @@ def test_another_kernel_is_activated_or_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="--attention fa3 cannot be used here .*; fa2 is part of torch"):
         choose_attention("fa3", cpu, torch.bfloat16)
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: activated.append("FA4"))
-    monkeypatch.setattr("train_gpt.supports", lambda device, feature: feature == "flash")
+    monkeypatch.setattr("train_gpt.supports", lambda device, feature: feature in ("flash", "fa4"))
     assert choose_attention("fa4", cpu, torch.bfloat16) == "fa4" and activated == ["FA4"]
     assert choose_attention("fa2", cpu, torch.bfloat16) == "fa2" and activated == ["FA4"]
     assert choose_attention("fa2", cpu, torch.float32) == "blocked"
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: None)
+    with pytest.raises(ValueError, match="--attention fa3 cannot be used here .it is not made for this GPU"):
+        choose_attention("fa3", cpu, torch.bfloat16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
