@@ -52,8 +52,9 @@ from torch.utils.checkpoint import checkpoint
 # 1. Tracks: every number of a run. A track is data, never code.
 
 
-def field(default: Any, meaning: str, least: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
+def field(default: Any, meaning: str, least: float | None = None, choices: str = "") -> Any:
+    meaning += f" ({choices})" if choices else ""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least, "choices": choices.split()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +93,21 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    kind: str = field("matrix", "matrix, or adam: the settings of `hidden` instead of those below")
+    kind: str = field("matrix", "adam: the settings of `hidden` instead of those below", choices="matrix adam")
     lr: float = field(0.03, "learning rate at factor 1")
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: str = field("row", "MuonEq before orthogonalising: none, row, col or rowcol")
+    equilibrate: str = field("row", "MuonEq before orthogonalising", choices="none row col rowcol")
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
     phase: int | None = field(None, "update from which rowcol becomes row")
-    orthogonalize: str = field("polar_express", "polar_express or newton_schulz")
+    orthogonalize: str = field("polar_express", "iteration towards singular values of 1", choices="polar_express newton_schulz")
     steps: int = field(5, "iterations of the orthogonalisation", 1)
-    norm_bound: str = field("frobenius", "bound of the largest singular value: frobenius or spc")
+    norm_bound: str = field("frobenius", "bound of the largest singular value", choices="frobenius spc")
     normuon: bool = field(False, "NorMuon: equalise rows or columns of the update by their running mean square")
-    normuon_axis: str = field("auto", "auto (the longer side), row or col")
+    normuon_axis: str = field("auto", "what has a mean square of its own; auto: the longer side", choices="auto row col")
     beta2: float = field(0.95, "decay of NorMuon's mean square")
-    scale: str = field("spectral", "shape factor: spectral sqrt(max(1, m/n)) or match_rms_adamw 0.2 sqrt(max(m, n))")
+    scale: str = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))", choices="spectral match_rms_adamw")
     lr_mul: tuple | float = field(1.0, "factor on lr, or (up, down) factors of the MLP bank")
 
 
@@ -163,10 +164,10 @@ class Run:
     track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
-    dtype: str = field("auto", "bfloat16 or float32 for activations; auto: bfloat16 where the processor has it")
-    compile: str = field("auto", "whole, parts (equal blocks share a graph, starts sooner) or none; auto: whole on a CPU")
-    attention: str = field("fa2", "kernel on a CUDA GPU: fa2 (inside torch), fa3 or fa4 where their packages are installed")
-    memory: str = field("normal", "normal, or low: blocks recomputed in the backward, few logits at a time; the same result")
+    dtype: str = field("auto", "of activations; auto: bfloat16 where the processor has it", choices="auto bfloat16 float32")
+    compile: str = field("auto", "parts: equal blocks share a graph; auto: whole on a CPU", choices="auto whole parts none")
+    attention: str = field("fa2", "on a CUDA GPU: fa2 is inside torch, others where they are installed", choices="fa2 fa3 fa4")
+    memory: str = field("normal", "low: blocks recomputed in the backward, few logits at a time", choices="normal low")
     micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens", 0)
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
     checkpoint_every: int = field(0, "steps between checkpoints; 0: none", 0)
@@ -235,7 +236,6 @@ def read_shard(path: Path) -> np.ndarray:
 
 class Shard:
     """Tokens and document index of one shard, documents cut to `cut` tokens."""
-
     def __init__(self, path: Path, start_token: int, cut: int):
         self.tokens = read_shard(path)
         self.starts = np.flatnonzero(self.tokens == start_token)
@@ -269,7 +269,6 @@ class Packer:
     Each document gives its first min(length, document_cut, space left) tokens, the rest is dropped, and the next row
     begins with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document).
     """
-
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
         self.paths, self.data, self.position = list(paths), data, tuple(position)
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -367,7 +366,6 @@ def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -
 
 class Layout(NamedTuple):
     """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the rest for the fused one."""
-
     mask: Tensor | None = None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
     offsets: Tensor | None = None  # (B M + 1,) int32 over the flattened rows
     longest: int = 0  # upper bound of a document's length
@@ -409,7 +407,6 @@ class BlockedAttention(torch.autograd.Function):
 
     Scores are bounded (|q k| <= 60: RMS-normalised heads times a scale), so the exponentials need no running maximum.
     """
-
     @staticmethod
     def split(x: Tensor, C: int, previous: bool = False) -> Tensor:  # (B, T, H, d) -> (B, n, H, C or 2 C, d)
         B, T, H, d = x.shape
@@ -510,7 +507,6 @@ class FP8Linear(torch.autograd.Function):
 
     e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32.
     """
-
     @staticmethod
     def quantize(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
         return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -540,7 +536,6 @@ class FP8Linear(torch.autograd.Function):
 
 class GPT(nn.Module):
     """Decoder of record #42's design. All sizes come from `model`; activations have `dtype`, parameters are fp32."""
-
     COMPILED = {"parts": ("mask", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -702,7 +697,6 @@ TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
 
 class Comm:
     """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
-
     DONE = types.SimpleNamespace(wait=lambda: None)  # nothing is under way
 
     def __init__(self) -> None:
@@ -744,7 +738,6 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
     depend on the scale of u when the exponent is -1/2.
     """
-
     def factor(dim: int) -> Tensor:
         sums = torch.linalg.vector_norm(u, dim=dim, keepdim=True).square()
         return (sums + 1e-8 * sums.mean((-2, -1), keepdim=True) + TINY).pow(exponent)
@@ -789,7 +782,6 @@ class Unit:
     The stack (S, *tail) has one entry per matrix (tail (m, n)) or per element (tail ()). It is padded with zeros to
     N equal chunks; rank r owns entries [r C, (r + 1) C).
     """
-
     SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
 
     def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Sequence[float] = (1.0,)):
@@ -808,11 +800,6 @@ class Unit:
         if len(set(lr_mul)) > 1:
             padded = torch.tensor([*lr_mul, *[0.0] * (self.chunk * comm.world_size - self.size)], device=self.device)
             self.lr_mul = padded[self.own, None, None]
-        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in self.state_shapes().items()}
-        self.reset()
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """fp32 state of the owned chunk."""
         shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
         if self.group.get("normuon"):
             (m, n), axis = self.tail, self.group["normuon_axis"]
@@ -820,7 +807,8 @@ class Unit:
             shapes["second_moment"] = (self.chunk, m, 1) if per_row else (self.chunk, 1, n)
         if self.dtype != torch.float32:
             shapes["master"] = (self.chunk, *self.tail)
-        return shapes
+        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in shapes.items()}  # fp32
+        self.reset()
 
     def reset(self) -> None:
         self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
@@ -933,16 +921,12 @@ class MuonEq(torch.optim.Optimizer):
     copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as
     zero. ValueError for a field, shape or combination that does not exist.
     """
-
     REQUIRED = object()
     FIELDS = {
         "matrix": {**vars(Matrix()), **dict(lr=REQUIRED, momentum=0.95, work_dtype=torch.bfloat16, every=1)},
         "adam": {**vars(Adam()), **dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, every=1)},
     }
-    CHOICES = dict(
-        equilibrate=("none", "row", "col", "rowcol"), orthogonalize=("polar_express", "newton_schulz"),
-        norm_bound=("frobenius", "spc"), normuon_axis=("auto", "row", "col"), scale=("spectral", "match_rms_adamw"),
-    )  # fmt: skip
+    CHOICES = {f.name: f.metadata["choices"] for f in dataclasses.fields(Matrix) if f.metadata["choices"]}
     SMALL = 16_384  # elements below which Adam parameters share one stack
 
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
@@ -978,7 +962,7 @@ class MuonEq(torch.optim.Optimizer):
         if group["lr"] is self.REQUIRED:
             raise ValueError(f"a {group['kind']} group needs lr")
         for key, choices in self.CHOICES.items():
-            if key in group and group[key] not in choices and not (key == "orthogonalize" and callable(group[key])):
+            if group.get(key, choices[0]) not in choices and not (key == "orthogonalize" and callable(group[key])):
                 raise ValueError(f"{key} is one of {', '.join(choices)}, not {group[key]!r}")
         if group["every"] < 1 or group.get("steps", 1) < 1 or group["lr"] < 0:
             raise ValueError("every and steps are at least 1 and lr is not negative")
@@ -1224,7 +1208,6 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
 
 class Clock:
     """Seconds of training. Stopped during validation and checkpoints; waits for the device at both ends."""
-
     def __init__(self, device: torch.device, seconds: float = 0.0):
         self.device, self.seconds, self.began = device, seconds, None
 
@@ -1249,7 +1232,6 @@ class Log:
 
     A log that is there already keeps its lines up to the `step` of `open`: what came after it happens again.
     """
-
     def __init__(self, path: Path):
         self.path, self.file, self.events = path, None, set()
 
@@ -1406,7 +1388,6 @@ def process_age() -> float:
 
 class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
-
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
         self.startup, self.lapped = {}, time.time() - process_age()
@@ -1455,14 +1436,11 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        return self.model(*(x.to(self.device) for x in batch), windows, self.track.evaluation.row_tokens)
-
-    def validate(self, windows: tuple[int, int]) -> float:
-        """Mean loss over the validation targets, nats per token, the same on all ranks."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for batch in self.validation:
-            total += self.evaluate(batch, windows).double()
+    def validate(self, windows: tuple[int, int], batches: Sequence[Batch]) -> float:
+        """Summed loss of validation rows over all validation targets, nats per token, the same on all ranks."""
+        total, longest = torch.zeros(1, dtype=torch.float64, device=self.device), self.track.evaluation.row_tokens
+        for batch in batches:
+            total += self.model(*(x.to(self.device) for x in batch), windows, longest).double()
         return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
 
     def warm_up(self) -> None:
@@ -1477,8 +1455,7 @@ class Trainer:
             self.forward_backward(batch, windows)
         self.lap("training graphs")
         for windows in dict.fromkeys([*stages, self.track.evaluation.windows]):
-            for validation in self.validation[:1]:
-                self.evaluate(validation, windows)
+            self.validate(windows, self.validation[:1])
         self.lap("validation graphs")
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
@@ -1535,7 +1512,6 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
-        from tqdm import tqdm
         track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
         data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
         chief, out, dtype = comm.rank == 0, Path(run.out), str(self.dtype).removeprefix("torch.")
@@ -1577,9 +1553,7 @@ class Trainer:
             checkpoint = None  # its file was mapped until here
         packer = Packer(self.train_paths, data, position)
         batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
-        bar = tqdm(total=steps * data.rows * data.row_tokens, initial=tokens, unit="tok", unit_scale=True,
-                   disable=None if chief else True, dynamic_ncols=True)  # fmt: skip
-        say = bar.write if not bar.disable else functools.partial(print, flush=True) if chief else lambda _: None
+        say = functools.partial(print, flush=True) if chief else lambda _: None
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
@@ -1606,19 +1580,17 @@ class Trainer:
                 loss_sum, bad, stops = comm.all_reduce(report).tolist()
                 train_loss, stopping = loss_sum / count, stops > 0
                 log.write("step", step=done, train_loss=train_loss, train_time_s=clock.now(), tokens=tokens)
-                bar.set_description(f"step {done}/{steps} loss {train_loss:.4f}", refresh=False)
                 if bad or not math.isfinite(train_loss):
                     self.refuse_nonfinite(done, f"training loss {train_loss}")
-                if bar.disable and (done % max(1, steps // 20) == 0 or last):
+                if done % max(1, steps // 20) == 0 or last:
                     say(f"step {done}/{steps} loss {train_loss:.4f} {clock.now():.1f} s {tokens / clock.now():,.0f} tokens/s")
-            bar.update(data.rows * data.row_tokens)
             due = due or stopping or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
             save = due and done % self.period == 0 and not last
             if not (save or last or done % evaluation.every == 0):
                 continue
             clock.stop()
             if last or done % evaluation.every == 0:
-                val_loss = self.validate(evaluation.windows if last else windows)
+                val_loss = self.validate(evaluation.windows if last else windows, self.validation)
                 log.write("val", step=done, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds,
                           tokens=tokens)  # fmt: skip
                 say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
@@ -1636,7 +1608,6 @@ class Trainer:
                     sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
             clock.start()
         clock.stop()
-        bar.close()
         final = dict(
             step=steps, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds, tokens=tokens,
             target=evaluation.target, reached=val_loss <= evaluation.target,
@@ -1741,6 +1712,8 @@ def check_settings(track: Track, run: Run) -> None:
         for f in dataclasses.fields(part):
             if f.metadata["least"] is not None and getattr(part, f.name) < f.metadata["least"]:
                 raise ValueError(f"--{name}{f.name} is at least {f.metadata['least']}, not {getattr(part, f.name)}")
+            if (choices := f.metadata["choices"]) and getattr(part, f.name) not in choices:
+                raise ValueError(f"--{name}{f.name} is one of {', '.join(choices)}, not {getattr(part, f.name)!r}")
     windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
     pairs = (schedule.momentum, model.softcap, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
     for value in (windows, model.value_tables, model.skips, model.ngrams):
@@ -1748,15 +1721,11 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
     settings = [x for section in vars(track).values() for x in vars(section).values()]
     blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
-    fp8, factors = model.fp8_head, track.matrix.lr_mul if isinstance(track.matrix.lr_mul, tuple) else (track.matrix.lr_mul,)
+    fp8, factors = model.fp8_head, [x if isinstance(x, tuple) else (x,) for x in (track.matrix.lr_mul, track.gate.lr_mul)]
     numbers = all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs)
     for good, sentence in (
         (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
         (all(abs(x) < 1e30 for x in settings if isinstance(x, float)), "numbers are finite and below 1e30"),
-        ({track.matrix.kind, track.gate.kind} <= {"matrix", "adam"}, "the kind of matrix and gate is matrix or adam"),
-        *((getattr(run, name) in kinds, f"{name} is {', '.join(kinds)}, not {getattr(run, name)!r}") for name, kinds in
-          dict(dtype=("auto", "bfloat16", "float32"), compile=("auto", *GPT.COMPILED), attention=("fa2", "fa3", "fa4"),
-               memory=("normal", "low")).items()),
         (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
@@ -1771,7 +1740,7 @@ def check_settings(track: Track, run: Run) -> None:
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
         (model.gate_inputs <= model.width, "model.gate_inputs is at most the width"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
-        (factors and all(isinstance(x, (int, float)) for x in factors), "lr_mul is a number or a tuple of numbers"),
+        (all(x and all(isinstance(y, (int, float)) for y in x) for x in factors), "lr_mul is a number or a tuple of numbers"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
     ):
         if not good:

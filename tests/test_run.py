@@ -625,7 +625,8 @@ IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
     "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
     "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every",
-    "model.ngrams=((2,0),)": "ngrams", "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
+    "model.ngrams=((2,0),)": "ngrams", "gate.lr_mul=()": "lr_mul", "gate.lr_mul=((0,1),)": "lr_mul",
+    "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
     "model.fp8_head=(0.0,1.0,1.0)": "fp8_head", "model.fp8_head=(1.0,1.0,1.0)": "multiples of 16",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
 }  # fmt: skip
