@@ -918,8 +918,8 @@ class MuonEq(torch.optim.Optimizer):
 
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
-    copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as
-    zero. ValueError for a field, shape or combination that does not exist.
+    copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as zero.
+    ValueError for a field, shape or combination that does not exist.
     """
     REQUIRED = object()
     FIELDS = {
