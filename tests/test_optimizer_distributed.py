@@ -155,7 +155,7 @@ def run(case, rank=0, world=1, first=0, last=None, checkpoint=None):
         for index, p in enumerate(params):
             g = local_gradient(case, p, index, step, rank, world)
             if g is not None:
-                p.grad = g if p.grad is None else p.grad + g
+                p.grad = g.to(p.grad_dtype) if p.grad is None else p.grad + g
         before = [None if p.grad is None else p.grad.clone() for p in params]
         opt.step(tokens=tokens_of(step) if case.grads == "token_sum" else None)
         assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, params, strict=True)), "gradient changed"
@@ -170,7 +170,7 @@ def large_and_small(rank, world):
     groups = [MATRIX | dict(params=params[:1]), ADAM | dict(params=params[1:])]
     opt = MuonEq(groups, grads="token_sum")
     for p in params:
-        p.grad = torch.full_like(p, 256.0 if rank == 0 else 1.0)
+        p.grad = torch.full_like(p, 256.0 if rank == 0 else 1.0, dtype=p.grad_dtype)
     opt.step(tokens=10)
     return opt.state_dict()["state"]
 
@@ -259,7 +259,7 @@ def absent_reference(case, world):
             have = [local_gradient(case, p, index, step, rank, world) for rank in range(world)]
             have = [g for g in have if g is not None]
             if have:
-                total = sum(have)
+                total = sum(have).to(p.grad_dtype)
                 p.grad = total if p.grad is None else p.grad + total
         opt.step(tokens=tokens_of(step))
         opt.zero_grad()
