@@ -54,7 +54,7 @@ def file_name(name: str, ending: str) -> str:
     return name.replace(",", "").replace(" ", "_") + ending
 
 
-class Session:
+class Measurements:
     """Commands one after the other until the time is up; their output goes to OUT."""
 
     def __init__(self, out: Path, seconds: float):
@@ -82,16 +82,16 @@ class Session:
         return status == "good"
 
 
-def measure(session: Session, options: list[str]) -> None:
-    out, results = session.out, session.results
+def measure(measurements: Measurements, options: list[str]) -> None:
+    out, results = measurements.out, measurements.results
     python, cache = sys.executable, {"CACHE_DIR": str(out / "cache")}
     shutil.rmtree(out / "cache", ignore_errors=True)
-    session.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60, 150)
+    measurements.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
     for name in ("empty cache", "full cache"):
         folder = out / file_name(name, "")
         shutil.rmtree(folder, ignore_errors=True)
-        if session.run(name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache):
+        if measurements.run(name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache):
             header, *lines = [json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()]
             step_s = (lines[-1]["train_time_s"] - lines[1]["train_time_s"]) / (STEPS - 2)
             results[name] |= {"startup_s": header["startup_s"], "step_s": step_s, "head": header["head"],
@@ -106,7 +106,7 @@ def measure(session: Session, options: list[str]) -> None:
         place = out / file_name(f"profile, {name}", ".json")
         trace = ["--trace", str(out / "trace.json")] if name == "plain" else []
         command = [python, "records/step_profile.py", *options, *short, *more, "--json", str(place), *trace]
-        if session.run(f"profile, {name}", command, 60, **cache):
+        if measurements.run(f"profile, {name}", command, 60, **cache):
             results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
 
 
@@ -144,13 +144,13 @@ def main() -> None:
     if not (folder / track.data.corpus / "manifest.json").exists():
         os.environ["DATA_DIR"] = str(out / "data")
         make_tokens(out / "data" / track.data.corpus, track.data, track.evaluation)
-    session = Session(out, SECONDS)
-    measure(session, options)
-    session.save()
-    print("\n" + "\n\n".join((out / file_name(name, ".txt")).read_text() for name in session.results
-                             if "profile" in session.results[name]))  # fmt: skip
-    print(table(session.results))
-    sys.exit(int(any(found["status"].startswith("status") for found in session.results.values())))
+    measurements = Measurements(out, SECONDS)
+    measure(measurements, options)
+    measurements.save()
+    print("\n" + "\n\n".join((out / file_name(name, ".txt")).read_text() for name in measurements.results
+                             if "profile" in measurements.results[name]))  # fmt: skip
+    print(table(measurements.results))
+    sys.exit(int(any(found["status"].startswith("status") for found in measurements.results.values())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The session that measures on a GPU: its made-up tokens train, it names what failed or did not fit into its time."""
+"""The script that measures on a GPU: its made-up tokens train, it names what failed or did not fit into its time."""
 
 import importlib.util
 import sys
@@ -27,13 +27,13 @@ def test_made_up_tokens_are_enough_for_what_is_run(tmp_path):
 @pytest.mark.parametrize("code,seconds,status", [("print(7)", 30, "good"), ("raise SystemExit(3)", 30, "status 3"),
                                                  ("import time; time.sleep(60)", 1, "out of time")])  # fmt: skip
 def test_a_command_is_reported_as_it_ended(tmp_path, code, seconds, status):
-    session = on_gpu.Session(tmp_path, seconds)
-    assert session.run("a b, c", [sys.executable, "-c", code], 0) == (status == "good")
-    assert session.results["a b, c"]["status"] == status and status in on_gpu.table(session.results)
+    measurements = on_gpu.Measurements(tmp_path, seconds)
+    assert measurements.run("a b, c", [sys.executable, "-c", code], 0) == (status == "good")
+    assert measurements.results["a b, c"]["status"] == status and status in on_gpu.table(measurements.results)
     assert (tmp_path / "a_b_c.txt").read_text() == ("7\n" if status == "good" else "")
 
 
 def test_what_does_not_fit_is_left_out_and_named(tmp_path):
-    session, began = on_gpu.Session(tmp_path, 5), time.monotonic()
-    assert not session.run("long", [sys.executable, "-c", "import time; time.sleep(60)"], 10)
-    assert time.monotonic() - began < 3 and "| long | left out |" in on_gpu.table(session.results)
+    measurements, began = on_gpu.Measurements(tmp_path, 5), time.monotonic()
+    assert not measurements.run("long", [sys.executable, "-c", "import time; time.sleep(60)"], 10)
+    assert time.monotonic() - began < 3 and "| long | left out |" in on_gpu.table(measurements.results)
