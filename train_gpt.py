@@ -535,7 +535,7 @@ class FP8Linear(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """Decoder of record #42's design. All sizes come from `model`; activations have `dtype`, parameters are fp32."""
+    """Decoder of record #42's design. All sizes come from `model`; activations and `low_precision` have `dtype`."""
     COMPILED = {"parts": ("mask", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -618,12 +618,15 @@ class GPT(nn.Module):
         return x, F.embedding(inputs + tables[:, None, None], self.value_embed).to(dtype)
 
     def block(self, x: Tensor, x0: Tensor, residual: Tensor, attention: tuple[Tensor, ...] | None, mlp: Tensor,
-              value: Tensor | None, layout: Layout) -> Tensor:  # fmt: skip
+              value: Tensor | None, layout: Layout | None) -> Tensor:  # fmt: skip
         """x (B, T, D) through a block; `attention` is (q k v o, gate, value mix), `mlp` is (up, down)."""
         x = residual[0] * x + residual[1] * x0
         if attention is not None:
             x = x + self.attention(norm(x), *attention, value, layout)
-        return x + F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
+        return x + self.feed_forward(x, mlp)
+
+    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
+        return F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
 
     def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value: Tensor | None, layout: Layout) -> Tensor:
         B, T, D = x.shape
@@ -634,6 +637,9 @@ class GPT(nn.Module):
         y = attend(q, k, v, layout)  # (B, T, H, d)
         y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
         return F.linear(y.reshape(B, T, D), qkvo[3 * D :])
+
+    def logits_at_once(self) -> int:  # tokens
+        return 4096 if self.low_memory else 32768
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy in nats, fp32, of (n, D) activations against the targets (n,) >= 0."""
@@ -653,7 +659,10 @@ class GPT(nn.Module):
         recompute = self.low_memory and torch.is_grad_enabled()
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         run = again if recompute else lambda part, *args: part(*args)
-        layouts = [fused_layout(offsets, T, w, longest) if self.fused else Layout(self.mask(offsets, T, w)) for w in windows]
+        layouts = {}  # long or not -> layout, of windows that some block uses
+        for long in sorted({i in c.long_blocks for i in self.attention_blocks}):
+            window = windows[long]
+            layouts[long] = fused_layout(offsets, T, window, longest) if self.fused else Layout(self.mask(offsets, T, window))
         banks = self.attn.to(dtype).view(-1, 4 * D, D), self.gate.to(dtype), self.value_mix.to(dtype)
         attentions = iter(zip(*(bank.unbind(0) for bank in banks)))
         mlps, residuals = self.mlp.to(dtype).view(c.layers, 2, D, -1).unbind(0), self.residual.to(dtype).unbind(0)
@@ -669,13 +678,12 @@ class GPT(nn.Module):
                 x = torch.addcmul(x, skip[number], outputs[source])
             attention = next(attentions) if i in self.attention_blocks else None
             value = values[tables[i]] if i in tables and attention else None
-            x = run(self.block, x, x0, residuals[i], attention, mlps[i], value, layouts[i in c.long_blocks])
+            x = run(self.block, x, x0, residuals[i], attention, mlps[i], value, layouts.get(i in c.long_blocks))
             if i in sources:
                 outputs[i] = x
         if c.backout >= 0:
             x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
-        size = 4096 if self.low_memory else 32768  # tokens whose logits exist at a time
-        parts = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
+        parts = zip(*(part.split(self.logits_at_once()) for part in (x.flatten(0, 1), targets.flatten())))
         return torch.stack([run(self.loss, *part) for part in parts]).sum()
 
 
@@ -1514,7 +1522,7 @@ class Trainer:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
         track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
         data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
-        chief, out, dtype = comm.rank == 0, Path(run.out), str(self.dtype).removeprefix("torch.")
+        chief, out, dtype = comm.rank == 0, Path(run.out), self.key["dtype"]
         self.warm_up()
         from torch._dynamo.utils import counters  # after the cache has its place
         graphs, misses = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]

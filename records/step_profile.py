@@ -96,9 +96,6 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
             part = torch.compile(part, dynamic=False, fullgraph=True)
         return call
 
-    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return torch.nn.functional.linear(torch.relu(train_gpt.norm(x) @ up).square(), down)
-
     heads = (B, T, c.heads, D // c.heads)
     weights = [leaf(4 * D, D), leaf(c.heads, c.gate_inputs), leaf(2)]
     found = {}
@@ -117,9 +114,9 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
             name = "attention with its projections, this window in all blocks"
             found[name] = (call, passes * A, 14 * D * pairs + 24 * n * D * D, 4 * n * D * size)
     work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
-    found["MLP"] = (backward(mlp, leaf(B, T, D), leaf(D, hidden), leaf(D, hidden)), passes * c.layers, work, bytes_moved)
+    found["MLP"] = (backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)), passes * c.layers, work, bytes_moved)
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
-    size = min(n, 4096 if model.low_memory else 32768)  # as the model cuts it
+    size = min(n, model.logits_at_once())
     call = backward(model.loss, leaf(size, D), targets.flatten()[:size])
     found["head and loss"] = (call, passes * (n // size), work * size / n, bytes_moved * size / n)
     tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
@@ -202,13 +199,13 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     matrices = sum(getattr(trainer.model, name).numel() for name in ("attn", "mlp", "lm_head"))
     tokens = track.data.rows * track.data.row_tokens // world_size
     model_operations = 6 * matrices * tokens + 12 / 14 * sum(kernels)
-    if trace and rank == 0:
+    if trace:
         activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", "CUDA")][: 1 + (device.type == "cuda")]
         with torch.profiler.profile(activities=activities) as recorder:
             for _ in range(3):
-                forward_backward()
-                update()
-        recorder.export_chrome_trace(trace)
+                step()
+        if rank == 0:
+            recorder.export_chrome_trace(trace)
     return dict(
         device=trainer.environment["device"], torch=torch.__version__, world_size=world_size, track=trainer.run.track,
         dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=windows, tokens=tokens,
