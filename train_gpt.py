@@ -24,6 +24,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -63,9 +64,8 @@ class Data:
     vocab_size: int = field(257, "tokens that occur, the document start included")
     document_start: int = field(256, "token before every document")
     predict_start: bool = field(False, "whether a document start counts as a target, in training and validation")
-    rows: int = field(8, "packed rows of one step over all processes (R)", 1)
+    rows: int = field(8, "packed rows of a step over all processes (R), times the batch factor of the stage", 1)
     row_tokens: int = field(4096, "tokens of one row (T); nothing crosses a row border", 1)
-    document_cut: int = field(4096, "tokens kept of a document; the tail is dropped", 1)
     epochs: int = field(1, "how often the shards may be read", 1)
 
 
@@ -79,16 +79,29 @@ class Model:
     attention_free: tuple = field((), "blocks without attention")
     long_blocks: tuple = field((), "blocks with the long window")
     value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v")
+    value_gate_inputs: int = field(0, "leading channels of stream and value embedding that gate the latter; 0: no gate", 0)
+    xsa: tuple = field((), "blocks whose heads give up their component along the position's own value")
+    key_offset: tuple = field((), "blocks whose keys take their unrotated half from the position before")
+    paired: tuple = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys")
+    frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none")
     ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
+    ngram_signs: int = field(0, "fixed patterns of signs, one of which an n-gram's second hash puts on its row; 0: none", 0)
     skips: tuple = field((), "(source, target) pairs: output of the source added before the target")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none")
     gate_inputs: int = field(12, "leading channels that the attention and smear gates read", 1)
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window")
-    softcap: tuple = field((30.0, 7.5), "(A, C): logits become A sigmoid(l / C)")
+    softcap: tuple = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C)")
+    tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too", 0)
+    qk_parts: int = field(1, "row blocks of q and of k that are orthogonalised by themselves, such as pairs of heads", 1)
     low_precision: tuple = field((), "parameters in the dtype of the activations; the optimizer keeps exact fp32 copies")
     fp8_head: tuple = field((), "divisors of inputs, weights and gradients of a head in FP8, where there is FP8; (): none")
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
+    o_std: float = field(0.0, "std of o at the start, times D ** -0.5", 0)
+    embed_std: float = field(1.0, "std of the embedding at the start", 0)
+    value_std: float = field(1.0, "std of the value embeddings at the start", 0)
+    head_std: float = field(0.0, "std of the head at the start", 0)
+    residual_start: float = field(1.0, "factor on the stream before each block at the start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +134,34 @@ class Adam:
     every: int = field(2, "steps between updates; gradients are kept in between", 1)
 
 
+class Stage(NamedTuple):
+    """What changes together, from the step `begin` times the scheduled steps on (1: the extension)."""
+    begin: float
+    windows: tuple[int, int]  # (short, long), tokens
+    batch: int = 1  # factor on the rows of a step
+    document_cut: int = 4096  # tokens kept of a document; the tail is dropped
+    lr: float = 1.0  # factor on the learning rates above their floor
+    ahead: tuple = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     steps: int = field(2245, "scheduled steps", 1)
     extension: int = field(40, "further steps at the learning-rate floor", 0)
+    stages: tuple = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, weights ahead), ...")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end")
+    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power")
     momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises")
     momentum_cooldown: int = field(50, "last steps over which it falls again")
-    windows: tuple = field(((128, 384), (384, 896), (640, 1408)), "(short, long) in equal parts of the schedule")
-    extension_windows: tuple = field((768, 1664), "(short, long) in the extension")
+
+    def __post_init__(self) -> None:
+        try:
+            stages = tuple(Stage(*stage) for stage in self.stages)
+        except TypeError:
+            raise ValueError(f"schedule.stages are tuples such as {tuple(Stage(0.5, (128, 384)))}, not {self.stages}") from None
+        object.__setattr__(self, "stages", stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,25 +218,57 @@ TRACKS = {
         value=Adam(lr=1.0, every=1),
         head=Adam(lr=0.008, every=1),
         scalar=Adam(lr=0.04, every=1),
-        schedule=Schedule(steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
-                          windows=((64, 64),), extension_windows=(64, 64)),  # fmt: skip
+        schedule=Schedule(steps=260, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0),
         evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=130, windows=(64, 64), log_every=2),
     ),
-    # Record #42 of the public speedrun: 124M-class GPT on FineWeb, GPT-2 tokens.
+    # 124M-class GPT on FineWeb, GPT-2 tokens: the public speedrun's record #89 without its gate networks (#81, #85), head
+    # mixing (#85) and prefix loss (#88), so with about an eighth more steps.
     "short": Track(
-        data=Data(corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True,
-                  rows=8, row_tokens=32_768, document_cut=2048),
+        data=Data(corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True, rows=8, row_tokens=16_384),
         model=Model(padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
-                    value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
-                    skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9)), backout=7,
-                    low_precision=("attn", "mlp", "embed", "value_embed"), fp8_head=(768**0.5 / 448, 2**-9, 1 / 448)),
-        matrix=Matrix(equilibrate="none", normuon=True, lr_mul=(2.0, 1.0)),
-        # record #42 took the axis from the shape, which made the single-row smear gate sign-like (fixed in #48)
-        gate=Matrix(equilibrate="none", normuon=True, normuon_axis="row"),
-        embed=Adam(lr=0.6),
-        value=Adam(lr=0.6),
-        head=Adam(lr=0.008),
-        scalar=Adam(lr=0.04),
+                    value_tables=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)), value_gate_inputs=6, ngrams=((2, 377_280),),
+                    ngram_signs=8192, xsa=(1, 3, 4, 7, 8, 10), key_offset=(3, 10), paired=(0, 2, 5, 9), frozen=7,
+                    skips=((3, 6),), backout=7, softcap=(23.0, 5.0, 7.5), tied=2 / 3, qk_parts=3,
+                    low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
+                    fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
+                    o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.1),
+        matrix=Matrix(lr=0.023, weight_decay=0.0276, cautious=True, equilibrate="none", normuon=True, beta2=0.9,
+                      lr_mul=(2.0, 4.0)),
+        gate=Matrix(kind="adam"),
+        hidden=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
+        embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
+        value=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
+        head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
+        scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
+        schedule=Schedule(steps=1450, extension=15, cooldown=0.6, floor=0.15, decay_power=2.0, stages=(
+            Stage(0, (128, 384), 1, 896, 1.0, ahead=((0.5, 0.5), (0.25, 0.0))),
+            Stage(1 / 3, (384, 896), 2, 2048, 1.52, ahead=((0.5, 0.0),)),
+            Stage(2 / 3, (640, 1408), 3, 2048, 1.73),
+            Stage(1, (768, 1664), 3, 2048))),
+    ),
+    # GPT-2 medium class on the same data: the sizes and schedule of the public speedrun's medium track.
+    "medium": Track(
+        data=Data(corpus="fineweb10B", vocab_size=50257, document_start=50256, predict_start=True, rows=8, row_tokens=16_384),
+        model=Model(padded_vocab=50304, width=1024, heads=8, layers=16, long_blocks=(0, 4, 11, 15), gate_inputs=16,
+                    value_tables=(*((i, i) for i in range(5)), *((11 + i, i) for i in range(5))), value_gate_inputs=8,
+                    ngrams=((2, 251_520),), ngram_signs=8192, key_offset=(0, 4, 11, 15), skips=((3, 6),), backout=11,
+                    softcap=(23.0, 5.0, 7.5), tied=1 / 6, low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
+                    fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
+                    o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.05),
+        matrix=Matrix(lr=0.015, weight_decay=0.018, cautious=True, equilibrate="none", normuon=True, lr_mul=(2.0, 4.0)),
+        gate=Matrix(kind="adam"),
+        hidden=Adam(lr=0.0008, betas=(0.9, 0.99)),
+        embed=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
+        value=Adam(lr=0.3, betas=(0.8, 0.95), weight_decay=0.0075, cautious=True),
+        head=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
+        scalar=Adam(lr=0.008, betas=(0.9, 0.99)),
+        schedule=Schedule(steps=4700, extension=40, cooldown=0.7, decay_power=2.0, stages=(
+            Stage(0, (128, 384), 1, ahead=((0.5, 0.5), (0.25, 0.0))), Stage(1 / 12, (384, 896), 2, lr=1.52, ahead=((0.5, 0.0),)),
+            Stage(2 / 12, (640, 1408), 3, lr=1.73), Stage(3 / 12, (768, 1664), 4, lr=2.0),
+            Stage(4 / 12, (896, 1920), 4, lr=2.0), Stage(5 / 12, (1024, 2176), 4, lr=2.0),
+            Stage(6 / 12, (1152, 2432), 4, lr=2.0), Stage(7 / 12, (1280, 2688), 4, lr=2.0),
+            Stage(8 / 12, (1408, 2944), 4, lr=2.0))),
+        evaluation=Evaluation(target=2.92, windows=(1408, 3456)),
     ),
 }
 
@@ -235,14 +297,19 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 class Shard:
-    """Tokens and document index of one shard, documents cut to `cut` tokens."""
-    def __init__(self, path: Path, start_token: int, cut: int):
-        self.tokens = read_shard(path)
+    """Tokens and document index of one shard."""
+    def __init__(self, path: Path, start_token: int):
+        self.tokens, self.cut = read_shard(path), 0
         self.starts = np.flatnonzero(self.tokens == start_token)
         if len(self.starts) == 0:
             raise ValueError(f"{path} holds no document start (token {start_token})")
-        lengths = np.minimum(np.diff(self.starts, append=len(self.tokens)), cut)
-        self.ends = np.concatenate([[0], np.cumsum(lengths)])  # kept tokens before document i
+
+    def ends(self, cut: int) -> np.ndarray:
+        """Tokens before each document and after the last one, when `cut` tokens are kept of each."""
+        if cut != self.cut:
+            lengths = np.diff(self.starts, append=len(self.tokens))
+            self.cut, self._ends = cut, np.concatenate([[0], np.cumsum(np.minimum(lengths, cut))])
+        return self._ends
 
 
 class Batch(NamedTuple):
@@ -266,8 +333,8 @@ def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, docume
 class Packer:
     """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
 
-    Each document gives its first min(length, document_cut, space left) tokens, the rest is dropped, and the next row
-    begins with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document).
+    Each document gives its first min(length, cut, space left) tokens, the rest is dropped, and the next row begins
+    with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document).
     """
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
         self.paths, self.data, self.position = list(paths), data, tuple(position)
@@ -276,22 +343,23 @@ class Packer:
 
     def shard(self, current: int) -> Shard:
         """A shard; the one after it is read in the background."""
-        start, cut, wanted = self.data.document_start, self.data.document_cut, (current, (current + 1) % len(self.paths))
-        self.loaded = {i: self.loaded.get(i) or self.pool.submit(Shard, self.paths[i], start, cut) for i in wanted}
+        start, wanted = self.data.document_start, (current, (current + 1) % len(self.paths))
+        self.loaded = {i: self.loaded.get(i) or self.pool.submit(Shard, self.paths[i], start) for i in wanted}
         return self.loaded[current].result()
 
-    def next_row(self) -> list[tuple[Shard, int, np.ndarray]]:
+    def next_row(self, cut: int) -> list[tuple[Shard, int, np.ndarray]]:
         """Pieces (shard, first document, lengths) of the next row, T + 1 tokens in all."""
         pieces, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
         while need:
             if epoch >= self.data.epochs:
                 raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
             shard = self.shard(index)
-            begin = shard.ends[document]
-            last = min(np.searchsorted(shard.ends, begin + need), len(shard.starts))
-            lengths = np.diff(shard.ends[document : last + 1])
+            ends = shard.ends(cut)
+            begin = ends[document]
+            last = min(np.searchsorted(ends, begin + need), len(shard.starts))
+            lengths = np.diff(ends[document : last + 1])
             if last > document:
-                lengths[-1] -= max(0, shard.ends[last] - begin - need)
+                lengths[-1] -= max(0, ends[last] - begin - need)
                 pieces.append((shard, document, lengths))
                 need -= int(lengths.sum())
             document = int(last)
@@ -317,26 +385,30 @@ def assemble(pieces: list[tuple[Shard, int, np.ndarray]]) -> tuple[np.ndarray, n
 
 class Step(NamedTuple):
     batch: Batch  # this rank's R / N rows
-    targets: int  # targets of all R rows
+    tokens: int  # of all R rows
+    targets: int  # of all R rows
     position: tuple[int, int, int]  # of the packer after this step
 
 
-def training_steps(packer: Packer, data: Data, documents: int, rank: int, world_size: int) -> Iterator[Step]:
+def training_steps(packer: Packer, track: Track, documents: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]:
     """The rows of one step after the other, endless; one step is prepared ahead."""
-    own = range(rank * data.rows // world_size, (rank + 1) * data.rows // world_size)
+    data = track.data
 
-    def prepare() -> Step:
-        rows = [packer.next_row() for _ in range(data.rows)]
-        batch = make_batch([assemble(rows[i]) for i in own], data, documents)
+    def prepare(step: int) -> Step:
+        stage = stages_until(track.schedule, step)[-1]
+        rows = [packer.next_row(stage.document_cut) for _ in range(data.rows * stage.batch)]
+        share = len(rows) // world_size
+        batch = make_batch([assemble(row) for row in rows[rank * share :][:share]], data, documents)
         batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
         starts = sum(len(lengths) for row in rows for _, _, lengths in row) - len(rows)  # targets that start a document
-        return Step(batch, data.rows * data.row_tokens - (0 if data.predict_start else starts), packer.position)
+        tokens = len(rows) * data.row_tokens
+        return Step(batch, tokens, tokens - (0 if data.predict_start else starts), packer.position)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(prepare)
-        while True:
-            step, ahead = ahead.result(), pool.submit(prepare)
-            yield step
+        ahead = pool.submit(prepare, first)
+        for step in itertools.count(first + 1):
+            ready, ahead = ahead.result(), pool.submit(prepare, step)
+            yield ready
 
 
 def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -365,28 +437,28 @@ def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -
 
 
 class Layout(NamedTuple):
-    """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the rest for the fused one."""
+    """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the last three for the fused one."""
+    starts: Tensor  # (B, T) bool, first positions of documents
     mask: Tensor | None = None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
     offsets: Tensor | None = None  # (B M + 1,) int32 over the flattened rows
     longest: int = 0  # upper bound of a document's length
     window: Tensor | None = None  # (W, 0), of `window_size`
 
 
-def document_index(offsets: Tensor, T: int) -> Tensor:
-    """Document of each position (B, T) from the document `offsets` (B, M + 1)."""
-    position = torch.arange(T, device=offsets.device, dtype=torch.int32)
-    return (position[None, :, None] >= offsets[:, None, 1:]).sum(-1, dtype=torch.int32)
+def document_starts(offsets: Tensor, T: int) -> Tensor:
+    """Whether a document begins at a position, (B, T) bool, from the document `offsets` (B, M + 1)."""
+    return offsets.new_zeros(len(offsets), T + 1, dtype=torch.bool).scatter(1, offsets.long(), True)[:, :T]
 
 
-def attention_mask(offsets: Tensor, T: int, window: int) -> Tensor:
-    """The mask of a `Layout` for rows with document `offsets` (B, M + 1); documents of no length are allowed."""
+def blocked_layout(offsets: Tensor, T: int, window: int) -> Layout:
+    """The `Layout` of rows with document `offsets` (B, M + 1) and its mask; documents of no length are allowed."""
     C = min(window, T)
-    blocks = -(-T // C)
-    document = document_index(offsets, blocks * C).view(-1, blocks, C)
+    blocks, starts = -(-T // C), document_starts(offsets, T)
+    document = F.pad(starts.cumsum(1), (0, -T % C)).view(-1, blocks, C)
     keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
     distance = torch.arange(C, device=offsets.device)[:, None] + C - torch.arange(2 * C, device=offsets.device)
     near = (distance >= 0) & (distance <= window)
-    return (near & (document[..., None] == keys[:, :, None, :]))[:, :, None]
+    return Layout(starts, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None])
 
 
 def window_size(window: int) -> Tensor:
@@ -399,7 +471,8 @@ def window_size(window: int) -> Tensor:
 def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layout:
     """The same for FlashAttention, all rows as one sequence of documents; `window` is a `window_size`."""
     starts = offsets[:, :-1] + T * torch.arange(len(offsets), device=offsets.device, dtype=torch.int32)[:, None]
-    return Layout(None, F.pad(starts.flatten(), (0, 1), value=len(offsets) * T), min(longest, T), window)
+    flat = F.pad(starts.flatten(), (0, 1), value=len(offsets) * T)
+    return Layout(document_starts(offsets, T), None, flat, min(longest, T), window)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -486,20 +559,21 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
     return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
 
 
-def ngram_rows(inputs: Tensor, offsets: Tensor, ngrams: Sequence[tuple[int, int]]) -> Tensor:
-    """Row of each n-gram in its hashed table, (B, T, len(ngrams)): the last n tokens within the document.
+def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Row of each n-gram in its table and a second hash, (B, T, len(ngrams)) each: the last n tokens within the document.
 
     The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
     """
-    document, begin, found = document_index(offsets, inputs.size(1)), 0, []
-    for n, rows in ngrams:
+    document, begin, rows, second = starts.cumsum(1), 0, [], []
+    for n, count in ngrams:
         key = inputs.long() + 1
         for k in range(1, n):
             same = document[:, k:] == document[:, :-k]
             key = (key * 1_000_003 + F.pad(torch.where(same, inputs[:, :-k].long() + 1, 0), (k, 0))) % 2**31
-        found.append(begin + (key * 48_271 >> 8) % rows)
-        begin += rows
-    return torch.stack(found, -1)
+        rows.append(begin + (key * 48_271 >> 8) % count)
+        second.append(key * 16_807 >> 9)
+        begin += count
+    return torch.stack(rows, -1), torch.stack(second, -1)
 
 
 class FP8Linear(torch.autograd.Function):
@@ -536,7 +610,7 @@ class FP8Linear(torch.autograd.Function):
 
 class GPT(nn.Module):
     """Decoder of record #42's design. All sizes come from `model`; activations and `low_precision` have `dtype`."""
-    COMPILED = {"parts": ("mask", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
+    COMPILED = {"parts": ("layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
@@ -549,9 +623,11 @@ class GPT(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device))
 
-        self.attn = parameter(4 * A, D, D)  # q, k, v, o of each attention block, (out, in)
+        self.qk = parameter(2 * A * model.qk_parts, D // model.qk_parts, D)  # q and k of each attention block, (out, in)
+        self.vo = parameter(2 * A, D, D)
         self.mlp = parameter(2 * L, D, model.mlp_ratio * D)  # up as (in, out), down as (out, in)
         self.gate = parameter(A, H, G)
+        self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
         self.smear_gate = parameter(1, G)
         self.embed = parameter(V, D)
         self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)
@@ -559,33 +635,35 @@ class GPT(nn.Module):
         self.lm_head = parameter(V, D)
         self.residual = parameter(L, 2)  # on the stream and on the embedding, before each block
         self.value_mix = parameter(A, 2)  # on v and on the value embedding
+        self.xsa = parameter(A if model.xsa else 0, H)
         self.skip = parameter(len(model.skips))
         self.smear = parameter(1)
         self.backout = parameter(1)
-        half = D // H // 2
-        self.register_buffer("cos", torch.ones(max_tokens, half, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("sin", torch.zeros(max_tokens, half, dtype=dtype, device=device), persistent=False)
+        positions, half = max_tokens * (2 if model.paired else 1), D // H // 2
+        self.register_buffer("cos", torch.ones(positions, half, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("sin", torch.zeros(positions, half, dtype=dtype, device=device), persistent=False)
         self.register_buffer("attention_scale", torch.ones((), dtype=dtype, device=device), persistent=False)
+        signs = torch.randint(0, 2, (model.ngram_signs, D), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        self.register_buffer("signs", signs.to(device), persistent=False)
         for name in model.low_precision:
             setattr(self, name, nn.Parameter(getattr(self, name).to(dtype)))
         short, place = dtype.itemsize == 2, self.embed.device
         self.fused, self.fp8 = short and supports(place, "flash"), bool(model.fp8_head) and short and supports(place, "fp8")
-        self.low_memory, self.mask = False, attention_mask
+        self.low_memory, self.tied, self.layout = False, False, blocked_layout
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """The start of a run, the same on every device: drawn on the CPU from `seed`."""
         c, generator = self.config, torch.Generator().manual_seed(seed)
-        bound = c.up_std * (3 / c.width) ** 0.5
-        attn = torch.empty(self.attn.shape).uniform_(-bound, bound, generator=generator)
-        attn[3::4] = 0  # o
-        mlp = torch.empty(self.mlp.shape).uniform_(-bound, bound, generator=generator)
-        mlp[1::2] = 0  # down
+        bound, normal = (3 / c.width) ** 0.5, functools.partial(torch.randn, generator=generator)
+        qk, vo, mlp = (torch.empty(p.shape).uniform_(-bound, bound, generator=generator) for p in (self.qk, self.vo, self.mlp))
+        stds = torch.tensor([c.up_std, c.o_std])[:, None, None], torch.tensor([c.up_std, 0.0])[:, None, None]
         start = {
-            "attn": attn, "mlp": mlp,
-            "embed": torch.randn(self.embed.shape, generator=generator),
-            "value_embed": torch.randn(self.value_embed.shape, generator=generator),
-            "residual": torch.tensor([1.0, 0.0]), "value_mix": torch.tensor([0.5, 0.5]),
+            "qk": qk * c.up_std, "vo": vo.unflatten(0, (-1, 2)).mul(stds[0]).flatten(0, 1),
+            "mlp": mlp.unflatten(0, (-1, 2)).mul(stds[1]).flatten(0, 1),
+            "embed": normal(self.embed.shape) * c.embed_std, "value_embed": normal(self.value_embed.shape) * c.value_std,
+            "lm_head": normal(self.lm_head.shape) * c.head_std,
+            "residual": torch.tensor([c.residual_start, 0.0]), "value_mix": torch.tensor([0.5, 0.5]),
             "skip": torch.tensor(-1.5), "backout": torch.tensor(0.5 if c.backout >= 0 else 0.0),
         }  # fmt: skip
         for name, p in self.named_parameters():
@@ -609,66 +687,110 @@ class GPT(nn.Module):
     def embedding(self, inputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """First activations (B, T, D) and value embeddings (tables, B, T, D)."""
         c, dtype = self.config, self.dtype
-        x = F.embedding(inputs, self.embed).to(dtype)
+        x, starts = F.embedding(inputs, self.lm_head if self.tied else self.embed).to(dtype), document_starts(offsets, inputs.size(1))
         if c.ngrams:
-            x = x + F.embedding(ngram_rows(inputs, offsets, c.ngrams), self.ngram_embed).sum(-2).to(dtype)
-        weight = self.smear * torch.sigmoid(F.linear(x[:, 1:, : c.gate_inputs], self.smear_gate.to(dtype)))
-        x = norm(torch.cat([x[:, :1], x[:, 1:] + weight.to(dtype) * x[:, :-1]], 1))
+            rows, second = ngram_hashes(inputs, starts, c.ngrams)
+            found = F.embedding(rows, self.ngram_embed)
+            if c.ngram_signs:  # what shares a row by chance is no longer alike (record #83)
+                found = found * F.embedding(second % c.ngram_signs, self.signs)
+            x = x + found.sum(-2).to(dtype)
+        weight = ~starts[..., None] * self.smear * torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
+        x = norm(x + weight.to(dtype) * x.roll(1, 1))  # of the token before, in its document (record #34)
         tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
         return x, F.embedding(inputs + tables[:, None, None], self.value_embed).to(dtype)
 
-    def block(self, x: Tensor, x0: Tensor, residual: Tensor, attention: tuple[Tensor, ...] | None, mlp: Tensor,
-              value: Tensor | None, layout: Layout | None) -> Tensor:  # fmt: skip
-        """x (B, T, D) through a block; `attention` is (q k v o, gate, value mix), `mlp` is (up, down)."""
+    def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, attention: tuple[Tensor, ...] | None,
+              mlp: Tensor, value: Tensor | None, layout: Layout | None, forms: Sequence[str]) -> Tensor:  # fmt: skip
+        """x (B, T, D) through a block, whose attention may `read` another stream.
+
+        `attention` is (q k v o, gate, value mix, value gate, xsa), `mlp` is (up, down), `forms` name what is on here.
+        """
         x = residual[0] * x + residual[1] * x0
         if attention is not None:
-            x = x + self.attention(norm(x), *attention, value, layout)
+            x = x + self.attention(norm(x if read is None else read), *attention, value, layout, forms)
         return x + self.feed_forward(x, mlp)
 
     def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
         return F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
 
-    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value: Tensor | None, layout: Layout) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = F.linear(x, qkvo[: 3 * D]).view(B, T, 3 * self.config.heads, -1).chunk(3, 2)
-        q, k, v = self.rotate(norm(q)) * self.attention_scale, self.rotate(norm(k)), mix[0] * v
+    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value_gate: Tensor | None, xsa: Tensor | None,
+                  value: Tensor | None, layout: Layout, forms: Sequence[str]) -> Tensor:  # fmt: skip
+        (B, T, D), H = x.shape, self.config.heads
+        q, k, v = F.linear(x, qkvo[: 3 * D]).view(B, T, 3 * H, -1).chunk(3, 2)
+        v = mix[0] * v
         if value is not None:
-            v = v + mix[1] * value.view_as(v)
-        y = attend(q, k, v, layout)  # (B, T, H, d)
+            weight = mix[1]
+            if value_gate is not None:  # record #55
+                n = value_gate.size(-1) // 2
+                weight = 2 * weight * torch.sigmoid(F.linear(torch.cat([x[..., :n], value[..., :n]], -1), value_gate))[..., None]
+            v = v + weight * value.view_as(v)
+        q, k, keyed = norm(q), norm(k), v
+        if "paired" in forms:  # two positions for each token, of half the heads (record #58)
+            q, k, keyed = (z.reshape(B, 2 * T, H // 2, -1) for z in (q, k, v))
+        q, k = self.rotate(q) * self.attention_scale, self.rotate(k)
+        if "key_offset" in forms:  # who looks for a token finds the one that followed it (record #49)
+            still = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2) >= k.size(-1) // 4
+            k = torch.where(still & ~layout.starts[..., None, None], k.roll(1, 1), k)
+        y = attend(q, k, keyed, layout).reshape(B, T, H, -1)
+        if "xsa" in forms:  # 2603.09078, record #82
+            share = torch.tanh(xsa)[:, None] * (y * v).sum(-1, True) / v.square().sum(-1, True).clamp_min(1e-8)
+            y = y - share * v
         y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
         return F.linear(y.reshape(B, T, D), qkvo[3 * D :])
 
     def logits_at_once(self) -> int:  # tokens
         return 4096 if self.low_memory else 32768
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy in nats, fp32, of (n, D) activations against the targets (n,) >= 0."""
-        x, (A, C) = norm(x), self.config.softcap
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, V) fp32 of activations (n, D), the rows that pad the vocabulary included."""
+        x, (A, B, C) = norm(x), self.config.softcap
         if self.fp8 and torch.is_grad_enabled():
             logits = FP8Linear.apply(x, self.lm_head, self.config.fp8_head)
         else:
             logits = F.linear(x, self.lm_head.to(self.dtype))
-        return F.cross_entropy(A * torch.sigmoid(logits.float() / C), targets, ignore_index=-1, reduction="sum")
+        return A * torch.sigmoid((logits.float() + B) / C)
 
-    def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int) -> Tensor:
-        """Summed cross entropy in nats (fp32 scalar) over the targets >= 0 of (B, T) rows; windows are (short, long)."""
-        return self.body(inputs, targets, offsets, [window_size(w) for w in windows] if self.fused else windows, longest)
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropies (K,) in nats, fp32, of (n, D) activations against K targets each (n, K), -1 for none."""
+        z = self.logits(x)
+        return ((z.logsumexp(-1, True) - z.gather(1, targets.clamp_min(0))) * (targets >= 0)).sum(0)
 
-    def body(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int) -> Tensor:
-        c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
-        recompute = self.low_memory and torch.is_grad_enabled()
+    def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
+                ahead: int = 0) -> Tensor:  # fmt: skip
+        """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
+
+        The first is of the targets, the others of those 1, 2, ... places on in the row; windows are (short, long).
+        """
+        windows = [window_size(w) for w in windows] if self.fused else windows
+        return self.body(inputs, targets, offsets, windows, longest, ahead)
+
+    def body(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int) -> Tensor:
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        run = again if recompute else lambda part, *args: part(*args)
-        layouts = {}  # long or not -> layout, of windows that some block uses
-        for long in sorted({i in c.long_blocks for i in self.attention_blocks}):
-            window = windows[long]
-            layouts[long] = fused_layout(offsets, T, window, longest) if self.fused else Layout(self.mask(offsets, T, window))
-        banks = self.attn.to(dtype).view(-1, 4 * D, D), self.gate.to(dtype), self.value_mix.to(dtype)
-        attentions = iter(zip(*(bank.unbind(0) for bank in banks)))
+        run = again if self.low_memory and torch.is_grad_enabled() else lambda part, *args: part(*args)
+        x = self.stream(inputs, offsets, windows, longest, run).flatten(0, 1)
+        further = [targets, *(F.pad(targets[:, k:], (0, k), value=-1) for k in range(1, 1 + ahead))]
+        parts = zip(*(part.split(self.logits_at_once()) for part in (x, torch.stack(further, -1).flatten(0, 1))))
+        return torch.stack([run(self.loss, *part) for part in parts]).sum(0)
+
+    def stream(self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable) -> Tensor:
+        """Activations (B, T, D) before the last norm; `run` calls a block."""
+        c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
+        forms = [tuple(form for form in ("xsa", "key_offset", "paired") if i in getattr(c, form)) for i in range(c.layers)]
+
+        def layout_of(long: bool, twice: int) -> Layout:
+            where, length, window = twice * offsets, twice * T, windows[long]
+            return fused_layout(where, length, window, twice * longest) if self.fused else self.layout(where, length, window)
+        kinds = {i: (i in c.long_blocks, 1 + ("paired" in forms[i])) for i in self.attention_blocks}
+        layouts = {kind: layout_of(*kind) for kind in sorted(set(kinds.values()))}  # of those that some block uses
+
+        A = len(self.attention_blocks)
+        qkvo = torch.cat([bank.to(dtype).view(A, 2 * D, D) for bank in (self.qk, self.vo)], 1)
+        banks = qkvo, self.gate.to(dtype), self.value_mix.to(dtype), self.value_gate.to(dtype), self.xsa.to(dtype)
+        attentions = iter(zip(*(bank.unbind(0) if len(bank) else [None] * A for bank in banks)))
         mlps, residuals = self.mlp.to(dtype).view(c.layers, 2, D, -1).unbind(0), self.residual.to(dtype).unbind(0)
         skips = {target: (source, i) for i, (source, target) in enumerate(c.skips)}
         skip, tables = torch.sigmoid(self.skip).to(dtype).unbind(0), dict(c.value_tables)
-        sources = {source for source, _ in c.skips} | {c.backout}
+        sources = {source for source, _ in c.skips} | {c.backout, c.frozen}
 
         x, values = self.embedding(inputs, offsets)
         x0, values, outputs = x.view_as(x), values.unbind(0), {}  # x twice would be another graph
@@ -676,15 +798,13 @@ class GPT(nn.Module):
             if i in skips:
                 source, number = skips[i]
                 x = torch.addcmul(x, skip[number], outputs[source])
-            attention = next(attentions) if i in self.attention_blocks else None
+            attention = next(attentions) if i in kinds else None
             value = values[tables[i]] if i in tables and attention else None
-            x = run(self.block, x, x0, residuals[i], attention, mlps[i], value, layouts.get(i in c.long_blocks))
+            read = outputs.get(c.frozen)  # record #77
+            x = run(self.block, x, x0, read, residuals[i], attention, mlps[i], value, layouts.get(kinds.get(i)), forms[i])
             if i in sources:
                 outputs[i] = x
-        if c.backout >= 0:
-            x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
-        parts = zip(*(part.split(self.logits_at_once()) for part in (x.flatten(0, 1), targets.flatten())))
-        return torch.stack([run(self.loss, *part) for part in parts]).sum()
+        return torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout]) if c.backout >= 0 else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -854,15 +974,14 @@ class Unit:
                 p.detach().copy_(part.view(p.shape))
 
     def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
-        """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,)."""
-        group, (beta1, beta2) = self.group, self.group["betas"]
+        """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,). torch's kernel takes one pass."""
+        group, (beta1, beta2), mean = self.group, self.group["betas"], grad * scale
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.mul_(beta1).add_(grad, alpha=(1 - beta1) * scale)
-        v.mul_(beta2).addcmul_(grad, grad, value=(1 - beta2) * scale * scale)
-        denominator = (v / (1 - beta2**self.updates)).sqrt_().add_(group["eps"])
-        update = m / denominator.mul_(1 - beta1**self.updates)
-        self.decay(weights, update, torch.gt)
-        weights.add_(update, alpha=-lr)
+        if group["weight_decay"]:
+            self.decay(weights, m.lerp(mean, 1 - beta1), torch.gt)  # the new m has the sign of the update
+        count = torch.tensor(float(self.updates), device=weights.device)
+        fixed = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=0.0, amsgrad=False, maximize=False)
+        torch._fused_adamw_([weights], [mean], [m], [v], [], [count], lr=lr, **fixed)
 
     def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
         """Decoupled decay; cautious: only where update and weight agree in sign (2510.12402)."""
@@ -1044,6 +1163,14 @@ class MuonEq(torch.optim.Optimizer):
             elif p.grad is not None:
                 p.grad.zero_()
 
+    def copy_state(self, source: str, target: str) -> None:
+        """Give a parameter the moments of another one of its shape; each has a unit to itself (tied weights that part)."""
+        a, b = (next(unit for unit in self.units if unit.names == [name]) for name in (source, target))
+        b.reset()  # takes its master copy from the parameter
+        b.updates = a.updates
+        for key in a.state.keys() - {"master"}:
+            b.state[key].copy_(a.state[key])
+
     def reset(self) -> None:
         """Forget all state and gradients; master copies are taken from the parameters again."""
         for unit in self.units:
@@ -1100,17 +1227,24 @@ def total_steps(schedule: Schedule) -> int:
     return schedule.steps + schedule.extension
 
 
-def windows_until(schedule: Schedule, step: int) -> list[tuple[int, int]]:
-    """(short, long) windows of the stages up to this step, in tokens; the last pair is in force."""
-    stages = list(schedule.windows[: len(schedule.windows) * step // schedule.steps + 1])
-    return stages + [schedule.extension_windows] * (step >= schedule.steps)
+def stages_until(schedule: Schedule, step: int) -> list[Stage]:
+    """The stages that have begun by this step; the last one is in force."""
+    return [stage for stage in schedule.stages if round(stage.begin * schedule.steps) <= step]
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
-    """1, then linear to the floor over the last `cooldown` of the scheduled steps, then flat."""
+    """The stage's factor, from the last `cooldown` of the scheduled steps on more and more of the floor, then the floor."""
     remaining = max(0.0, 1 - step / schedule.steps)
     share = min(1.0, remaining / schedule.cooldown) if schedule.cooldown else float(remaining > 0)
-    return share + (1 - share) * schedule.floor
+    return share * stages_until(schedule, step)[-1].lr + (1 - share) * schedule.floor
+
+
+def loss_weights(schedule: Schedule, step: int) -> list[float]:
+    """Weights of the next target (1) and of those 2, 3, ... tokens on; linear within a stage (record #53)."""
+    stages = stages_until(schedule, step)
+    begins = [*(round(stage.begin * schedule.steps) for stage in schedule.stages), total_steps(schedule)]
+    begin, end = begins[len(stages) - 1 : len(stages) + 1]
+    return [1.0, *(first + (last - first) * (step - begin) / (end - begin) for first, last in stages[-1].ahead)]
 
 
 def momentum_at(schedule: Schedule, step: int) -> float:
@@ -1158,8 +1292,10 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """
     data, manifest = track.data, manifest_of(folder, track.data)
     packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
-    for _ in range(total_steps(track.schedule) * data.rows):
-        most = max(most, sum(len(lengths) for _, _, lengths in packer.next_row()))
+    for step in range(total_steps(track.schedule)):
+        stage = stages_until(track.schedule, step)[-1]
+        for _ in range(data.rows * stage.batch):
+            most = max(most, sum(len(lengths) for _, _, lengths in packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
     validation = shard_paths(folder, manifest, "val")
     digests = {}
@@ -1374,13 +1510,13 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
     plain = dataclasses.replace(track.matrix, lr_mul=1.0)
     return MuonEq(
         [
-            matrix(plain, attn=model.attn),
+            matrix(plain, qk=model.qk, vo=model.vo),
             matrix(track.matrix, mlp=model.mlp),
-            matrix(track.gate, gate=model.gate, smear_gate=model.smear_gate),
+            matrix(track.gate, gate=model.gate, value_gate=model.value_gate, smear_gate=model.smear_gate),
             adam(track.embed, "embed"),
             adam(track.value, "value_embed", "ngram_embed"),
             adam(track.head, "lm_head"),
-            adam(track.scalar, "residual", "value_mix", "skip", "smear", "backout"),
+            adam(track.scalar, "residual", "value_mix", "xsa", "skip", "smear", "backout"),
         ],
         grads="token_sum",
     )
@@ -1414,14 +1550,17 @@ class Trainer:
         self.attention = choose_attention(run.attention, device, self.dtype)
         self.model = GPT(track.model, max(data.row_tokens, evaluation.row_tokens), self.dtype, device)
         self.optimizer = build_optimizer(self.model, track)
-        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.base = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
+        # tied weights part where no gradients are kept
+        self.untie = -(-round(track.model.tied * track.schedule.steps) // self.period) * self.period
+        self.longest = max(stage.document_cut for stage in track.schedule.stages)
         self.model.low_memory = run.memory == "low"
         self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
         for name in GPT.COMPILED[self.compiled]:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
-        self.key = {"track": dataclasses.asdict(track), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
+        self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
                     "data": self.checked["digests"]}  # fmt: skip
         self.micro_rows = micro_rows(track, run, comm.world_size)
         self.asked_to_stop = 0  # the signal that did
@@ -1432,15 +1571,28 @@ class Trainer:
         began, self.lapped = self.lapped, time.time()
         self.startup[name] = round(self.lapped - began, 3)
 
-    def forward_backward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        """Add this rank's gradient sums to the parameters; returns its summed loss."""
-        total = torch.zeros((), device=self.device)
+    def enter(self, step: int) -> Stage:
+        """Set the model to the stage of a step."""
+        stages = stages_until(self.track.schedule, step)
+        self.model.set_rotary([stage.windows[1] for stage in stages])
+        self.model.tied = step < self.untie
+        return stages[-1]
+
+    @torch.no_grad()
+    def part_ties(self) -> None:
+        """The embedding, tied to the head until now, goes on from there by itself (records #51, #53)."""
+        self.model.embed.copy_(self.model.lm_head)
+        self.optimizer.copy_state("lm_head", "embed")
+
+    def forward_backward(self, batch: Batch, windows: tuple[int, int], weights: Sequence[float]) -> Tensor:
+        """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
+        total, weights = torch.zeros((), device=self.device), torch.tensor(weights, device=self.device)
         for micro in zip(*(x.split(self.micro_rows) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
             self.comm.calls += 1  # a sign of life for `watch`
-            loss = self.model(*parts, windows, self.track.data.document_cut)
-            loss.backward()
-            total += loss.detach()
+            losses = self.model(*parts, windows, self.longest, len(weights) - 1)
+            losses.backward(weights)
+            total += losses[0].detach()
         return total
 
     @torch.no_grad()
@@ -1453,18 +1605,17 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        schedule, T, cut = self.track.schedule, self.track.data.row_tokens, self.track.data.document_cut
+        schedule, T = self.track.schedule, self.track.data.row_tokens
         self.model.init_weights(self.run.seed)
-        self.model.set_rotary([1])
-        row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, cut), T]))
+        row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
         batch = make_batch([row] * self.micro_rows, self.track.data, self.checked["documents"])
-        stages = [*schedule.windows, *[schedule.extension_windows] * (schedule.extension > 0)]
-        for windows in dict.fromkeys(stages):
-            self.forward_backward(batch, windows)
-        self.lap("training graphs")
-        for windows in dict.fromkeys([*stages, self.track.evaluation.windows]):
+        switches = {round(stage.begin * schedule.steps) for stage in schedule.stages} | {self.untie}
+        for step in sorted(step for step in switches if step < total_steps(schedule)):
+            windows = self.enter(step).windows
+            self.forward_backward(batch, windows, loss_weights(schedule, step))
             self.validate(windows, self.validation[:1])
-        self.lap("validation graphs")
+        self.validate(self.track.evaluation.windows, self.validation[:1])
+        self.lap("graphs")
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
@@ -1560,27 +1711,28 @@ class Trainer:
             log.write("resume", step=first, world_size=comm.world_size, run_id=checkpoint["run_id"])
             checkpoint = None  # its file was mapped until here
         packer = Packer(self.train_paths, data, position)
-        batches = training_steps(packer, data, self.checked["documents"], comm.rank, comm.world_size)
+        batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, first)
         say = functools.partial(print, flush=True) if chief else lambda _: None
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
-        stages, val_loss, due, stopping = None, math.nan, False, False
+        val_loss, due, stopping = math.nan, False, False
         clock.start()
         for step in range(first, steps):
-            if stages != (stages := windows_until(schedule, step)):
-                windows = stages[-1]
-                self.model.set_rotary([long for _, long in stages])
-            batch, count, position = next(batches)
-            loss = self.forward_backward(batch, windows)
+            if step == self.untie > 0:
+                self.part_ties()
+            if step in (first, self.untie) or len(stages_until(schedule, step)) > len(stages_until(schedule, step - 1)):
+                windows = self.enter(step).windows
+            batch, read, count, position = next(batches)
+            loss = self.forward_backward(batch, windows, loss_weights(schedule, step))
             factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
-            for group, lr in zip(self.optimizer.param_groups, self.base_lr):
-                group["lr"] = lr * factor
+            for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
+                group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
                 if "momentum" in group:
                     group["momentum"] = momentum
             self.optimizer.step(tokens=count)
             self.optimizer.zero_grad()
-            tokens += data.rows * data.row_tokens
+            tokens += read
             done, last = step + 1, step + 1 == steps
             if done % evaluation.log_every == 0 or done % evaluation.every == 0 or last:
                 bad = (self.optimizer.bad_since() <= done).any()
@@ -1722,31 +1874,42 @@ def check_settings(track: Track, run: Run) -> None:
                 raise ValueError(f"--{name}{f.name} is at least {f.metadata['least']}, not {getattr(part, f.name)}")
             if (choices := f.metadata["choices"]) and getattr(part, f.name) not in choices:
                 raise ValueError(f"--{name}{f.name} is one of {', '.join(choices)}, not {getattr(part, f.name)!r}")
-    windows = (*schedule.windows, schedule.extension_windows, evaluation.windows)
-    pairs = (schedule.momentum, model.softcap, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
+    stages = schedule.stages
+    windows, begins = (*(stage.windows for stage in stages), evaluation.windows), [stage.begin for stage in stages]
+    weights, lrs = [pair for stage in stages for pair in stage.ahead], [stage.lr for stage in stages]
+    counts = [x for stage in stages for x in (stage.batch, stage.document_cut)]
+    pairs = (schedule.momentum, *weights, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
     for value in (windows, model.value_tables, model.skips, model.ngrams):
         if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
             raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
     settings = [x for section in vars(track).values() for x in vars(section).values()]
-    blocks = [*model.attention_free, *model.long_blocks, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
     fp8, factors = model.fp8_head, [x if isinstance(x, tuple) else (x,) for x in (track.matrix.lr_mul, track.gate.lr_mul)]
-    numbers = all(len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair) for pair in pairs)
+
+    def numbers(values: Any, count: int) -> bool:
+        return len(values) == count and all(type(x) in (int, float) for x in values)
     for good, sentence in (
-        (numbers, "momentum, betas and softcap are pairs of numbers, such as (0.85, 0.95)"),
+        (all(isinstance(pair, tuple) and numbers(pair, 2) for pair in pairs), "momentum, betas, ... are pairs such as (0.85, 0.95)"),
+        (numbers(model.softcap, 3), "softcap is three numbers, such as (30.0, 0.0, 7.5)"),
+        (numbers([*begins, *lrs], 2 * len(stages)) and stages and begins == sorted({*begins}) and begins[0] == 0,
+         "stages begin at 0 and in rising order; their factors on lr are numbers"),
+        (all(type(x) is int and x >= 1 for x in counts), "batch and document cut of a stage are whole numbers of at least 1"),
         (all(abs(x) < 1e30 for x in settings if isinstance(x, float)), "numbers are finite and below 1e30"),
-        (schedule.windows and min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
+        (min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
-        ({*model.low_precision} <= {"attn", "mlp", "embed", "ngram_embed", "value_embed"}, "low_precision: no such bank"),
+        ({*model.low_precision} <= {"qk", "vo", "mlp", "embed", "ngram_embed", "value_embed"}, "low_precision: no such bank"),
         (len(fp8) in (0, 3) and all(isinstance(x, float) and x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
         (not fp8 or data.row_tokens % 16 == model.width % 16 == model.padded_vocab % 16 == 0,
          "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
         (all(i in range(model.layers) for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
         (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
-        (model.backout < model.layers, f"model.backout is a block below {model.layers}"),
+        (max(model.backout, model.frozen) < model.layers, f"model.backout and model.frozen are blocks below {model.layers}"),
+        (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
+        (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
-        (model.gate_inputs <= model.width, "model.gate_inputs is at most the width"),
+        (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "model.gate_inputs and value_gate_inputs are at most the width"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
         (all(x and all(isinstance(y, (int, float)) for y in x) for x in factors), "lr_mul is a number or a tuple of numbers"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),

@@ -42,7 +42,7 @@ import train_gpt  # noqa: E402
 ROUNDS = 9
 GRID = (0.0005, 0.001, 0.002, 0.004, 0.008)
 GRID_HORIZON = 1_000_000  # the grid compares whole schedules of this length
-BASELINE_ROWS = 1  # rows of 4096 tokens in a step
+BASELINE_ROWS, BASELINE_WINDOW = 1, 64  # rows of 4096 tokens in a step
 HORIZON = 9_000_000  # tokens over which the learning rate warms up, stays and falls
 VALIDATE_EVERY = 100  # steps, in the last 40 % of the horizon
 
@@ -59,8 +59,9 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: train_gpt.Layout, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
+        mask = layout.mask
         C = mask.size(-2)
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3 * self.heads, -1).chunk(3, 2)
 
@@ -96,12 +97,12 @@ class Baseline(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, window: int) -> Tensor:
         T = inputs.size(1)
-        mask = train_gpt.attention_mask(offsets, T, window)
+        layout = train_gpt.blocked_layout(offsets, T, window)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
             x = self.embed(inputs)
             cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
             for block in self.blocks:
-                x = block(x, mask, cos, sin)
+                x = block(x, layout, cos, sin)
             logits = self.head(self.norm(x))
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
 
@@ -116,8 +117,8 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     track = train_gpt.TRACKS["tiny"]
-    data = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, document_cut=4096, epochs=100)
-    window = track.schedule.windows[0][0]
+    data, window = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, epochs=100), BASELINE_WINDOW
+    fixed = train_gpt.Track(data, schedule=train_gpt.Schedule(stages=(train_gpt.Stage(0, (window, window)),)))
     steps = horizon // (data.rows * data.row_tokens)
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
     manifest = train_gpt.manifest_of(folder, data)
@@ -131,7 +132,7 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     )
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     packer = train_gpt.Packer(train_gpt.shard_paths(folder, manifest, "train"), data)
-    batches = train_gpt.training_steps(packer, data, 32, 0, 1)
+    batches = train_gpt.training_steps(packer, fixed, 32, 0, 1)
 
     def validate() -> float:
         with torch.no_grad():
@@ -144,7 +145,7 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     seconds, tokens, losses, reached = 0.0, 0, [], False
     for step in range(steps):
         began = time.perf_counter()
-        batch, count, _ = next(batches)
+        batch, _, count, _ = next(batches)
         (forward(*batch, window) / count).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -253,7 +254,7 @@ def measure_optimizer(threads: int) -> Iterator[dict]:
 
 
 def measure_loader() -> Iterator[dict]:
-    tiny = train_gpt.TRACKS["tiny"].data
+    tracks = train_gpt.TRACKS
     with tempfile.TemporaryDirectory() as folder:
         # documents with FineWeb's median of 403 tokens and a long tail
         rng, count = np.random.default_rng(0), 20_000_000
@@ -263,13 +264,14 @@ def measure_loader() -> Iterator[dict]:
         header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count
         shard = Path(folder) / "train_000001.bin"
         shard.write_bytes(header.tobytes() + tokens.tobytes())
-        corpus = Path(os.environ.get("DATA_DIR", ROOT / "data")) / tiny.corpus / "train_000001.bin"
-        cases = {"tiny": (corpus, tiny), "short, FineWeb format": (shard, train_gpt.TRACKS["short"].data)}
-        for name, (path, data) in cases.items():
-            data = dataclasses.replace(data, epochs=10**6)
+        corpus = Path(os.environ.get("DATA_DIR", ROOT / "data")) / tracks["tiny"].data.corpus / "train_000001.bin"
+        cases = {"tiny": (corpus, tracks["tiny"]), "short, FineWeb format": (shard, tracks["short"])}
+        for name, (path, track) in cases.items():
+            data = dataclasses.replace(track.data, epochs=10**6)
+            track = dataclasses.replace(track, data=data)
             for world_size in (1, 8) if data.rows % 8 == 0 else (1,):
                 seconds = []
-                steps = train_gpt.training_steps(train_gpt.Packer([path], data), data, 1024, 0, world_size)
+                steps = train_gpt.training_steps(train_gpt.Packer([path], data), track, 1024, 0, world_size)
                 next(steps)
                 rounds = max(1, 4_000_000 // (data.rows * data.row_tokens))
                 for _ in range(5):

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
     model, device, c = trainer.model, trainer.device, trainer.track.model
     inputs, targets, offsets = (x[: trainer.micro_rows].to(device) for x in batch)
     B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
-    n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.track.data.document_cut
-    passes = trainer.track.data.rows // trainer.comm.world_size // trainer.micro_rows
+    n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.longest
+    passes = len(batch.inputs) // trainer.micro_rows
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=model.dtype).requires_grad_()
@@ -96,29 +97,30 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[
             part = torch.compile(part, dynamic=False, fullgraph=True)
         return call
 
-    heads = (B, T, c.heads, D // c.heads)
     weights = [leaf(4 * D, D), leaf(c.heads, c.gate_inputs), leaf(2)]
     found = {}
-    for i, window in enumerate(windows):
-        count = sum((block in c.long_blocks) == bool(i) for block in model.attention_blocks)
-        layout = train_gpt.Layout(train_gpt.attention_mask(offsets, T, window))
+    kinds = Counter((i in c.long_blocks, 1 + (i in c.paired)) for i in model.attention_blocks)
+    for (long, twice), count in sorted(kinds.items()):  # paired heads: two positions for each token, of half the heads
+        window, where = windows[long], twice * offsets
+        layout = train_gpt.blocked_layout(where, twice * T, window)
         if model.fused:
-            layout = train_gpt.fused_layout(offsets, T, train_gpt.window_size(window), cut)
-        pairs = visible_pairs(offsets.cpu().numpy(), window)
+            layout = train_gpt.fused_layout(where, twice * T, train_gpt.window_size(window), twice * cut)
+        pairs, heads = visible_pairs(where.cpu().numpy(), window), (B, twice * T, c.heads // twice, D // c.heads)
         q, k, v = ((train_gpt.norm(leaf(*heads).detach()) * s).requires_grad_() for s in (c.attention_scale, 1.0, 1.0))
-        name = f"attention kernel, window {window}"
+        name = f"attention kernel, window {window}" + ", paired heads" * (twice - 1)
         # five products backward: the scores once more, and the gradients of weights, q, k and v
-        found[name] = (backward(train_gpt.attend, q, k, v, layout), passes * count, 14 * D * pairs, 12 * n * D * size)
-        if i == 0:
-            call = backward(model.attention, leaf(B, T, D), *weights, None, layout)
+        work = 14 * D // twice * pairs
+        found[name] = (backward(train_gpt.attend, q, k, v, layout), passes * count, work, 12 * n * D * size)
+        if not long and twice == 1:
+            call = backward(model.attention, leaf(B, T, D), *weights, None, None, None, layout, ())
             name = "attention with its projections, this window in all blocks"
             found[name] = (call, passes * A, 14 * D * pairs + 24 * n * D * D, 4 * n * D * size)
     work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
     found["MLP"] = (backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)), passes * c.layers, work, bytes_moved)
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
-    size = min(n, model.logits_at_once())
-    call = backward(model.loss, leaf(size, D), targets.flatten()[:size])
-    found["head and loss"] = (call, passes * (n // size), work * size / n, bytes_moved * size / n)
+    at_once = min(n, model.logits_at_once())
+    call = backward(model.loss, leaf(at_once, D), targets.flatten()[:at_once, None])
+    found["head and loss"] = (call, passes * (n // at_once), work * at_once / n, bytes_moved * at_once / n)
     tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
     dense = sum(p.nbytes for p in (model.embed, model.ngram_embed, model.value_embed))
     call = backward(model.embedding, inputs, offsets)
@@ -144,16 +146,15 @@ def communication(trainer: train_gpt.Trainer) -> tuple[Callable[[], None], float
 def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     track, clock, device = trainer.track, trainer.clock, trainer.device
     trainer.warm_up()
-    stages = train_gpt.windows_until(track.schedule, track.schedule.steps - 1)
-    trainer.model.set_rotary([long for _, long in stages])
-    windows = stages[-1]
+    last = track.schedule.steps - 1
+    windows, weights = trainer.enter(last).windows, train_gpt.loss_weights(track.schedule, last)
     packer = train_gpt.Packer(trainer.train_paths, track.data)
     rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
-    batches = train_gpt.training_steps(packer, track.data, documents, rank, world_size)
-    batch, count, _ = next(batches)
+    batches = train_gpt.training_steps(packer, track, documents, rank, world_size, last)
+    batch, read, count, _ = next(batches)
 
     def forward_backward() -> None:
-        trainer.forward_backward(batch, windows)
+        trainer.forward_backward(batch, windows, weights)
 
     def step() -> None:
         forward_backward()
@@ -196,8 +197,8 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     rows.append(dict(part="data, prepared in the background", ms=1e3 * seconds_of(lambda: next(batches), clock)))
     # the matrices of the model take part in a product for each token, the pairs of tokens in each block
     kernels = [often * operations for name, (_, often, operations, _) in parts.items() if name.startswith("attention kernel")]
-    matrices = sum(getattr(trainer.model, name).numel() for name in ("attn", "mlp", "lm_head"))
-    tokens = track.data.rows * track.data.row_tokens // world_size
+    matrices = sum(getattr(trainer.model, name).numel() for name in ("qk", "vo", "mlp", "lm_head"))
+    tokens = read // world_size
     model_operations = 6 * matrices * tokens + 12 / 14 * sum(kernels)
     if trace:
         activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", "CUDA")][: 1 + (device.type == "cuda")]

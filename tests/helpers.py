@@ -23,7 +23,7 @@ TIMEOUT = 120  # seconds for one set of processes, on a busy machine
 # 18 + 2 steps of 12 rows: the windows change twice, both training shards are read, some groups wait for a second step
 SMALL = {
     "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
-    "data.rows": 12, "data.row_tokens": 64, "data.document_cut": 96,
+    "data.rows": 12, "data.row_tokens": 64,
     "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.attention_free": "()",
     "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))", "model.skips": "((0, 1),)", "model.backout": 0,
     "model.ngrams": "((2, 40), (3, 64))",
@@ -31,7 +31,7 @@ SMALL = {
     "embed.every": 2, "value.every": 1, "head.every": 2, "scalar.every": 1,
     "schedule.steps": 18, "schedule.extension": 2,
     "schedule.momentum": "(0.85, 0.95)", "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,
-    "schedule.windows": "((16, 24), (24, 32))", "schedule.extension_windows": "(24, 40)",
+    "schedule.stages": "((0, (16, 24), 1, 96), (0.5, (24, 32), 1, 96), (1, (24, 40), 1, 96))",
     "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7, "evaluation.windows": "(24, 48)",
     "evaluation.log_every": 1, "evaluation.target": 5.0,
 }  # fmt: skip

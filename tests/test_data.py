@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import Data, Evaluation, Packer, Shard, assemble, make_batch, read_shard, training_steps, validation_rows
+from train_gpt import (
+    Data,
+    Evaluation,
+    Packer,
+    Schedule,
+    Shard,
+    Track,
+    assemble,
+    make_batch,
+    read_shard,
+    training_steps,
+    validation_rows,
+)
 
 START = 50256  # needs all 16 bits
 
@@ -32,7 +44,12 @@ def shards_of(lengths, before=0):
             for shard in lengths]  # fmt: skip
 
 
-def brute_rows(shards, data):
+def track_of(data, *stages):
+    """Stages (first step, batch, document cut); two of them begin in a schedule of two steps."""
+    return Track(data, schedule=Schedule(steps=2, stages=[(first / 2, (8, 8), batch, cut) for first, batch, cut in stages]))
+
+
+def brute_rows(shards, data, cut_of=lambda row: 20):
     """[(documents of the row, position after it)], complete rows only; a row is T + 1 tokens of whole or cut documents."""
     documents = []
     for index, tokens in enumerate(shards):
@@ -41,7 +58,7 @@ def brute_rows(shards, data):
     walk = [(epoch, *document) for epoch in range(data.epochs) for document in documents]
     rows, row = [], []
     for here, following in zip(walk, [*walk[1:], (data.epochs, 0, 0, [])]):
-        row.append(here[3][: data.document_cut][: data.row_tokens + 1 - sum(map(len, row))])
+        row.append(here[3][: cut_of(len(rows))][: data.row_tokens + 1 - sum(map(len, row))])
         if sum(map(len, row)) == data.row_tokens + 1:
             rows.append((row, following[:3]))
             row = []
@@ -81,33 +98,37 @@ length = st.one_of(st.integers(1, 4), st.integers(1, 40))  # T is at most 12: do
 @given(
     lengths=st.lists(st.lists(length, min_size=1, max_size=12), min_size=1, max_size=4),
     before=st.integers(0, 3), T=st.integers(1, 12), cut=st.integers(1, 16), rows=st.sampled_from([1, 2, 4]),
-    epochs=st.integers(1, 3), predict_start=st.booleans(),
+    epochs=st.integers(1, 3), predict_start=st.booleans(), batch=st.integers(1, 3), later=st.integers(1, 16),
 )  # fmt: skip
-def test_packing_against_brute_force(tmp_path_factory, lengths, before, T, cut, rows, epochs, predict_start):
-    data = Data(document_start=START, predict_start=predict_start, rows=rows, row_tokens=T, document_cut=cut, epochs=epochs)
-    shards = shards_of(lengths, before)
-    paths, expected = write_shards(tmp_path_factory.mktemp("shards"), shards), brute_rows(shards, data)
-    found, message = pull(training_steps(Packer(paths, data), data, T + 1, 0, 1))
-    assert len(found) == len(expected) // rows and f"{epochs} epochs" in message
+def test_packing_against_brute_force(tmp_path_factory, lengths, before, T, cut, rows, epochs, predict_start, batch, later):
+    """From the second step on another batch and another cut."""
+    data = Data(document_start=START, predict_start=predict_start, rows=rows, row_tokens=T, epochs=epochs)
+    shards, track = shards_of(lengths, before), track_of(data, (0, 1, cut), (1, batch, later))
+    paths = write_shards(tmp_path_factory.mktemp("shards"), shards)
+    expected = brute_rows(shards, data, lambda row: cut if row < rows else later)
+    found, message = pull(training_steps(Packer(paths, data), track, T + 1, 0, 1))
+    assert len(found) == (0 if len(expected) < rows else 1 + (len(expected) - rows) // (rows * batch))
+    assert f"{epochs} epochs" in message
     for i, step in enumerate(found):
-        check_step(step, expected[i * rows : (i + 1) * rows], data, 0, 1)
-        assert step.targets == int((step.batch.targets >= 0).sum())
+        first, count = (0, rows) if i == 0 else (rows + (i - 1) * rows * batch, rows * batch)
+        check_step(step, expected[first : first + count], data, 0, 1)
+        assert step.targets == int((step.batch.targets >= 0).sum()) and step.tokens == count * T
 
 
 def example(tmp_path, **fields):
     """Three shards, rows that cross them, 8 rows of 16 tokens per step."""
-    data = Data(**{**dict(document_start=START, rows=8, row_tokens=16, document_cut=20, epochs=2), **fields})
+    data = Data(**{**dict(document_start=START, rows=8, row_tokens=16, epochs=2), **fields})
     generator = np.random.default_rng(0)
     shards = shards_of([generator.integers(1, 30, n).tolist() for n in (40, 3, 60)])
-    return data, shards, write_shards(tmp_path, shards)
+    return data, track_of(data, (0, 1, 20)), shards, write_shards(tmp_path, shards)
 
 
 @pytest.mark.parametrize("predict_start", (False, True))
 @pytest.mark.parametrize("world_size", (1, 2, 4, 8))
 def test_ranks_share_the_same_step(tmp_path, world_size, predict_start):
-    data, shards, paths = example(tmp_path, predict_start=predict_start)
+    data, track, shards, paths = example(tmp_path, predict_start=predict_start)
     expected = brute_rows(shards, data)
-    ranks = [pull(training_steps(Packer(paths, data), data, 17, rank, world_size))[0] for rank in range(world_size)]
+    ranks = [pull(training_steps(Packer(paths, data), track, 17, rank, world_size))[0] for rank in range(world_size)]
     assert len(expected) // 8 == len(ranks[0]) > 10
     for i, steps in enumerate(zip(*ranks)):
         for rank, step in enumerate(steps):
@@ -119,22 +140,22 @@ def test_ranks_share_the_same_step(tmp_path, world_size, predict_start):
 
 @pytest.mark.parametrize("rank,world_size", [(0, 1), (1, 2)])
 def test_resume_from_every_position(tmp_path, rank, world_size):
-    data, _, paths = example(tmp_path)
-    steps = pull(training_steps(Packer(paths, data), data, 17, rank, world_size))[0]
+    data, track, _, paths = example(tmp_path)
+    steps = pull(training_steps(Packer(paths, data), track, 17, rank, world_size))[0]
     assert {step.position[:2] for step in steps} >= {(0, 0), (0, 2), (1, 0), (1, 2)}
     for i, step in enumerate(steps):
         packer = Packer(paths, data, list(step.position))  # a checkpoint holds a list
         assert packer.position == step.position
-        following = pull(training_steps(packer, data, 17, rank, world_size))[0]
+        following = pull(training_steps(packer, track, 17, rank, world_size))[0]
         assert len(following) == len(steps) - i - 1
         for a, b in zip(following, steps[i + 1 :]):
             assert all(x.equal(y) for x, y in zip(a.batch, b.batch)) and a[1:] == b[1:]
 
 
 def test_one_step_is_prepared_ahead(tmp_path):
-    data, shards, paths = example(tmp_path)
+    data, track, shards, paths = example(tmp_path)
     packer, expected, began = Packer(paths, data), brute_rows(shards, data), time.monotonic()
-    steps = training_steps(packer, data, 17, 0, 1)
+    steps = training_steps(packer, track, 17, 0, 1)
     assert next(steps).position == expected[7][1]
     while packer.position != expected[15][1] and time.monotonic() < began + 10:
         time.sleep(0.01)
@@ -143,26 +164,26 @@ def test_one_step_is_prepared_ahead(tmp_path):
 
 
 def test_the_next_shard_is_read_ahead_and_fails_only_when_reached(tmp_path):
-    data, shards, paths = example(tmp_path, epochs=1)
+    data, _, shards, paths = example(tmp_path, epochs=1)
     before = len(brute_rows(shards[:1], data))
     paths[1].write_bytes(paths[1].read_bytes()[:-2])
     packer = Packer(paths, data)
     for _ in range(before):
-        packer.next_row()
+        packer.next_row(20)
     assert 1 in packer.loaded
     with pytest.raises(ValueError, match="train_000001.bin is truncated"):
-        packer.next_row()
+        packer.next_row(20)
 
 
 @pytest.mark.parametrize("documents,inputs", [([3, 2], [3, 1]), ([4, 1], [4])])  # the last one is a target only
 def test_a_row_that_ends_with_the_data(tmp_path, documents, inputs):
-    data = Data(document_start=START, rows=1, row_tokens=4, document_cut=9, epochs=1)
+    data = Data(document_start=START, rows=1, row_tokens=4, epochs=1)
     paths = write_shards(tmp_path, shards_of([documents]))
     packer = Packer(paths, data)
-    assert assemble(packer.next_row())[1].tolist() == inputs
+    assert assemble(packer.next_row(20))[1].tolist() == inputs
     assert packer.position == (1, 0, 0)
     with pytest.raises(ValueError, match="end after 1 epochs"):
-        packer.next_row()
+        packer.next_row(20)
 
 
 def test_batch_types_and_padding():
@@ -270,11 +291,11 @@ def test_refused_shards(tmp_path, damage, message):
         read_shard(path)
     assert "train_000007.bin" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
-        Packer([path], Data(document_start=START)).next_row()
+        Packer([path], Data(document_start=START)).next_row(20)
 
 
 @pytest.mark.parametrize("tokens", ([], [1, 2, 3]))
 def test_shard_without_a_document_start(tmp_path, tokens):
     path = write_shard(tmp_path / "train_000003.bin", tokens)
     with pytest.raises(ValueError, match="train_000003.bin holds no document start"):
-        Shard(Path(path), START, 10)
+        Shard(Path(path), START)

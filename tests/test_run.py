@@ -620,7 +620,13 @@ COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
     "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
-    "schedule.windows=()": "windows", "schedule.windows=(16,24)": "windows", "schedule.momentum=(0.9,)": "momentum",
+    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages", "schedule.stages=((0,16),)": "windows",
+    "schedule.stages=((0.5,(8,8)),)": "begin at 0", "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising",
+    "schedule.stages=((0,(8,8),0),)": "at least 1", "schedule.stages=((0,(8,8),1,96.5),)": "whole numbers",
+    "schedule.stages=((0,(8,8),1,96,'a'),)": "lr", "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "pairs",
+    "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
+    "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap", "model.paired=(5,)": "block number",
+    "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts", "model.value_gate_inputs=33": "value_gate_inputs",
     "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
     "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
     "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
@@ -787,7 +793,7 @@ def test_header_says_what_was_run(reference: Outcome, data_dir: Path) -> None:
     folder = data_dir / "shakespeare"
     assert header["data"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.bin")}
     assert header["torch"] == torch.__version__ and header["compile"] == "none" and header["compiled"] == "none"
-    parts = ["imports and processes", "data", "model and optimizer", "training graphs", "validation graphs", "optimizer"]
+    parts = ["imports and processes", "data", "model and optimizer", "graphs", "optimizer"]
     assert list(header["startup_s"]) == parts and min(header["startup_s"].values()) >= 0
     assert (header["attention"], header["head"]) == ("blocked", "float32")
 
@@ -827,7 +833,7 @@ def test_logs_of_the_tracks_stay_below_100_kb(reference: Outcome, name: str) -> 
 
 # no attention: it takes twice as long to compile
 COMPILED = dict(compile="parts", data__rows=1, model__layers=1, model__attention_free="(0,)", model__long_blocks="()",
-                model__skips="()", model__value_tables="()", model__backout=-1, schedule__windows="((64, 64),)",
+                model__skips="()", model__value_tables="()", model__backout=-1, schedule__stages="((0, (64, 64)),)",
                 schedule__steps=3, schedule__extension=0, evaluation__windows="(64, 64)", evaluation__row_tokens=64,
                 evaluation__tokens=200)  # fmt: skip
 
@@ -845,7 +851,7 @@ def test_compiled_run_is_cold_once_and_compiles_nothing_in_the_timed_region(tmp_
         assert header["compiled"] == "parts" and header["graphs"] >= 2
         headers.append(header)
     assert [header["compile"] for header in headers] == ["cold", "warm"]
-    assert headers[1]["startup_s"]["training graphs"] < headers[0]["startup_s"]["training graphs"]
+    assert headers[1]["startup_s"]["graphs"] < headers[0]["startup_s"]["graphs"]
     assert any((tmp_path / "cache").iterdir())
 
 
@@ -930,7 +936,8 @@ VALUES = [  # option, text, value
     ("schedule.momentum", "0.5,0.75", (0.5, 0.75)),
     ("model.skips", "[(0, 1)]", ((0, 1),)),
     ("model.skips", "()", ()),
-    ("schedule.windows", "((1, 2), (3, 4))", ((1, 2), (3, 4))),
+    ("model.skips", "((1, 2), (3, 4))", ((1, 2), (3, 4))),
+    ("schedule.stages", "((0, (3, 4)),)", ((0, (3, 4), 1, 4096, 1.0, ()),)),
     ("matrix.lr_mul", "(1.0, 2.0)", (1.0, 2.0)),
     ("matrix.lr_mul", "2.5", 2.5),
 ]

@@ -1,55 +1,64 @@
-"""The schedule of the track `short` at every boundary (numbers of record #42), and other settings by exact fractions."""
+"""The schedule of the track `short` at its boundaries (numbers of record #89), and other settings by exact fractions."""
 
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
-from train_gpt import TRACKS, Schedule, learning_rate_factor, momentum_at, total_steps, windows_until
+from train_gpt import TRACKS, Schedule, Stage, learning_rate_factor, loss_weights, momentum_at, stages_until, total_steps
 
-SHORT = TRACKS["short"].schedule
-FIRST, SECOND, THIRD, LAST = (128, 384), (384, 896), (640, 1408), (768, 1664)  # blocks of 128: 1/3, 3/7, 5/11, 6/13
+SHORT = replace(TRACKS["short"].schedule, steps=1270)  # as many as record #89, whose values are known
+WINDOWS = [(128, 384), (384, 896), (640, 1408), (768, 1664)]  # blocks of 128: 1/3, 3/7, 5/11, 6/13
 OTHERS = [
     Schedule(steps=10, extension=0, cooldown=0.3, floor=0.0, momentum_warmup=4, momentum_cooldown=3),
     Schedule(steps=7, extension=5, cooldown=1.0, floor=0.15, momentum=(0.5, 0.9), momentum_warmup=1, momentum_cooldown=1),
-    Schedule(steps=12, extension=3, cooldown=0.0, momentum_warmup=0, momentum_cooldown=0, windows=((4, 8),)),
+    Schedule(steps=12, extension=3, cooldown=0.0, momentum_warmup=0, momentum_cooldown=0, stages=[(0, (4, 8))]),
     Schedule(steps=20, extension=2, cooldown=0.25, floor=1.0, momentum_warmup=15, momentum_cooldown=12),  # ramps that meet
-    Schedule(steps=2, extension=1),  # fewer steps than stages
+    Schedule(steps=2, extension=1, stages=[(begin, (8, 8)) for begin in (0, 0.3, 0.6, 1)]),  # fewer steps than stages
+    Schedule(steps=30, extension=4, cooldown=0.6, floor=0.15, stages=[
+        (0, (8, 8), 1, 96, 1.0, ((0.5, 0.5), (0.25, 0))), (0.4, (8, 16), 2, 96, 1.5, ((0.5, 0),)), (0.75, (8, 24), 3, 96, 1.7),
+        (1, (8, 32), 3, 96, 9.0, ((1, 2),))]),
     TRACKS["tiny"].schedule,
-]
+    TRACKS["medium"].schedule,
+]  # fmt: skip
 
 
 def test_numbers_of_the_short_track():
-    assert (SHORT.steps, SHORT.extension, total_steps(SHORT)) == (2245, 40, 2285)
-    evaluation = TRACKS["short"].evaluation
+    assert (SHORT.extension, SHORT.cooldown, SHORT.floor, SHORT.decay_power) == (15, 0.6, 0.15, 2)
+    data, evaluation = TRACKS["short"].data, TRACKS["short"].evaluation
+    assert [data.rows * data.row_tokens * stage.batch for stage in SHORT.stages] == [131_072, 262_144, 393_216, 393_216]
+    assert [stage.document_cut for stage in SHORT.stages] == [896, 2048, 2048, 2048]
     assert evaluation.windows == (768, 2560)  # 6/20 blocks
     assert (evaluation.tokens, evaluation.row_tokens, evaluation.target) == (10_485_760, 262_144, 3.28)
 
 
-@pytest.mark.parametrize(
-    "step,windows",
-    [(0, FIRST), (1, FIRST), (748, FIRST), (749, SECOND), (750, SECOND), (1496, SECOND), (1497, THIRD), (1498, THIRD),
-     (2244, THIRD), (2245, LAST), (2246, LAST), (2284, LAST)],
-)  # fmt: skip
-def test_windows_of_the_short_track(step, windows):
-    stages = [FIRST, SECOND, THIRD, LAST]
-    assert windows_until(SHORT, step) == stages[: stages.index(windows) + 1]
+@pytest.mark.parametrize("step,stage", [(0, 0), (422, 0), (423, 1), (846, 1), (847, 2), (1269, 2), (1270, 3), (1284, 3)])
+def test_windows_of_the_short_track(step, stage):
+    assert [stage.windows for stage in stages_until(SHORT, step)] == WINDOWS[: stage + 1]
 
 
 @pytest.mark.parametrize(
     "step,factor",
-    [(0, 1.0), (1, 1.0), (1121, 1.0), (1122, 1.0), (1123, 1 - 0.9 * 0.5 / 1122.5), (1124, 1 - 0.9 * 1.5 / 1122.5),
-     (1684, 1 - 0.9 * 561.5 / 1122.5), (2243, 0.1 + 0.9 * 2 / 1122.5), (2244, 0.1 + 0.9 / 1122.5), (2245, 0.1), (2246, 0.1),
-     (2284, 0.1)],
+    [(0, 1.0), (422, 1.0), (423, 1.52), (508, 1.52), (600, 1.3546), (700, 1.1748), (846, 0.9123), (847, 1.0271), (900, 0.9172),
+     (1000, 0.7098), (1100, 0.5025), (1200, 0.2951), (1269, 0.1521), (1270, 0.15), (1284, 0.15)],
 )  # fmt: skip
 def test_learning_rate_of_the_short_track(step, factor):
-    assert learning_rate_factor(SHORT, step) == pytest.approx(factor, abs=1e-12)
+    assert learning_rate_factor(SHORT, step) == pytest.approx(factor, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    "step,weights",
+    [(0, [1, 0.5, 0.25]), (211, [1, 0.5, 0.1253]), (422, [1, 0.5, 0.0006]), (423, [1, 0.5]), (635, [1, 0.25]), (846, [1, 0.0012]),
+     (847, [1]), (1269, [1]), (1284, [1])],
+)  # fmt: skip
+def test_loss_weights_of_the_short_track(step, weights):
+    assert loss_weights(SHORT, step) == pytest.approx(weights, abs=6e-5)
 
 
 @pytest.mark.parametrize(
     "step,momentum",
-    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.90), (299, 0.95 - 0.1 / 300), (300, 0.95), (301, 0.95), (2234, 0.95),
-     (2235, 0.95), (2236, 0.948), (2260, 0.90), (2283, 0.854), (2284, 0.852)],
+    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.90), (299, 0.95 - 0.1 / 300), (300, 0.95), (301, 0.95), (1234, 0.95),
+     (1235, 0.95), (1236, 0.948), (1260, 0.90), (1283, 0.854), (1284, 0.852)],
 )  # fmt: skip
 def test_momentum_of_the_short_track(step, momentum):
     assert momentum_at(SHORT, step) == pytest.approx(momentum, abs=1e-12)
@@ -61,22 +70,25 @@ def exact(x):
 
 @pytest.mark.parametrize("schedule", [SHORT, *OTHERS])
 def test_every_step_by_exact_fractions(schedule):
-    s, stages = schedule, len(schedule.windows)
+    s, total = schedule, schedule.steps + schedule.extension
     cooldown, floor, (low, high) = exact(s.cooldown) * s.steps, exact(s.floor), map(exact, s.momentum)
-    assert total_steps(s) == s.steps + s.extension
-    for step in range(s.steps + s.extension):
-        stage = max(i for i in range(stages) if Fraction(i * s.steps, stages) <= step) if step < s.steps else stages
-        every = [*s.windows, s.extension_windows]
-        assert windows_until(s, step) == every[: stage + 1]
+    assert total_steps(s) == total and all(isinstance(stage, Stage) for stage in s.stages)
+    begins = [round(Fraction(stage.begin).limit_denominator(100) * s.steps) for stage in s.stages] + [total]
+    for step in range(total):
+        stage = max(i for i, begin in enumerate(begins[:-1]) if begin <= step)
+        assert stages_until(s, step) == list(s.stages[: stage + 1])
 
         into = step - (s.steps - cooldown)  # steps into the cooldown
-        factor = Fraction(1) if into <= 0 and step < s.steps else floor
-        if 0 < into < cooldown:
-            factor = 1 - (1 - floor) * into / cooldown
+        gone = 1 if step >= s.steps else into / cooldown if into > 0 else 0
+        factor = (1 - gone) * exact(s.stages[stage].lr) + gone * floor
         assert learning_rate_factor(s, step) == pytest.approx(float(factor), abs=1e-12)
 
+        through = Fraction(step - begins[stage], begins[stage + 1] - begins[stage])
+        weights = [1, *(exact(first) * (1 - through) + exact(last) * through for first, last in s.stages[stage].ahead)]
+        assert loss_weights(s, step) == pytest.approx([float(w) for w in weights], abs=1e-12)
+
         up = Fraction(step, s.momentum_warmup) if step < s.momentum_warmup else 1
-        left = s.steps + s.extension - step
+        left = total - step
         down = Fraction(left, s.momentum_cooldown) if left < s.momentum_cooldown else 1
         assert momentum_at(s, step) == pytest.approx(float(low + (high - low) * min(up, down)), abs=1e-12)
 
