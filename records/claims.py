@@ -226,10 +226,10 @@ def write_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """All or nothing."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 
@@ -255,4 +255,5 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def record_folders(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob("*/*/train_gpt.py"))
+    """Every record below the folder of the tracks; a folder with a table.json is a comparison (compare.py)."""
+    return sorted(path.parent for path in root.glob("*/*/train_gpt.py") if not (path.parent / "table.json").exists())

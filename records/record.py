@@ -18,9 +18,7 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 import stats
 from claims import ROOT, read_pairs, record_folders, verify, write, write_result
 from logs import Run, public_runs
-from runner import Record, alone, new_record
+from runner import Record, alone, exit_status, new_record, positive
 from tables import chance, claim, history, number, title, with_tables
 from tqdm import tqdm
 
@@ -295,25 +293,9 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     a = parse(sys.argv[1:] if argv is None else list(argv))
-    if threading.current_thread() is threading.main_thread():
-        for stop in (signal.SIGINT, signal.SIGTERM):  # also where the shell has told its background jobs to ignore them
-            signal.signal(stop, signal.default_int_handler)
-    try:
-        return a.function(a)
-    except (ValueError, OSError) as error:
-        print(f"record.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("record.py: interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
-        return 130
+    return exit_status("record.py", lambda: a.function(a))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Complete runs of a record's script, one at a time, whose logs appear in the record only when they are whole."""
+"""Runs of a script in processes of their own, records that grow by complete runs, and what the command lines share."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -13,14 +14,50 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from claims import ROOT, read_runs, sha256, write
 from logs import Run, different_settings, flat, read_log, text_of
 from tqdm import tqdm
+
+# the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
+# (a preexec_fn would do the same, but not safely beside other threads)
+TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+def run_script(
+    script: Path, options: Sequence[str], scratch: Path, heard: Callable[[dict[str, Any]], Any], processes: int = 1,
+    environment: dict[str, str] | None = None,
+) -> tuple[int | None, str]:
+    """Run a script to its end, its log growing in the folder `scratch`, which is emptied first.
+
+    `heard(event)` gets the last event of the log, {} before the first, every second; a true answer kills the run.
+    Returns (exit status, None after a true answer; the last line that the script printed).
+    """  # fmt: skip
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    tied = ["-c", TIED] if sys.platform == "linux" else []
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *tied, *launch, str(script), "--out", str(scratch), *options]
+    environment = {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ | (environment or {})
+    killed = False
+    with open(scratch / "output.txt", "wb") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            while child.poll() is None and not killed:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(1)
+                killed = bool(heard(last_event(scratch) or {}))
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    said = (scratch / "output.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
+    return None if killed else child.returncode, said[-1]
 
 
 class Record:
@@ -51,33 +88,19 @@ class Record:
         only_warm: stop when everything is compiled, which fills the compile cache, and return None.
         """
         scratch = self.folder / "unfinished"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        command = [sys.executable, *(launch if self.processes > 1 else []), str(self.folder / "train_gpt.py"),
-                   "--track", self.track, "--seed", str(seed), "--out", str(scratch), *self.options]  # fmt: skip
-        environment = {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ
-        with open(scratch / "output.txt", "wb") as output:
-            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-            try:
-                while child.poll() is None:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(1)
-                    line = last_event(scratch)
-                    if line and only_warm:
-                        return None
-                    if line and "train_loss" in line:
-                        bar.set_postfix_str(f"{self.folder.name} seed {seed} step {line['step']} loss {line['train_loss']:.3f}")
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        if only_warm and child.returncode == 0:
+
+        def heard(event: dict[str, Any]) -> bool:
+            if "train_loss" in event:
+                bar.set_postfix_str(f"{self.folder.name} seed {seed} step {event['step']} loss {event['train_loss']:.3f}")
+            return only_warm and bool(event)
+
+        options = ["--track", self.track, "--seed", str(seed), *self.options]
+        status, said = run_script(self.folder / "train_gpt.py", options, scratch, heard, self.processes)
+        if only_warm and not status:
             return None
         logs = list(scratch.glob("*.jsonl"))
-        if child.returncode or not logs:
-            said = (scratch / "output.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
-            raise ValueError(f"a run of {self.folder} failed, it said: {said[-1]}")
+        if status or not logs:
+            raise ValueError(f"a run of {self.folder} failed, it said: {said}")
         run = read_log(logs[0])
         if self.runs and (keys := different_settings(self.runs[0], run)):
             raise ValueError(f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name")
@@ -108,7 +131,7 @@ def alone(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another `record.py run` or `ab` is at work in {root}; two would slow each other") from None
+            raise ValueError(f"another record.py or compare.py is at work in {root}; two would slow each other") from None
         yield
 
 
@@ -126,3 +149,24 @@ def new_record(root: Path, track: str, name: str, source: Path) -> Path:
     folder.mkdir(parents=True)
     write(folder / "train_gpt.py", source.read_bytes().decode())
     return folder
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """What `work` returns; one sentence and 1 for what a user can do something about, 130 for an interrupt."""
+    if threading.current_thread() is threading.main_thread():
+        for stop in (signal.SIGINT, signal.SIGTERM):  # also where the shell has told its background jobs to ignore them
+            signal.signal(stop, signal.default_int_handler)
+    try:
+        return work()
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
