@@ -1,4 +1,4 @@
-"""PNG figures of runs: loss curves, leading steps, the history of a track's records."""
+"""PNG figures of runs: loss curves, leading steps, the history of a track's records, comparisons."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def mean_curve(runs: Sequence[Run], loss: str, span: int) -> dict[str, np.ndarra
 
 
 def save(figure: plt.Figure, out: Path) -> None:
-    """All or nothing."""
+    """All or nothing, and without the version of matplotlib, so that equal figures are equal files."""
     if out.suffix != ".png":
         raise ValueError(f"{out} does not end in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=SIZE)
+    figure.savefig(partial, dpi=SIZE, metadata={"Software": None})
     plt.close(figure)
     partial.replace(out)
 
@@ -163,5 +163,51 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
     axis.legend(fontsize=8)
     figure.suptitle(f"records of track {results[0]['track']}, target {results[0]['target']}", fontsize=10)
     figure.autofmt_xdate()
+    figure.tight_layout()
+    save(figure, out)
+
+
+def differences(found: dict[str, dict[str, Any]], out: Path) -> None:
+    """Results of `stats.paired` by label: a dot each, lowest on top, with its interval where there is one."""
+    ordered = sorted(found.items(), key=lambda item: -item[1]["difference"])
+    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.35 * len(ordered)))
+    for place, (_, ab) in enumerate(ordered):
+        ends = [[ab["difference"] - ab["low"]], [ab["high"] - ab["difference"]]] if ab["p"] is not None else None
+        axis.errorbar([ab["difference"]], [place], xerr=ends, fmt="o", capsize=3, color="C0")
+    axis.set_yticks(range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=8)
+    axis.set(xlabel="nats per token")
+    figure.suptitle("final validation loss minus the reference's, 95% interval", fontsize=10)
+    axis.margins(y=0.6 / len(ordered))
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]]]], out: Path) -> None:
+    """(option, label, best value, losses of the runs at each value; inf: diverged): mean and sd over the option, log scale.
+
+    One panel for each option. A cross at the top marks a value at which a run diverged, a ring the best one.
+    """
+    options = list(dict.fromkeys(option for option, *_ in curves))
+    figure, axes = plt.subplots(1, len(options), figsize=(1 + 5 * len(options), 4.5), sharey=True, squeeze=False)
+    for axis, wanted in zip(axes[0], options):
+        for _, label, best, losses in (curve for curve in curves if curve[0] == wanted):
+            good = {x: y for x, y in losses.items() if y and np.isfinite(y).all()}
+            sd = [np.std(y, ddof=1) if len(y) > 1 else 0.0 for y in good.values()]
+            mean = {x: np.mean(y) for x, y in good.items()}
+            (line, *_) = axis.errorbar(mean.keys(), mean.values(), yerr=sd, marker=".", capsize=3, label=label)
+            bad = [x for x, y in losses.items() if y and x not in good]
+            axis.plot(bad, [0.97] * len(bad), "x", color=line.get_color(), transform=axis.get_xaxis_transform())
+            if best in good:
+                axis.plot([best], [mean[best]], "o", markersize=11, fillstyle="none", color=line.get_color())
+        ticks = sorted({x for option, *_, losses in curves if option == wanted for x in losses})
+        axis.set(xlabel=wanted, xscale="log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("final validation loss (nats per token)")
+    figure.suptitle("mean and sd over seeds; ring: the best value; cross: a run diverged", fontsize=10)
     figure.tight_layout()
     save(figure, out)

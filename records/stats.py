@@ -49,6 +49,24 @@ def welch(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"difference": difference, "low": float(ends.low), "high": float(ends.high), "p": float(test.pvalue)}
 
 
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Mean of a - b, pair by pair, its 95% t interval and two-sided p; nulls but for the mean below two pairs."""
+    d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    if len(d) < 2:
+        return {"difference": float(d.mean()), "low": None, "high": None, "p": None}
+    low, high = interval(d)
+    return {"difference": float(d.mean()), "low": low, "high": high, "p": min(1.0, 2 * min(p_below(d), p_below(-d)))}
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p of each test when the chance of any false one among all of them counts (Holm 1979)."""
+    order = np.argsort(values)
+    adjusted = np.maximum.accumulate((len(values) - np.arange(len(values))) * np.asarray(values)[order])
+    result = np.empty(len(values))
+    result[order] = np.minimum(adjusted, 1.0)
+    return result.tolist()
+
+
 def runs_needed(sd: float, margin: float, power: float, alpha: float = ALPHA) -> int:
     """Smallest n whose one-sided t-test gives p < alpha with probability `power` (noncentral t distribution).
 

@@ -1,0 +1,197 @@
+"""Comparisons of variants from one small table: which is better, by how much, how surely.
+
+    python records/compare.py run FOLDER [--workers N] [--only VARIANT ...]     what FOLDER/table.json asks for; goes on
+    python records/compare.py report FOLDER [--check]                           FOLDER/report.md and its figures
+
+table.json:
+    {"title": "What the parts are worth", "track": "tiny", "options": ["--schedule.steps", "130"],
+     "seeds": 2, "finalist_seeds": 4,
+     "variants": {"full": {},
+                  "no n-grams": {"options": ["--model.ngrams", "()"], "against": "full", "why": "text for the report"},
+                  "Muon": {"options": ["--matrix.equilibrate", "none"], "against": "full",
+                           "grid": {"--matrix.lr": [0.02, 0.04, 0.08]}}}}
+
+Every variant, or every value of its `grid`, is run with `seeds` seeds, then with `finalist_seeds` (0) further ones: of a grid
+only the value with the lowest mean of the final validation losses, which is then judged by the further ones alone, since the
+runs that chose a value flatter it. Seeds count from `first_seed` (0), for all variants alike. A variant may have its own
+`seeds` and `finalist_seeds`; its options follow those of the table.
+
+A difference is the mean over the seeds that a variant and its reference share, with the 95% interval and two-sided p of the
+paired t-test: runs of one seed start from the same weights (where shapes agree) and all see the same data in the same order,
+so what a seed does to both cancels, and unlike Welch's test this one holds whether or not they are correlated. p is corrected
+over all differences of a report (Holm 1979), the intervals are not.
+
+FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
+for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the
+i-th GPU; then the report has no times, since runs beside each other slow each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.util
+import json
+import math
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from claims import ROOT, sha256, write
+from comparison import HEADER, Job, Variant, add, planned, read_results, read_table, report
+from logs import Point, Run, read_log
+from runner import alone, exit_status, positive, run_script
+from tqdm import tqdm
+
+POINTS = 60  # of a training curve in results.jsonl, at most
+
+
+def check_options(source: Path, variants: Sequence[Variant]) -> None:
+    """ValueError now for what the script would refuse hours later."""
+    spec = importlib.util.spec_from_file_location("compared_train_gpt", source)
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look there
+    spec.loader.exec_module(script)
+    for v in variants:
+        try:
+            for value in v.values:
+                script.check_settings(*script.parse_command_line(v.command(value)))
+            for word in (*v.options, v.option):
+                if word.partition("=")[0] in ("--track", "--seed", "--out", "--resume", "--adopt"):
+                    raise ValueError(f"{word} is not for a variant to set")
+        except ValueError as error:
+            raise ValueError(f"variant {v.name!r}: {error}") from None
+
+
+def thinned(points: Sequence[Point]) -> list[list[float]]:
+    """[step, loss], at most `POINTS` of them: each is the mean of the points since the one before, the last step stays."""
+    width = max(1, math.ceil(len(points) / POINTS))
+    parts = [points[max(0, end - width) : end] for end in range(len(points), 0, -width)][::-1]
+    return [[part[-1].step, round(sum(p.loss for p in part) / len(part), 5)] for part in parts]
+
+
+def result_of(job: Job, options: list[str], is_alone: bool, run: Run) -> dict[str, Any]:
+    """The line of results.jsonl. A run that diverged ends at its last finite loss and has the validation loss null."""
+    last = max((*run.train, *run.val), key=lambda p: p.step, default=Point(0, math.nan, 0.0, 0))
+    final = dict(step=last.step, val_loss=None, train_time_s=last.seconds, tokens=last.tokens,
+                 target=run.header["settings"]["evaluation"]["target"], reached=False)  # fmt: skip
+    if run.final:
+        final = {key: run.final[key] for key in final}
+    return {
+        **job._asdict(), "options": options, "alone": is_alone, "header": {key: run.header[key] for key in HEADER},
+        "final": final, "train": thinned(run.train), "val": [[p.step, p.loss, p.seconds] for p in run.val],
+    }  # fmt: skip
+
+
+class Workers:
+    """Runs jobs beside each other, each worker on its share of the cores and a GPU of its own."""
+
+    def __init__(self, folder: Path, count: int):
+        cores = sorted(os.sched_getaffinity(0)) if count > 1 else [0]
+        if count > len(cores):
+            raise ValueError(f"{count} workers are more than the {len(cores)} cores here")
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        self.folder, self.count, self.stopping, self.free = folder, count, threading.Event(), queue.SimpleQueue()
+        for i in range(count):
+            self.free.put((i, cores[i * (len(cores) // count) :][: len(cores) // count], gpus[i % len(gpus)]))
+
+    def run(self, job: Job, options: list[str], say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The result of a job, in a thread of its own; None when all are to stop."""
+        number, cores, gpu = own = self.free.get()
+        if self.count > 1:
+            os.sched_setaffinity(0, cores)  # of this thread, and so of the processes that it starts
+        name = f"{job.variant}, " + f"{job.value}, " * (job.value is not None) + f"seed {job.seed}"
+
+        def heard(event: dict[str, Any]) -> bool:
+            say(f"{name}, step {event.get('step', 0)}")
+            return self.stopping.is_set()
+
+        try:
+            scratch = self.folder / "unfinished" / str(number)
+            status, said = run_script(self.folder / "train_gpt.py", [*options, "--seed", str(job.seed)], scratch, heard,
+                                      environment={"CUDA_VISIBLE_DEVICES": gpu} if self.count > 1 else {})  # fmt: skip
+            if status is None:
+                return None
+            logs = list(scratch.glob("*.jsonl"))
+            if not logs or status and "not finite at step" not in said:
+                raise ValueError(f"{name} failed, it said: {said}")
+            return result_of(job, options, self.count == 1, read_log(logs[0]))
+        finally:
+            self.free.put(own)
+
+
+def command_run(a: argparse.Namespace) -> int:
+    _, variants = read_table(a.folder)
+    if unknown := set(a.only or ()) - {v.name for v in variants}:
+        raise ValueError(f"--only {min(unknown)!r} is not a variant of the table")
+    chosen, workers = [v for v in variants if not a.only or v.name in a.only], Workers(a.folder, a.workers)
+    source, path, named = a.folder / "train_gpt.py", a.folder / "results.jsonl", {v.name: v for v in variants}
+    with alone(ROOT / "records"), open(path, "a+b") as file:
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill can tear the last line
+        if not source.exists():
+            write(source, (ROOT / "train_gpt.py").read_bytes())
+        results = read_results(a.folder, variants)
+        if any(line["header"]["source_sha256"] != sha256(source) for line in results.values()):
+            raise ValueError(f"{source} is not what {path} was run with; a folder goes on only with the same source")
+        check_options(source, variants)
+        total = sum(len(v.screen()) + len(v.further) for v in chosen)
+        bar = tqdm(total=total, initial=sum(job in results for job in planned(chosen, results)), unit="run", dynamic_ncols=True)
+        while todo := [job for job in planned(chosen, results) if job not in results]:
+            with concurrent.futures.ThreadPoolExecutor(a.workers) as pool:
+                commands = [(job, named[job.variant].command(job.value), bar.set_postfix_str) for job in todo]
+                futures = [pool.submit(workers.run, *command) for command in commands]
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        add(results, line := future.result())
+                        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+                        file.flush()
+                        bar.update()
+                except BaseException:
+                    workers.stopping.set()
+                    pool.shutdown(cancel_futures=True)
+                    bar.close()
+                    raise
+        bar.close()
+    shutil.rmtree(a.folder / "unfinished", ignore_errors=True)
+    return 0
+
+
+def command_report(a: argparse.Namespace) -> int:
+    stale = []
+    with tempfile.TemporaryDirectory() as made:
+        report(a.folder, Path(made))
+        for fresh in sorted(Path(made).iterdir()):
+            path = a.folder / fresh.name
+            # pixels depend on matplotlib's version; what they show stands in the text
+            if not path.exists() or (path.suffix == ".md" or not a.check) and path.read_bytes() != fresh.read_bytes():
+                stale.append(fresh.name)
+                if not a.check:
+                    write(path, fresh.read_bytes())
+    if stale:
+        print(f"{'stale' if a.check else 'written'} in {a.folder}: {', '.join(stale)}")
+    return int(a.check and bool(stale))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", help="what table.json asks for and results.jsonl does not have yet")
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="holds table.json")
+    p.add_argument("--workers", type=positive, default=1, help="runs beside each other (default: 1, only then times count)")
+    p.add_argument("--only", nargs="+", metavar="VARIANT", help="no other variants")
+    p.set_defaults(function=command_run)
+    p = commands.add_parser("report", help="report.md and figures from results.jsonl and table.json")
+    p.add_argument("folder", type=Path, metavar="FOLDER")
+    p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the report is stale")
+    p.set_defaults(function=command_report)
+    a = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    return exit_status("compare.py", lambda: a.function(a))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

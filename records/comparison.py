@@ -1,0 +1,280 @@
+"""A comparison of variants: its table, its results, and the report that follows from both (see compare.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import figures
+import stats
+from claims import write
+from logs import Point, Run, is_number
+from tables import chance, number
+
+VARIANT = {"options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
+TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict}
+HEADER = ("run_id", "source_sha256", "torch", "device", "world_size", "threads", "dtype")
+SAME = ("source_sha256", "torch", "device", "world_size", "dtype")  # in all runs of a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    name: str
+    against: str
+    why: str
+    track: str
+    options: tuple[str, ...]
+    option: str  # of the grid, "" for none
+    values: tuple[float | None, ...]
+    seeds: range  # of every value
+    further: range  # of the best value
+
+    def command(self, value: float | None) -> list[str]:
+        """The command line of a run but for its seed."""
+        return ["--track", self.track, *self.options, *([self.option, str(value)] if self.option else [])]
+
+    def judges(self) -> set[int]:
+        """Seeds of the runs by which the variant is judged: after a choice only those that had no part in it."""
+        return {*self.further} if self.option and self.further else {*self.seeds, *self.further}
+
+    def screen(self) -> list[Job]:
+        return [Job(self.name, value, seed) for seed in self.seeds for value in self.values]
+
+
+class Job(NamedTuple):
+    variant: str
+    value: float | None  # of the grid
+    seed: int
+
+
+Results = dict[Job, dict[str, Any]]  # a line of results.jsonl for each finished run
+
+
+def check(where: str, given: Any, kinds: dict[str, type]) -> None:
+    """ValueError for what is not an object with these keys and kinds of values."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is not an object")
+    for key, value in given.items():
+        if key not in kinds:
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} is not of type {kinds[key].__name__}")
+        if isinstance(value, int) and value < (key == "seeds"):
+            raise ValueError(f"{where}: {key} cannot be {value}")
+        if key == "options" and not all(isinstance(word, str) for word in value):
+            raise ValueError(f"{where}: options are strings")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"one of the names {', '.join(key for key, _ in pairs)} is there twice")
+    return dict(pairs)
+
+
+def read_table(folder: Path) -> tuple[str, list[Variant]]:
+    """Title and variants of table.json. ValueError with one sentence for what it must not say."""
+    path, variants = folder / "table.json", []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    check(str(path), table, TABLE)
+    if missing := [key for key in ("title", "track", "seeds", "variants") if not table.get(key)]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
+    for name, given in table["variants"].items():
+        where = f"{path}: variant {name!r}"
+        check(where, given, VARIANT)
+        if "against" in given and given["against"] not in table["variants"].keys() - {name}:
+            raise ValueError(f"{where}: against {given['against']!r} is not another variant")
+        grid = given.get("grid", {"": [None]})
+        values = next(iter(grid.values()), None)
+        numbers = isinstance(values, list) and len(values) > 1 and all(is_number(value) and value > 0 for value in values)
+        if "grid" in given and not (len(grid) == 1 and numbers and values == sorted(set(values))):
+            raise ValueError(f"{where}: a grid is one option with two or more positive numbers, each above the one before")
+        first, mine = table.get("first_seed", 0), table | given
+        last = first + mine["seeds"]
+        variants.append(Variant(
+            name, given.get("against", ""), given.get("why", ""), table["track"],
+            (*table.get("options", ()), *given.get("options", ())), next(iter(grid)), tuple(values),
+            range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
+        ))  # fmt: skip
+    named = {v.name: v for v in variants}
+    for v in variants:
+        if v.against and not v.judges() & named[v.against].judges():
+            raise ValueError(f"{path}: {v.name!r} is judged by other seeds than {v.against!r}; give both finalist_seeds")
+    return table["title"], variants
+
+
+def add(results: Results, line: dict[str, Any]) -> None:
+    """ValueError for a line that is no result, repeats one or does not fit those before it."""
+    try:
+        job, header = Job(line["variant"], line["value"], line["seed"]), line["header"]
+        [header[key] for key in HEADER], line["final"]["val_loss"], line["options"], line["alone"], line["train"], line["val"]
+    except (KeyError, TypeError):
+        raise ValueError("not a result") from None
+    if job in results:
+        raise ValueError(f"a second run of {job}")
+    for first in [other["header"] for other in results.values()][:1]:
+        for key in SAME:
+            if header[key] != first[key]:
+                raise ValueError(f"{key} {header[key]} does not mix with {first[key]} of the runs before")
+    results[job] = line
+
+
+def read_results(folder: Path, variants: Sequence[Variant]) -> Results:
+    """Finished runs of the table's variants and values; a last line that a kill has torn does not count."""
+    path, results, named = folder / "results.jsonl", {}, {v.name: v for v in variants}
+    for place, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            line = json.loads(text)
+            add(results, line)
+            v = named.get(line["variant"])
+            if v and line["value"] in v.values and line["options"] != v.command(line["value"]):
+                raise ValueError(f"{v.name!r} was run with other options than the table's; give it a new name")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {place}: {error}") from None
+    return {job: line for job, line in results.items() if job.variant in named and job.value in named[job.variant].values}
+
+
+def loss_of(line: dict[str, Any]) -> float:
+    """Final validation loss in nats per token, inf for a run that diverged."""
+    loss = line["final"]["val_loss"]
+    return math.inf if loss is None else loss
+
+
+def best(v: Variant, results: Results) -> float | None:
+    """The value with the lowest mean over the screening seeds that all values have; None when there is none or no grid."""
+    seeds = [seed for seed in v.seeds if all(Job(v.name, value, seed) in results for value in v.values)]
+    means = {value: sum(loss_of(results[Job(v.name, value, seed)]) for seed in seeds) for value in v.values}
+    value = min(means, key=means.get)
+    return value if seeds and means[value] < math.inf else None
+
+
+def planned(variants: Sequence[Variant], results: Results) -> list[Job]:
+    """Seed by seed, so that a comparison that is stopped has all variants; then finalists, as far as they are known."""
+    jobs, further = [job for v in variants for job in v.screen()], []
+    for v in variants:
+        value = best(v, results)
+        if all(job in results for job in v.screen()) and (value is not None or not v.option):
+            further += [Job(v.name, value, seed) for seed in v.further]
+    return [job for part in (jobs, further) for job in sorted(part, key=lambda job: job.seed)]  # a stable sort
+
+
+def judged(v: Variant, results: Results) -> dict[int, dict[str, Any]]:
+    """The runs by which a variant is judged, by seed; those of the screening as long as there is none."""
+    lines = {seed: results.get(Job(v.name, best(v, results), seed)) for seed in (*v.seeds, *v.further)}
+    known = {seed: line for seed, line in lines.items() if line}
+    return {seed: line for seed, line in known.items() if seed in v.judges()} or known
+
+
+def steps_apart(runs: Sequence[dict], reference: Sequence[dict]) -> float | None:
+    """Steps to the lowest training loss that both reach, minus the reference's; None when there is no such loss.
+
+    Curves are means over the runs, smoothed over a tenth of the reference's steps.
+    """
+    sides = [[Run(Path(), x["header"], x["final"], [], [Point(*p, 0.0, None) for p in x["train"]]) for x in side]
+             for side in (runs, reference)]  # fmt: skip
+    mine, its = (figures.mean_curve(side, "train", reference[0]["final"]["step"] // 10) for side in sides)
+    ahead = mine["loss"].min() <= its["loss"].min()
+    lead = figures.leading_steps(its, mine)[1] if ahead else -figures.leading_steps(mine, its)[1]
+    return float(lead[-1]) if len(lead) else None
+
+
+def compared(runs: dict[int, dict], reference: dict[int, dict]) -> dict[str, Any]:
+    """Difference of losses with interval and p, pairs, steps apart, ratio of times; {} without a common seed or diverged."""
+    seeds = sorted(runs.keys() & reference.keys())
+    if not seeds or math.inf in map(loss_of, (*runs.values(), *reference.values())):
+        return {}
+    sides = [[side[seed] for seed in seeds] for side in (runs, reference)]
+    ratios = [math.log(x["final"]["train_time_s"] / y["final"]["train_time_s"]) for x, y in zip(*sides)]
+    return stats.paired(*([loss_of(line) for line in side] for side in sides)) | {
+        "pairs": len(seeds), "steps": steps_apart(*sides), "ratio": math.exp(statistics.mean(ratios))
+    }  # fmt: skip
+
+
+def table_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def losses_in_words(lines: Sequence[dict]) -> list[str]:
+    """n, mean, sd."""
+    losses = [loss_of(line) for line in lines]
+    if not losses or math.inf in losses:
+        return [str(len(losses)), f"{losses.count(math.inf)} diverged" if losses else "-", "-"]
+    found = stats.describe(losses)
+    return [str(found["n"]), number(found["mean"]), number(found["sd"])]
+
+
+def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool) -> str:
+    cells = [v.name, *losses_in_words([*runs.values()]), "-", "-", "-", "-", *["-", "-"] * timed]
+    if ab:
+        ends = f", {ab['low']:+.4f} to {ab['high']:+.4f}" if ab["p"] is not None else ""
+        steps = "-" if ab["steps"] is None else f"{ab['steps']:+.0f}"
+        cells[4:8] = [f"{ab['difference']:+.4f}{ends}", str(ab["pairs"]), chance(ab.get("holm")), steps]
+    if timed and runs and math.inf not in map(loss_of, runs.values()):
+        seconds = statistics.median(line["final"]["train_time_s"] for line in runs.values())
+        cells[8:] = [f"{seconds:.2f} s", number(ab.get("ratio"), 3)]
+    options = [*v.options, *([v.option, f"{value:g}"] if v.option and value is not None else [])]
+    return table_row([*cells, f"`{' '.join(options)}`" if options else "-", v.why or "-"])
+
+
+def grid_rows(v: Variant, results: Results, value: float | None) -> list[str]:
+    rows = []
+    for x in v.values:
+        note = ""
+        if x == value:
+            note = "best" + (", at an end: the grid must grow" if x in (v.values[0], v.values[-1]) else "")
+            note += "" if Job(v.name, x, v.seeds.stop) in results else "; judged by the runs that chose it"
+        runs = [results[job] for job in v.screen() if job.value == x and job in results]
+        rows.append(table_row([v.name, f"`{v.option} {x:g}`", *losses_in_words(runs), note]))
+    return rows
+
+
+def report(folder: Path, out: Path) -> None:
+    """Writes report.md and figures of the results in `folder` into `out`."""
+    title, variants = read_table(folder)
+    results = read_results(folder, variants)
+    if not results:
+        raise ValueError(f"{folder} holds no result yet")
+    runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
+    found = {v.name: compared(runs[v.name], runs[v.against]) if v.against else {} for v in variants}
+    tested = [ab for ab in found.values() if ab.get("p") is not None]
+    for ab, p in zip(tested, stats.holm([ab["p"] for ab in tested])):
+        ab["holm"] = p
+    missing = sum(job not in results for job in planned(variants, results))
+    threads = sorted({line["header"]["threads"] for line in results.values()})
+    timed, header = all(line["alone"] for line in results.values()) and len(threads) == 1, [*results.values()][0]["header"]
+    lines = [
+        f"# {title}", "",
+        f"Track `{variants[0].track}`, {len(results)} runs{f' of {len(results) + missing}' if missing else ''} on "
+        f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, torch {header['torch']}, "
+        f"{header['dtype']}, train_gpt.py {header['source_sha256'][:12]}."
+        f"{'' if timed else ' Runs beside each other: no times.'}", "",
+        "Losses in nats per token. Differences are those to the reference, means over the seeds that both have, paired t-test;",
+        f"p is corrected for {len(tested)} tests (Holm), the intervals are not. Steps: to the lowest training loss that both",
+        "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is worth.",
+    ]  # fmt: skip
+    names = ["variant", "n", "validation loss: mean", "sd", "difference, 95% interval", "pairs", "p (Holm)", "steps",
+             *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
+    for name in sorted({v.against for v in variants}, key=[v.against for v in variants].index):
+        lines += ["", f"## Against {name}" if name else "## References", "", table_row(names), table_row(["---"] * len(names))]
+        lines += [variant_row(v, runs[v.name], values[v.name], found[v.name], timed) for v in variants if v.against == name]
+    if shown := {f"{v.name} against {v.against}": found[v.name] for v in variants if found[v.name]}:
+        figures.differences(shown, out / "differences.png")
+        lines += ["", "![differences of the validation loss](differences.png)"]
+    if grids := [v for v in variants if v.option]:
+        heads = ["variant", "value", "n", "validation loss: mean", "sd", ""]
+        lines += ["", "## Grids", "", table_row(heads), table_row(["---"] * 6)]
+        lines += [row for v in grids for row in grid_rows(v, results, values[v.name])]
+        curves = [(v.option, v.name, values[v.name], {x: [] for x in v.values}) for v in grids]
+        for v, curve in zip(grids, curves):
+            for job in v.screen():
+                curve[-1][job.value] += [loss_of(results[job])] if job in results else []
+        figures.grids(curves, out / "grids.png")
+        lines += ["", "![final validation loss over the grids](grids.png)"]
+    write(out / "report.md", "\n".join(lines) + "\n")

@@ -1,0 +1,426 @@
+"""What records/compare.py promises: nothing is run twice or lost, the report follows from the results."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from helpers import ROOT, make_corpus, options
+
+sys.path.insert(0, str(ROOT / "records"))
+import claims  # noqa: E402
+import compare  # noqa: E402
+import comparison  # noqa: E402
+import runner  # noqa: E402
+import stats  # noqa: E402
+from logs import Point  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_paired_differences_agree_with_scipy():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 8):
+        a, b = rng.normal(1.48, 0.003, n), rng.normal(1.49, 0.005, n)
+        found, wanted = stats.paired(a, b), scipy.stats.ttest_rel(a, b)
+        ends = wanted.confidence_interval(0.95)
+        assert found["difference"] == pytest.approx(a.mean() - b.mean()) and found["p"] == pytest.approx(wanted.pvalue)
+        assert (found["low"], found["high"]) == (pytest.approx(ends.low), pytest.approx(ends.high))
+        assert stats.paired(b, a)["p"] == pytest.approx(wanted.pvalue)
+    assert stats.paired([1.0], [1.5]) == {"difference": -0.5, "low": None, "high": None, "p": None}
+    assert stats.paired([1.0, 2.0], [1.0, 2.0])["p"] == 1.0
+
+
+def test_holm_by_hand():
+    # sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1, none below the one before
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons of a script that only writes logs: its loss is 1.5, plus --shift, plus log2(--lr / 0.04)^2 / 100, plus noise
+
+FAKE = """
+import hashlib, json, math, os, random, sys, time
+from pathlib import Path
+
+def parse_command_line(argv):
+    if "--wrong" in argv:
+        raise ValueError("unknown option --wrong")
+    return argv, None
+
+def check_settings(track, run):
+    pass
+
+if __name__ == "__main__":
+    given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    here, seed, out = Path(__file__).parent, int(given["--seed"]), Path(given["--out"])
+    with open(here / "started", "a") as file:
+        file.write(f"{os.getpid()} {seed} {given.get('--shift')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+    shift, lr = float(given.get("--shift", 0)), float(given.get("--lr", 0.04))
+    noise = random.Random(f"{seed} {shift}").gauss(0, 0.001) + random.Random(seed).gauss(0, 0.01)
+    end = 1.5 + shift + math.log2(lr / 0.04) ** 2 / 100 + noise
+    threads = len(os.sched_getaffinity(0))
+    header = dict(event="header", run_id=f"{seed}_{lr}_{shift}", track=given["--track"], seed=seed, torch="2.13.0",
+                  settings={"evaluation": {"target": 1.5}}, device="abacus", world_size=1, threads=threads,
+                  source_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), dtype="float32")
+    seconds = 10 + shift
+    with open(out / "run.jsonl", "w") as log:
+        def write(**event):
+            log.write(json.dumps(event) + "\\n")
+            log.flush()
+        write(**header)
+        if (here / "fail").exists():
+            sys.exit("fake: no tokens left")
+        for step in range(2, 201, 2):
+            bad = lr > 1 and step == 100
+            loss = None if bad else end + (200 - step) / 100
+            write(event="step", step=step, train_loss=loss, train_time_s=seconds * step / 200, tokens=4096 * step)
+            if bad:
+                sys.exit("train_gpt.py: not finite at step 100, training loss nan: no gradient before it")
+            time.sleep(float(given.get("--wait", 0)))
+        last = dict(step=200, val_loss=end, val_tokens=1000, train_time_s=seconds, tokens=819200)
+        write(event="val", **last)
+        write(event="final", **last, target=1.5, reached=end <= 1.5, compiles_in_timed_region=0)
+"""
+TABLE = {
+    "title": "Parts", "track": "tiny", "seeds": 3,
+    "variants": {
+        "full": {"why": "all | parts"},
+        "worse": {"options": ["--shift", "0.5"], "against": "full", "why": "without a part", "finalist_seeds": 2},
+        "rate": {"options": ["--shift", "-0.1"], "against": "worse", "grid": {"--lr": [0.02, 0.04, 0.08]}, "finalist_seeds": 2},
+    },
+}  # fmt: skip
+
+
+def change(table: dict, **variants: dict) -> dict:
+    return table | {"variants": table["variants"] | variants}
+
+
+def repository(root: Path) -> Path:
+    """The folder of a comparison in a repository whose train_gpt.py is the stand-in."""
+    (root / "records" / "parts").mkdir(parents=True)
+    (root / "train_gpt.py").write_text(FAKE)
+    return root / "records" / "parts"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    return repository(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "ROOT", root)
+        assert run(repository(root), TABLE) == 0
+    return root / "records" / "parts"
+
+
+@pytest.fixture
+def finished(folder: Path, whole: Path) -> Path:
+    """A comparison whose runs are all there."""
+    return shutil.copytree(whole, folder, dirs_exist_ok=True)
+
+
+def run(folder: Path, table: dict | str | None = None, *arguments: str) -> int:
+    if table is not None:
+        (folder / "table.json").write_text(table if isinstance(table, str) else json.dumps(table))
+    return compare.main(["run", str(folder), *arguments])
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def keys(folder: Path) -> list[tuple]:
+    return [(line["variant"], line["value"], line["seed"]) for line in results(folder)]
+
+
+def started(folder: Path) -> list[list[str]]:
+    return [line.split() for line in (folder / "started").read_text().splitlines()]
+
+
+def test_seeds_come_in_turn_and_finalists_last(finished):
+    folder = finished
+    screen = [(*v, seed) for seed in range(3)
+              for v in (("full", None), ("worse", None), ("rate", 0.02), ("rate", 0.04), ("rate", 0.08))]  # fmt: skip
+    assert keys(folder) == [*screen, *((*v, seed) for seed in (3, 4) for v in (("worse", None), ("rate", 0.04)))]
+    line = results(folder)[3]
+    assert line["options"] == ["--track", "tiny", "--shift", "-0.1", "--lr", "0.04"] and line["alone"] is True
+    assert line["final"].keys() == {"step", "val_loss", "train_time_s", "tokens", "target", "reached"}
+    assert len(line["train"]) == 50 and line["train"][-1][0] == 200 and len(line["val"]) == 1
+    assert len(started(folder)) == 19 and not (folder / "unfinished").exists()
+    # a grid that grows, one more variant and one more seed are run, nothing else
+    grown = change(TABLE, rate=TABLE["variants"]["rate"] | {"grid": {"--lr": [0.02, 0.04, 0.08, 0.16]}}, more={"seeds": 1})
+    assert run(folder, grown, "--only", "more") == 0 and len(keys(folder)) == 20
+    assert run(folder) == 0 and keys(folder)[19:] == [("more", None, 0), *(("rate", 0.16, seed) for seed in range(3))]
+
+
+def test_first_seed_moves_all(folder):
+    assert run(folder, TABLE | {"first_seed": 7, "seeds": 1}, "--only", "full", "rate") == 0
+    assert {seed for *_, seed in keys(folder)} == {7, 8, 9} and keys(folder)[0] == ("full", None, 7)
+
+
+def test_thinned_curves_are_means_and_keep_the_last_step():
+    points = [Point(step, float(step), 0.0, 0) for step in range(1, 131)]
+    thin = compare.thinned(points)
+    assert len(thin) == 44 and thin[-1] == [130, 129.0] and thin[0] == [1, 1.0] and thin[1] == [4, 3.0]
+    assert compare.thinned(points[:60]) == [[p.step, p.loss] for p in points[:60]] and compare.thinned([]) == []
+
+
+def test_a_failure_stops_and_the_same_command_goes_on(folder, capsys):
+    table = {**TABLE, "variants": {name: TABLE["variants"][name] for name in ("full", "worse")}}
+    assert run(folder, table, "--only", "full") == 0
+    (folder / "fail").touch()
+    assert run(folder) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "compare.py: worse, seed 0 failed, it said: fake: no tokens left"
+    (folder / "fail").unlink()
+    assert run(folder) == 0 and len(set(keys(folder))) == len(keys(folder)) == 8
+
+
+def test_a_torn_last_line_is_dropped_and_run_again(folder):
+    assert run(folder, TABLE, "--only", "full") == 0
+    path = folder / "results.jsonl"
+    whole = path.read_bytes()
+    for torn in (whole[:-1], whole[:-200], whole + b'{"variant": "full", "va', whole + b"\xff"):
+        path.write_bytes(torn)
+        assert len(comparison.read_results(folder, comparison.read_table(folder)[1])) == torn.count(b"\n")
+        assert run(folder, None, "--only", "full") == 0 and path.read_bytes() == whole
+    path.write_bytes(whole.replace(b'"final"', b'"fin"', 1))
+    assert run(folder) == 1  # not at the end: nothing that a kill leaves
+
+
+def test_kill_9_loses_only_the_runs_under_way(folder):
+    (folder / "table.json").write_text(json.dumps(TABLE | {"options": ["--wait", "0.005"]}))
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r}); import compare; from pathlib import Path; "
+    code += f"compare.ROOT = Path({str(compare.ROOT)!r}); sys.exit(compare.main(['run', {str(folder)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((folder / "started").exists() and len(started(folder)) == 2 and keys(folder)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before, child = (folder / "results.jsonl").read_bytes(), int(started(folder)[1][0])
+    assert before.count(b"\n") == 1
+    while time.monotonic() < deadline and Path(f"/proc/{child}").exists() and "(zombie)" not in status_of(child):
+        time.sleep(0.02)
+    assert not Path(f"/proc/{child}").exists() or "(zombie)" in status_of(child)
+    assert '"final"' not in (folder / "unfinished" / "0" / "run.jsonl").read_text()  # it did not outlive its parent
+    assert run(folder, TABLE, "--only", "full") == 1  # other options than before
+    assert run(folder, change(TABLE, rate={}) | {"options": ["--wait", "0.005"], "seeds": 1}) == 0
+    assert (folder / "results.jsonl").read_bytes().startswith(before)
+    assert [seed_and_shift[1:3] for seed_and_shift in started(folder)][1:3] == [["0", "0.5"]] * 2  # was under way
+    assert keys(folder) == [(name, None, 0) for name in ("full", "worse", "rate")] + [("worse", None, seed) for seed in (1, 2)]
+
+
+def status_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "(zombie)"
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (TABLE | {"sedes": 3}, "unknown key 'sedes'"),
+        (change(TABLE, full={"optoins": []}), "variant 'full': unknown key 'optoins'"),
+        (change(TABLE, full={"against": "nobody"}), "against 'nobody' is not another variant"),
+        (change(TABLE, full={"against": "full"}), "against 'full' is not another variant"),
+        (change(TABLE, full={"grid": {"--lr": [0.04, 0.02]}}), "each above the one before"),
+        (change(TABLE, full={"grid": {"--lr": [0.04]}}), "two or more"),
+        (change(TABLE, full={"grid": {"--lr": [1, 2], "--shift": [1, 2]}}), "a grid is one option"),
+        (change(TABLE, full={"grid": {}}), "a grid is one option"),
+        (change(TABLE, full={"grid": {"--lr": ["a", "b"]}}), "positive numbers"),
+        (change(TABLE, full={"options": [5]}), "options are strings"),
+        (change(TABLE, full={"options": "--shift 5"}), "options is not of type list"),
+        (change(TABLE, full={"options": ["--wrong", "5"]}), "variant 'full': unknown option --wrong"),
+        (change(TABLE, full={"options": ["--seed=5"]}), "--seed=5 is not for a variant to set"),
+        (change(TABLE, worse={"against": "full"}), "'rate' is judged by other seeds than 'worse'"),
+        (change(TABLE, full=[]), "variant 'full' is not an object"),
+        (TABLE | {"seeds": 0}, "seeds cannot be 0"),
+        (TABLE | {"seeds": True}, "seeds is not of type int"),
+        (TABLE | {"finalist_seeds": -1}, "finalist_seeds cannot be -1"),
+        (TABLE | {"variants": {}}, "variants is missing"),
+        ({"title": "x"}, "track is missing"),
+        ('{"title": "x", "title": "y"}', "title, title is there twice"),
+        ("{", "table.json: Expecting"),
+    ],
+)
+def test_a_wrong_table_gets_one_sentence_before_anything_is_run(folder, table, message, capsys):
+    assert run(folder, table) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (folder / "started").exists()
+
+
+def test_a_folder_goes_on_only_with_what_it_began_with(folder, capsys):
+    assert compare.main(["run", str(folder)]) == 1 and "table.json" in capsys.readouterr().err
+    assert compare.main(["run", str(folder / "nothing")]) == 1
+    assert run(folder, TABLE, "--only", "nobody") == 1 and "'nobody' is not a variant" in capsys.readouterr().err
+    assert run(folder, TABLE, "--workers", "4096") == 1 and "more than the" in capsys.readouterr().err
+    assert compare.main(["report", str(folder)]) == 1 and "no result yet" in capsys.readouterr().err
+    with runner.alone(compare.ROOT / "records"):
+        assert run(folder) == 1 and "would slow each other" in capsys.readouterr().err
+    assert run(folder, TABLE, "--only", "full") == 0 and len(keys(folder)) == 3
+    (compare.ROOT / "train_gpt.py").write_text(FAKE + "# newer\n")  # the copy in the folder is what counts
+    assert run(folder, None, "--only", "worse") == 0 and len(keys(folder)) == 8
+    capsys.readouterr()
+    assert run(folder, change(TABLE, full={"options": ["--shift", "1"]})) == 1
+    assert "line 1: 'full' was run with other options" in capsys.readouterr().err
+    path = folder / "results.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole.splitlines()[0] + "\n")
+    assert run(folder, TABLE) == 1 and "line 9: a second run of" in capsys.readouterr().err
+    path.write_text(whole.replace('"float32"', '"bfloat16"', 1))
+    assert run(folder, TABLE) == 1 and "line 2: dtype float32 does not mix with bfloat16" in capsys.readouterr().err
+    path.write_text(whole)
+    (folder / "train_gpt.py").write_text(FAKE + "# edited\n")
+    assert run(folder) == 1 and "a folder goes on only with the same source" in capsys.readouterr().err
+    assert path.read_text() == whole
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_workers_share_the_cores_and_give_no_times(folder, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run(folder, TABLE, "--workers", "2", "--only", "full", "worse") == 0 and len(set(keys(folder))) == 8
+    lines = results(folder)
+    assert {line["alone"] for line in lines} == {False} and {gpu for *_, gpu in started(folder)} == {"0", "1"}
+    assert {line["header"]["threads"] for line in lines} == {len(os.sched_getaffinity(0)) // 2}
+    assert compare.main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "no times" in text and "median" not in text and "ratio" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def row_of(text: str, name: str) -> list[str]:
+    (row,) = [line for line in text.partition("## Grids")[0].splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_report_has_the_numbers_of_the_results(finished):
+    folder = finished
+    assert compare.main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    loss = {key: line["final"]["val_loss"] for key, line in zip(keys(folder), results(folder))}
+    full, worse = (np.array([loss[name, None, seed] for seed in range(3)]) for name in ("full", "worse"))
+    assert row_of(text, "full") == ["full", "3", f"{full.mean():.4f}", f"{full.std(ddof=1):.4f}", *"-----"[:4], "10.00 s", "-",
+                                    "-", "all / parts"]  # fmt: skip
+    rate, beside = (np.array([loss[name, value, seed] for seed in (3, 4)]) for name, value in (("rate", 0.04), ("worse", None)))
+    tests = [scipy.stats.ttest_rel(worse, full), scipy.stats.ttest_rel(rate, beside)]
+    assert tests[0].pvalue < tests[1].pvalue and "corrected for 2 tests" in text
+    low, high = tests[0].confidence_interval(0.95)
+    cells = row_of(text, "worse")
+    # on the three seeds that both have, of five
+    assert cells[1] == "5" and cells[4:7] == [
+        f"{(worse - full).mean():+.4f}, {low:+.4f} to {high:+.4f}", "3", f"{2 * tests[0].pvalue:.2g}"]  # fmt: skip
+    # a training loss that is 0.5 higher and falls by 0.01 a step; without the part a step takes 5% longer
+    assert cells[7:] == ["+50", "10.50 s", "1.050", "`--shift 0.5`", "without a part"]
+    # by the seeds that had no part in the choice
+    cells = row_of(text, "rate")
+    assert cells[1:4] == ["2", f"{rate.mean():.4f}", f"{rate.std(ddof=1):.4f}"] and cells[5] == "2"
+    assert cells[6] == f"{max(2 * tests[0].pvalue, tests[1].pvalue):.2g}" and cells[10:] == ["`--shift -0.1 --lr 0.04`", "-"]
+    assert "| best |" in text and "must grow" not in text
+
+
+def test_a_run_that_diverges_is_a_result(folder):
+    table = change(TABLE | {"seeds": 2}, worse={"options": ["--lr", "2"], "against": "full"}, none={"against": "worse"})
+    table["variants"]["rate"] = {"grid": {"--lr": [0.04, 0.08, 2]}, "against": "full", "seeds": 1}
+    assert run(folder, table) == 0 and compare.main(["report", str(folder)]) == 0
+    final = results(folder)[1]["final"]
+    assert final["val_loss"] is None and final["step"] == 98 and final["target"] == 1.5 and final["reached"] is False
+    text = (folder / "report.md").read_text()
+    assert row_of(text, "worse")[1:5] == ["2", "2 diverged", "-", "-"] and row_of(text, "none")[4] == "-"
+    assert "| `--lr 2` | 1 | 1 diverged | - |" in text
+    assert "| best, at an end: the grid must grow; judged by the runs that chose it |" in text
+
+
+def test_a_report_is_the_same_bit_for_bit_and_checked(finished, capsys):
+    folder = finished
+    assert compare.main(["report", str(folder)]) == 0
+    made = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".md", ".png")}
+    assert made.keys() == {"report.md", "differences.png", "grids.png"} and b"matplotlib" not in made["grids.png"].lower()
+    for name in made:
+        (folder / name).unlink()
+    capsys.readouterr()
+    assert compare.main(["report", str(folder), "--check"]) == 1
+    assert "stale" in capsys.readouterr().out and not (folder / "report.md").exists()
+    (folder / "train_gpt.py").unlink()  # table and results are enough
+    assert compare.main(["report", str(folder)]) == 0
+    assert {name: (folder / name).read_bytes() for name in made} == made
+    assert compare.main(["report", str(folder), "--check"]) == 0
+    (folder / "report.md").write_text("edited\n")
+    assert compare.main(["report", str(folder), "--check"]) == 1 and (folder / "report.md").read_text() == "edited\n"
+
+
+def test_a_comparison_that_was_stopped_has_a_report(finished):
+    folder = finished
+    path = folder / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(True)[:8]))  # the second seed has reached the grid
+    assert compare.main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "8 runs of 15" in text and row_of(text, "rate")[1] == "1" and row_of(text, "worse")[1] == "2"
+    path.write_text(path.read_text().splitlines(True)[0])
+    assert compare.main(["report", str(folder)]) == 0
+    assert row_of((folder / "report.md").read_text(), "worse")[1:5] == ["0", "-", "-", "-"]
+
+
+def test_a_variant_that_learns_faster_needs_fewer_steps():
+    def line(slope: float) -> dict:
+        curve = [[step, 5 - slope * step] for step in range(4, 201, 4)]
+        return {"header": {}, "final": {"step": 200}, "train": curve}
+
+    # smoothing shifts both curves alike but for their slopes: half the mean's width
+    assert comparison.steps_apart([line(0.02)], [line(0.01)]) == pytest.approx(-(200 - 104), abs=2.5)
+    assert comparison.steps_apart([line(0.01)], [line(0.02)]) == pytest.approx(200 - 104, abs=2.5)
+    assert comparison.steps_apart([line(0.01)] * 2, [line(0.01)]) == pytest.approx(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real script, and the comparisons of this repository
+
+
+def test_the_real_script(tmp_path, monkeypatch, capsys):
+    make_corpus(tmp_path / "data")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    folder = tmp_path / "records" / "real"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    small = options(track=None, **{"schedule.steps": 4, "schedule.extension": 0})
+    table = {"title": "Real", "track": "tiny", "seeds": 1, "options": small, "variants": {
+        "small": {}, "diverges": {"options": ["--scalar.lr", "1e29"], "against": "small"}}}  # fmt: skip
+    bad = change(table, small={"options": ["--matrix.lrr", "1"]})
+    assert run(folder, bad) == 1 and "the nearest is --matrix.lr" in capsys.readouterr().err
+    assert run(folder, change(table, small={"options": ["--model.layers", "0"]})) == 1
+    assert "variant 'small': --model.layers is at least 1" in capsys.readouterr().err
+    assert run(folder, table, "--workers", str(min(2, len(os.sched_getaffinity(0))))) == 0, capsys.readouterr().err
+    first, second = sorted(results(folder), key=lambda line: line["variant"], reverse=True)
+    assert first["final"]["step"] == 4 and 0 < first["final"]["val_loss"] < 6 and len(first["train"]) == 4
+    assert first["header"]["source_sha256"] == claims.sha256(folder / "train_gpt.py") and first["header"]["dtype"] == "float32"
+    assert second["final"]["val_loss"] is None and second["final"]["step"] < 4
+    assert compare.main(["report", str(folder)]) == 0 and "1 diverged" in (folder / "report.md").read_text()
+
+
+def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):
+    for path in (ROOT / "records").rglob("table.json"):
+        assert compare.main(["report", str(path.parent), "--check"]) == 0, capsys.readouterr().out
+    # a comparison two folders below records/ is not taken for a record
+    parts = tmp_path / "records" / "comparisons" / "parts"
+    parts.mkdir(parents=True)
+    for name in ("train_gpt.py", "table.json"):
+        (parts / name).write_text("{}")
+    assert claims.record_folders(tmp_path / "records") == []
