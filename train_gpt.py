@@ -200,8 +200,12 @@ class Run:
     memory: str = field("normal", "low: blocks recomputed in the backward, few logits at a time", choices="normal low")
     micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens", 0)
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
-    checkpoint_every: int = field(0, "steps between checkpoints; 0: none", 0)
+    checkpoint_every: int = field(0, "steps between checkpoints, the end has one too; 0: none", 0)
     resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
+    evaluate: str | None = field(None, "shard or folder of shards: print the loss of the checkpoint --resume PATH on it")
+    sample: str | None = field(None, "text that the model of the checkpoint --resume PATH goes on from")
+    sample_tokens: int = field(200, "tokens of a sample; it ends earlier with its document", 1)
+    temperature: float = field(1.0, "of a sample; near 0: always the likeliest token", 0)
     adopt: bool = field(False, "resume even the checkpoint of another source, track, seed, dtype or data, as a new run")
     timeout: int = field(600, "seconds without progress after which a job of several processes ends", 1)
     out: str = field("logs", "folder of logs and checkpoints")
@@ -280,9 +284,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, uint16 (count,). The format of llm.c: 256 int32 (magic, version, count), then uint16 tokens.
-
-    Raises ValueError naming the file when it is missing, truncated or something else.
-    """
+    Raises ValueError naming the file when it is missing, truncated or something else."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -332,10 +334,8 @@ def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, docume
 
 class Packer:
     """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
-
     Each document gives its first min(length, cut, space left) tokens, the rest is dropped, and the next row begins
-    with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document).
-    """
+    with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document)."""
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
         self.paths, self.data, self.position = list(paths), data, tuple(position)
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -413,14 +413,13 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
 
 def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -> list[tuple[np.ndarray, np.ndarray]]:
     """The validation stream cut into rows, in order and not aligned to documents; the last row is padded.
-
-    Ends after exactly `evaluation.tokens` counted targets; ValueError when there are fewer.
-    """
+    Ends after exactly `evaluation.tokens` counted targets, 0: with the stream; ValueError when there are fewer."""
     stream = np.concatenate([read_shard(path) for path in paths])
     counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
-    if (found := counted[-1] if len(counted) else 0) < evaluation.tokens:
-        raise ValueError(f"{paths[0].parent} holds {found} validation targets, the track needs {evaluation.tokens}")
-    stream = stream[: np.searchsorted(counted, evaluation.tokens) + 2]
+    found = counted[-1] if len(counted) else 0
+    if found < (wanted := evaluation.tokens or max(1, found)):
+        raise ValueError(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
+    stream = stream[: np.searchsorted(counted, wanted) + 2]
     rows, T = [], evaluation.row_tokens
     for begin in range(0, len(stream) - 1, T):
         row = stream[begin : begin + T + 1]
@@ -477,9 +476,7 @@ def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layou
 
 class BlockedAttention(torch.autograd.Function):
     """Softmax attention in blocks, (B, T, H, d) each, cost T x window; the backward recomputes the scores.
-
-    Scores are bounded (|q k| <= 60: RMS-normalised heads times a scale), so the exponentials need no running maximum.
-    """
+    Scores are bounded (|q k| <= 60: RMS-normalised heads times a scale), so the exponentials need no running maximum."""
     @staticmethod
     def split(x: Tensor, C: int, previous: bool = False) -> Tensor:  # (B, T, H, d) -> (B, n, H, C or 2 C, d)
         B, T, H, d = x.shape
@@ -543,10 +540,8 @@ def norm(x: Tensor) -> Tensor:
 
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
     """Frequencies (d / 2,) in radians per token and softmax scale after a history of long windows.
-
     Half of the pairs do not rotate. At each window change YaRN (2309.00071) interpolates the slow frequencies and the
-    softmax scale grows by 1 + 0.2 ln(new / old).
-    """
+    softmax scale grows by 1 + 0.2 ln(new / old)."""
     pairs = model.width // model.heads // 2
     turning = pairs // 2
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
@@ -561,9 +556,7 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
 
 def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Row of each n-gram in its table and a second hash, (B, T, len(ngrams)) each: the last n tokens within the document.
-
-    The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
-    """
+    The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs)."""
     document, begin, rows, second = starts.cumsum(1), 0, [], []
     for n, count in ngrams:
         key = inputs.long() + 1
@@ -578,9 +571,7 @@ def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int
 
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
-
-    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32.
-    """
+    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32."""
     @staticmethod
     def quantize(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
         return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -702,9 +693,7 @@ class GPT(nn.Module):
     def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, attention: tuple[Tensor, ...] | None,
               mlp: Tensor, value: Tensor | None, layout: Layout | None, forms: Sequence[str]) -> Tensor:  # fmt: skip
         """x (B, T, D) through a block, whose attention may `read` another stream.
-
-        `attention` is (q k v o, gate, value mix, value gate, xsa), `mlp` is (up, down), `forms` name what is on here.
-        """
+        `attention` is (q k v o, gate, value mix, value gate, xsa), `mlp` is (up, down), `forms` name what is on here."""
         x = residual[0] * x + residual[1] * x0
         if attention is not None:
             x = x + self.attention(norm(x if read is None else read), *attention, value, layout, forms)
@@ -758,9 +747,7 @@ class GPT(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
                 ahead: int = 0) -> Tensor:  # fmt: skip
         """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
-
-        The first is of the targets, the others of those 1, 2, ... places on in the row; windows are (short, long).
-        """
+        The first is of the targets, the others of those 1, 2, ... places on in the row; windows are (short, long)."""
         windows = [window_size(w) for w in windows] if self.fused else windows
         return self.body(inputs, targets, offsets, windows, longest, ahead)
 
@@ -862,10 +849,8 @@ class Comm:
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
-
     Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
-    depend on the scale of u when the exponent is -1/2.
-    """
+    depend on the scale of u when the exponent is -1/2."""
     def factor(dim: int) -> Tensor:
         sums = torch.linalg.vector_norm(u, dim=dim, keepdim=True).square()
         return (sums + 1e-8 * sums.mean((-2, -1), keepdim=True) + TINY).pow(exponent)
@@ -877,11 +862,9 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
 def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
                   work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
     """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately: singular values near 1, in `work_dtype`.
-
     x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter, ||(x xT)^2||_F^(1/4)
     ("spc"), and goes through an odd quintic a x + (b g + c g^2) x, g = x xT, `steps` times: Jordan's Newton-Schulz
-    (one triple) or Polar Express (2505.16932; fewer than 5 steps take the last triples, more append the limit).
-    """
+    (one triple) or Polar Express (2505.16932; fewer than 5 steps take the last triples, more append the limit)."""
     if method == "polar_express":
         triples, margin = (POLAR_EXPRESS + (POLAR_LIMIT,) * max(0, steps - 5))[max(0, 5 - steps) :], POLAR_MARGIN
     else:
@@ -906,10 +889,8 @@ def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm
 
 class Unit:
     """Parameters that are updated as one stack, and this rank's chunk of the state.
-
     The stack (S, *tail) has one entry per matrix (tail (m, n)) or per element (tail ()). It is padded with zeros to
-    N equal chunks; rank r owns entries [r C, (r + 1) C).
-    """
+    N equal chunks; rank r owns entries [r C, (r + 1) C)."""
     SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
 
     def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Sequence[float] = (1.0,)):
@@ -1018,9 +999,7 @@ class Unit:
 
 def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
     """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
-
-    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use.
-    """
+    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use."""
     dim = -1 if second_moment.size(-1) == 1 else -2
     length = update.size(dim)
     mean_square = torch.linalg.vector_norm(update.float(), dim=dim, keepdim=True).square() / length
@@ -1033,21 +1012,17 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
 
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
-
     `groups` are dicts with `kind`, `params` (tensors or (name, tensor) pairs) and any field of `FIELDS[kind]`; `lr`,
     `momentum` and `weight_decay` are read at every step. Matrix parameters are (m, n) or banks (K, m, n), "row" is dim
     -2; those of one shape in one group are processed as one stack. Each rank updates its share and all ranks receive
     the result; without torch.distributed the one process does everything.
-
     grads="mean": gradients are means and equal on all ranks (one process, or DDP).
     grads="token_sum": gradients are sums over this rank's tokens; `step(tokens=n)` adds them over ranks and divides by
     the global count n.
-
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
     copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as zero.
-    ValueError for a field, shape or combination that does not exist.
-    """
+    ValueError for a field, shape or combination that does not exist."""
     REQUIRED = object()
     FIELDS = {
         "matrix": {**vars(Matrix()), **dict(lr=REQUIRED, momentum=0.95, work_dtype=torch.bfloat16, every=1)},
@@ -1287,9 +1262,7 @@ def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
 
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
-
-    Returns the sha256 of each file used and the largest number of documents in a training and a validation row.
-    """
+    Returns the sha256 of each file used and the largest number of documents in a training and a validation row."""
     data, manifest = track.data, manifest_of(folder, track.data)
     packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
     for step in range(total_steps(track.schedule)):
@@ -1331,9 +1304,7 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
 
 def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
     """Thread that ends this process when no rank has moved for `seconds`, or the store of the ranks is gone.
-
-    All ranks make the same collective calls in the same order, so those that have made fewest hold up the others.
-    """
+    All ranks make the same collective calls in the same order, so those that have made fewest hold up the others."""
     comm, calls, idle, why = trainer.comm, -1, 0, ""
     try:
         while not why and not done.wait(1.0):
@@ -1373,9 +1344,7 @@ class Clock:
 
 class Log:
     """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes.
-
-    A log that is there already keeps its lines up to the `step` of `open`: what came after it happens again.
-    """
+    A log that is there already keeps its lines up to the `step` of `open`: what came after it happens again."""
     def __init__(self, path: Path):
         self.path, self.file, self.events = path, None, set()
 
@@ -1644,6 +1613,7 @@ class Trainer:
     def save(self, path: Path, **progress: Any) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""
         model, optimizer = {name: p.detach() for name, p in self.model.named_parameters()}, self.optimizer.state_dict()
+        model["embed"] = model["lm_head" if self.model.tied else "embed"]
         content = dict(key=self.key, train_time_s=self.clock.seconds, model=model, optimizer=optimizer, **progress)
         on_rank_0(self.comm, lambda: save_checkpoint(path, content))
 
@@ -1745,7 +1715,7 @@ class Trainer:
                 if done % max(1, steps // 20) == 0 or last:
                     say(f"step {done}/{steps} loss {train_loss:.4f} {clock.now():.1f} s {tokens / clock.now():,.0f} tokens/s")
             due = due or stopping or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
-            save = due and done % self.period == 0 and not last
+            save = run.checkpoint_every > 0 if last else due and done % self.period == 0
             if not (save or last or done % evaluation.every == 0):
                 continue
             clock.stop()
@@ -1763,7 +1733,7 @@ class Trainer:
                 path = out / run_id / f"step_{done:06d}.pt"
                 self.save(path, run_id=run_id, step=done, position=list(position), tokens=tokens)
                 log.write("checkpoint", step=done)
-                if stopping:
+                if stopping and not last:
                     say(f"stopped and saved at step {done}; the same command with --resume goes on")
                     sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
             clock.start()
@@ -1780,6 +1750,58 @@ class Trainer:
             f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
             f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
         return final
+
+
+def tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples of a track."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+@torch.no_grad()
+def use_checkpoint(run: Run, device: torch.device) -> float | str:
+    """The mean loss, nats per token, on the shards of --evaluate, or the text of --sample; printed and returned."""
+    if not run.resume:
+        raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
+    found = load_checkpoint(Path(run.resume), {})
+    settings = {name: {key: tuples(value) for key, value in part.items()} for name, part in found["key"]["track"].items()}
+    track = Track(**{name: type(part)(**settings[name]) for name, part in vars(Track()).items()})
+    data, longest, bfloat16 = track.data, track.evaluation.row_tokens, found["key"]["dtype"] == "bfloat16"
+    dtype = torch.bfloat16 if bfloat16 and supports(device, "bfloat16") else torch.float32
+    model, as_bytes = GPT(track.model, longest, dtype, device), data.vocab_size == 257
+    for name, p in model.named_parameters():
+        p.copy_(found["model"][name])
+    model.set_rotary([stage.windows[1] for stage in stages_until(track.schedule, found["step"])])
+    windows = track.evaluation.windows
+
+    if run.evaluate:
+        paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
+        if (largest := max(int(read_shard(path).max(initial=0)) for path in paths)) >= data.vocab_size:
+            raise ValueError(f"{run.evaluate} holds token {largest}, the vocabulary has {data.vocab_size}")
+        total, count = 0.0, 0
+        for row in validation_rows(paths, data, dataclasses.replace(track.evaluation, tokens=0)):
+            batch = make_batch([row], data, len(row[1]))
+            total += float(model(*(x.to(device) for x in batch), windows, longest))
+            count += int((batch.targets >= 0).sum())
+        print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
+        return total / count
+    if not as_bytes:
+        import tiktoken
+        encoding = tiktoken.get_encoding("gpt2")
+    tokens = [data.document_start, *(run.sample.encode() if as_bytes else encoding.encode_ordinary(run.sample))]
+    generator, windows = torch.Generator().manual_seed(run.seed), [window_size(w) for w in windows] if model.fused else windows
+    for _ in range(run.sample_tokens):
+        inputs = torch.tensor([tokens[-longest:]], dtype=torch.int32, device=device)
+        T = inputs.size(1)
+        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
+        x = model.stream(inputs, offsets, windows, T, lambda part, *args: part(*args))
+        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
+        chances = (logits / max(run.temperature, 1e-6)).softmax(0)
+        tokens.append(int(chances.multinomial(1, generator=generator)))
+        if tokens[-1] == data.document_start:
+            break
+    words = [token for token in tokens if token != data.document_start]
+    print(text := bytes(words).decode(errors="replace") if as_bytes else encoding.decode(words))
+    return text
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1970,6 +1992,8 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
         model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
         torch._dynamo.config.recompile_limit = 64
+        if run.evaluate is not None or run.sample is not None:
+            return use_checkpoint(run, device)
         build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:
             restart, job = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
