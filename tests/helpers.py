@@ -20,18 +20,22 @@ import train_gpt
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds for one set of processes, on a busy machine
 
-# 18 + 2 steps of 12 rows: the windows change twice, both training shards are read, some groups wait for a second step
+# 18 + 2 steps of 12 or 24 rows: three stages, every form of a block, tied weights that part at step 12, both training shards
+# are read, some groups wait for a second step
 SMALL = {
     "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
-    "data.rows": 12, "data.row_tokens": 64,
+    "data.rows": 12, "data.row_tokens": 64, "data.epochs": 2,
     "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.attention_free": "()",
     "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))", "model.skips": "((0, 1),)", "model.backout": 0,
-    "model.ngrams": "((2, 40), (3, 64))",
-    "matrix.lr": 0.03, "gate.lr": 0.03, "embed.lr": 0.3, "value.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
+    "model.ngrams": "((2, 40), (3, 64))", "model.ngram_signs": 5, "model.xsa": "(0,)", "model.key_offset": "(1,)",
+    "model.paired": "(1,)", "model.frozen": 0, "model.value_gate_inputs": 4, "model.qk_parts": 2, "model.tied": 0.6,
+    "model.o_std": 0.5, "model.embed_std": 0.02, "model.head_std": 0.02,
+    "matrix.lr": 0.03, "gate.lr": 0.03, "embed.lr": 0.02, "value.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
     "embed.every": 2, "value.every": 1, "head.every": 2, "scalar.every": 1,
     "schedule.steps": 18, "schedule.extension": 2,
     "schedule.momentum": "(0.85, 0.95)", "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,
-    "schedule.stages": "((0, (16, 24), 1, 96), (0.5, (24, 32), 1, 96), (1, (24, 40), 1, 96))",
+    "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),)), (0.5, (24, 32), 2, 96, 1.3), (1, (24, 40), 1, 96))",
+    "schedule.decay_power": 2.0, "matrix.weight_decay": 0.1, "matrix.cautious": "true",
     "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7, "evaluation.windows": "(24, 48)",
     "evaluation.log_every": 1, "evaluation.target": 5.0,
 }  # fmt: skip
