@@ -1520,7 +1520,6 @@ class Trainer:
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
         # tied weights part where no gradients are kept
         self.untie = -(-round(track.model.tied * track.schedule.steps) // self.period) * self.period
-        self.longest = max(stage.document_cut for stage in track.schedule.stages)
         self.model.low_memory = run.memory == "low"
         self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
         for name in GPT.COMPILED[self.compiled]:
@@ -1528,7 +1527,9 @@ class Trainer:
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
                     "data": self.checked["digests"]}  # fmt: skip
-        self.micro_rows = micro_rows(track, run, comm.world_size)
+        stages = track.schedule.stages
+        self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in stages}
+        self.longest = max(stage.document_cut for stage in stages)
         self.asked_to_stop = 0  # the signal that did
         self.lap("model and optimizer")
 
@@ -1550,13 +1551,13 @@ class Trainer:
         self.model.embed.copy_(self.model.lm_head)
         self.optimizer.copy_state("lm_head", "embed")
 
-    def forward_backward(self, batch: Batch, windows: tuple[int, int], weights: Sequence[float]) -> Tensor:
+    def forward_backward(self, batch: Batch, stage: Stage, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total, weights = torch.zeros((), device=self.device), torch.tensor(weights, device=self.device)
-        for micro in zip(*(x.split(self.micro_rows) for x in batch)):
+        for micro in zip(*(x.split(self.micro_rows[stage.batch]) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
             self.comm.calls += 1  # a sign of life for `watch`
-            losses = self.model(*parts, windows, self.longest, len(weights) - 1)
+            losses = self.model(*parts, stage.windows, self.longest, len(weights) - 1)
             losses.backward(weights)
             total += losses[0].detach()
         return total
@@ -1574,12 +1575,12 @@ class Trainer:
         schedule, T = self.track.schedule, self.track.data.row_tokens
         self.model.init_weights(self.run.seed)
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
-        batch = make_batch([row] * self.micro_rows, self.track.data, self.checked["documents"])
         switches = {round(stage.begin * schedule.steps) for stage in schedule.stages} | {self.untie}
         for step in sorted(step for step in switches if step < total_steps(schedule)):
-            windows = self.enter(step).windows
-            self.forward_backward(batch, windows, loss_weights(schedule, step))
-            self.validate(windows, self.validation[:1])
+            stage = self.enter(step)
+            batch = make_batch([row] * self.micro_rows[stage.batch], self.track.data, self.checked["documents"])
+            self.forward_backward(batch, stage, loss_weights(schedule, step))
+            self.validate(stage.windows, self.validation[:1])
         self.validate(self.track.evaluation.windows, self.validation[:1])
         self.lap("graphs")
         for _ in range(self.period):
@@ -1667,7 +1668,7 @@ class Trainer:
         if not log.events:
             log.write(
                 "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
-                dtype=dtype, micro_rows=self.micro_rows, **self.environment,
+                dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
                 data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
                 compiled=self.compiled, graphs=graphs, startup_s=self.startup,
                 compile="cold" if misses else "warm" if graphs else "none",
@@ -1689,9 +1690,9 @@ class Trainer:
             if step == self.untie > 0:
                 self.part_ties()
             if step in (first, self.untie) or len(stages_until(schedule, step)) > len(stages_until(schedule, step - 1)):
-                windows = self.enter(step).windows
+                stage = self.enter(step)
             batch, read, count, position = next(batches)
-            loss = self.forward_backward(batch, windows, loss_weights(schedule, step))
+            loss = self.forward_backward(batch, stage, loss_weights(schedule, step))
             factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
             for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
                 group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
@@ -1717,7 +1718,7 @@ class Trainer:
                 continue
             clock.stop()
             if last or done % evaluation.every == 0:
-                val_loss = self.validate(evaluation.windows if last else windows, self.validation)
+                val_loss = self.validate(evaluation.windows if last else stage.windows, self.validation)
                 log.write("val", step=done, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds,
                           tokens=tokens)  # fmt: skip
                 say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
@@ -1937,8 +1938,8 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError(sentence)
 
 
-def micro_rows(track: Track, run: Run, world_size: int) -> int:
-    """Rows of one forward pass; ValueError for a number of processes or rows that does not divide."""
+def micro_rows(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
+    """Rows of a forward pass in stages of this `batch`; ValueError for a number of processes or rows that does not divide."""
     rows = track.data.rows
     if rows % world_size:
         allowed = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -1946,7 +1947,8 @@ def micro_rows(track: Track, run: Run, world_size: int) -> int:
     own = rows // world_size
     if run.micro_rows and own % run.micro_rows:
         raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
-    return run.micro_rows or max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * track.data.row_tokens <= 8192))
+    most = max(1, 8192 // track.data.row_tokens)
+    return run.micro_rows or max(n for n in range(1, most + 1) if own * batch % n == 0)
 
 
 def explanation(error: BaseException) -> str | None:

@@ -75,13 +75,14 @@ def optimizer_work(optimizer: train_gpt.MuonEq) -> tuple[float, float]:
     return operations, moved
 
 
-def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, windows: tuple[int, int]) -> dict[str, tuple]:
+def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gpt.Stage) -> dict[str, tuple]:
     """Name -> (call, how often in a step, operations, bytes) of one forward and backward pass over one micro-batch."""
     model, device, c = trainer.model, trainer.device, trainer.track.model
-    inputs, targets, offsets = (x[: trainer.micro_rows].to(device) for x in batch)
+    windows, rows = stage.windows, trainer.micro_rows[stage.batch]
+    inputs, targets, offsets = (x[:rows].to(device) for x in batch)
     B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
     n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.longest
-    passes = len(batch.inputs) // trainer.micro_rows
+    passes = len(batch.inputs) // rows
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=model.dtype).requires_grad_()
@@ -147,14 +148,14 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     track, clock, device = trainer.track, trainer.clock, trainer.device
     trainer.warm_up()
     last = track.schedule.steps - 1
-    windows, weights = trainer.enter(last).windows, train_gpt.loss_weights(track.schedule, last)
+    stage, weights = trainer.enter(last), train_gpt.loss_weights(track.schedule, last)
     packer = train_gpt.Packer(trainer.train_paths, track.data)
     rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
     batches = train_gpt.training_steps(packer, track, documents, rank, world_size, last)
     batch, read, count, _ = next(batches)
 
     def forward_backward() -> None:
-        trainer.forward_backward(batch, windows, weights)
+        trainer.forward_backward(batch, stage, weights)
 
     def step() -> None:
         forward_backward()
@@ -180,7 +181,7 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     memory = train_gpt.peak_memory(device)
     both = seconds_of(forward_backward, clock)
     trainer.optimizer.reset()
-    parts = parts_of(trainer, batch, windows)
+    parts = parts_of(trainer, batch, stage)
     for name, (call, often, operations, moved) in parts.items():
         add(name, often * seconds_of(call, clock), often * operations, often * moved)
     trainer.optimizer.reset()
@@ -209,7 +210,7 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
             recorder.export_chrome_trace(trace)
     return dict(
         device=trainer.environment["device"], torch=torch.__version__, world_size=world_size, track=trainer.run.track,
-        dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=windows, tokens=tokens,
+        dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=stage.windows, tokens=tokens,
         products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole, forward_backward_ms=1e3 * both, parts=rows,
         mfu=model_operations / whole / rate, peak_memory_bytes=memory,
     )  # fmt: skip

@@ -749,7 +749,7 @@ def test_too_little_memory_names_the_knob(
 # --- the log
 
 HEADER = {
-    "run_id": str, "track": str, "settings": dict, "seed": int, "dtype": str, "micro_rows": int, "source_sha256": str,
+    "run_id": str, "track": str, "settings": dict, "seed": int, "dtype": str, "micro_rows": list, "source_sha256": str,
     "git_commit": str, "git_dirty": bool, "torch": str, "cuda": (str, type(None)), "driver": str, "python": str,
     "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict, "compiled": str, "compile": str,
     "startup_s": dict, "attention": str, "head": str,
