@@ -259,9 +259,10 @@ TRACKS = {
         model=Model(padded_vocab=50304, width=1024, heads=8, layers=16, long_blocks=(0, 4, 11, 15), gate_inputs=16,
                     value_tables=(*((i, i) for i in range(5)), *((11 + i, i) for i in range(5))), value_gate_inputs=8,
                     ngrams=((2, 251_520),), ngram_signs=8192, key_offset=(0, 4, 11, 15), skips=((3, 6),), backout=11,
-                    softcap=(23.0, 5.0, 7.5), tied=1 / 6, low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
-                    fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
-                    o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.05),
+                    softcap=(23.0, 5.0, 7.5), tied=1 / 6,
+                    low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
+                    fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448), o_std=0.5,
+                    embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.05),
         matrix=Matrix(lr=0.015, weight_decay=0.018, cautious=True, equilibrate="none", normuon=True, lr_mul=(2.0, 4.0)),
         gate=Matrix(kind="adam"),
         hidden=Adam(lr=0.0008, betas=(0.9, 0.99)),
@@ -270,7 +271,8 @@ TRACKS = {
         head=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
         scalar=Adam(lr=0.008, betas=(0.9, 0.99)),
         schedule=Schedule(steps=4700, extension=40, cooldown=0.7, decay_power=2.0, stages=(
-            Stage(0, (128, 384), 1, ahead=((0.5, 0.5), (0.25, 0.0))), Stage(1 / 12, (384, 896), 2, lr=1.52, ahead=((0.5, 0.0),)),
+            Stage(0, (128, 384), 1, 4096, 1.0, ((0.5, 0.5), (0.25, 0.0))),
+            Stage(1 / 12, (384, 896), 2, 4096, 1.52, ((0.5, 0.0),)),
             Stage(2 / 12, (640, 1408), 3, lr=1.73), Stage(3 / 12, (768, 1664), 4, lr=2.0),
             Stage(4 / 12, (896, 1920), 4, lr=2.0), Stage(5 / 12, (1024, 2176), 4, lr=2.0),
             Stage(6 / 12, (1152, 2432), 4, lr=2.0), Stage(7 / 12, (1280, 2688), 4, lr=2.0),
@@ -663,7 +665,8 @@ class GPT(nn.Module):
         def normal(p: Tensor, std: float) -> Tensor:
             return torch.randn(p.shape, generator=generator) * std
         start = {
-            "qk": uniform(self.qk, c.up_std), "vo": uniform(self.vo, c.up_std, c.o_std), "mlp": uniform(self.mlp, c.up_std, 0.0),
+            "qk": uniform(self.qk, c.up_std),
+            "vo": uniform(self.vo, c.up_std, c.o_std), "mlp": uniform(self.mlp, c.up_std, 0.0),
             "embed": normal(self.embed, c.embed_std), "value_embed": normal(self.value_embed, c.value_std),
             "lm_head": normal(self.lm_head, c.head_std),
             "residual": torch.tensor([c.residual_start, 0.0]), "value_mix": torch.tensor([0.5, 0.5]),
@@ -690,7 +693,8 @@ class GPT(nn.Module):
     def embedding(self, inputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """First activations (B, T, D) and value embeddings (tables, B, T, D)."""
         c, dtype = self.config, self.dtype
-        x, starts = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype), document_starts(offsets, inputs.size(1))
+        starts = document_starts(offsets, inputs.size(1))
+        x = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype)
         if c.ngrams:
             rows, second = ngram_hashes(inputs, starts, c.ngrams)
             found = Lookup.apply(self.ngram_embed, rows)
@@ -723,7 +727,8 @@ class GPT(nn.Module):
             weight = mix[1]
             if value_gate is not None:  # record #55
                 n = value_gate.size(-1) // 2
-                weight = 2 * weight * torch.sigmoid(F.linear(torch.cat([x[..., :n], value[..., :n]], -1), value_gate))[..., None]
+                read = torch.cat([x[..., :n], value[..., :n]], -1)
+                weight = 2 * weight * torch.sigmoid(F.linear(read, value_gate))[..., None]
             v = v + weight * value.view_as(v)
         q, k, keyed = norm(q), norm(k), v
         if "paired" in forms:  # two positions for each token, of half the heads (record #58)
@@ -1525,8 +1530,8 @@ class Trainer:
         for name in GPT.COMPILED[self.compiled]:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
-        self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype, "source": source_sha256(),
-                    "data": self.checked["digests"]}  # fmt: skip
+        self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
+                    "source": source_sha256(), "data": self.checked["digests"]}  # fmt: skip
         stages = track.schedule.stages
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in stages}
         self.longest = max(stage.document_cut for stage in stages)
@@ -1903,13 +1908,14 @@ def check_settings(track: Track, run: Run) -> None:
         if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
             raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
     settings = [x for section in vars(track).values() for x in vars(section).values()]
-    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *(i for i, _ in model.value_tables), *sum(model.skips, ())]
+    pointers = *(i for i, _ in model.value_tables), *sum(model.skips, ())
+    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *pointers]
     fp8, factors = model.fp8_head, [x if isinstance(x, tuple) else (x,) for x in (track.matrix.lr_mul, track.gate.lr_mul)]
 
     def numbers(values: Any, count: int) -> bool:
         return len(values) == count and all(type(x) in (int, float) for x in values)
     for good, sentence in (
-        (all(isinstance(pair, tuple) and numbers(pair, 2) for pair in pairs), "momentum, betas, ... are pairs such as (0.85, 0.95)"),
+        (all(isinstance(pair, tuple) and numbers(pair, 2) for pair in pairs), "momentum, betas and weights ahead are pairs"),
         (numbers(model.softcap, 3), "softcap is three numbers, such as (30.0, 0.0, 7.5)"),
         (numbers([*begins, *lrs], 2 * len(stages)) and stages and begins == sorted({*begins}) and begins[0] == 0,
          "stages begin at 0 and in rising order; their factors on lr are numbers"),
@@ -1929,7 +1935,7 @@ def check_settings(track: Track, run: Run) -> None:
         (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
         (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
-        (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "model.gate_inputs and value_gate_inputs are at most the width"),
+        (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "gate_inputs and value_gate_inputs exceed the width"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
         (all(x and all(isinstance(y, (int, float)) for y in x) for x in factors), "lr_mul is a number or a tuple of numbers"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),

@@ -14,7 +14,7 @@ from train_gpt import GPT, TRACKS, FP8Linear, MuonEq, supports
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-SMALL = replace(TRACKS["short"].model, padded_vocab=512, width=768, ngrams=((2, 997),))  # heads of 128, the layer map of the track
+SMALL = replace(TRACKS["short"].model, padded_vocab=512, width=768, ngrams=((2, 997),))  # the layer map of the track
 ROWS = [[300, 212], [512], [1, 1, 510], [256, 256], [100, 400, 12], [511, 1], [2, 510], [128] * 4]
 
 

@@ -1003,7 +1003,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[O
 def test_loss_of_a_checkpoint(trained: tuple, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
     """On the validation shard the run's own, on a folder that of all its shards."""
     (outcome, use), folder = trained, data_dir / "shakespeare"
-    assert train_gpt.main([*use, "--evaluate", str(folder / "val_000000.bin")]) == pytest.approx(outcome.final["val_loss"], rel=1e-6)
+    found = train_gpt.main([*use, "--evaluate", str(folder / "val_000000.bin")])
+    assert found == pytest.approx(outcome.final["val_loss"], rel=1e-6)
     assert f"over {outcome.final['val_tokens']:,} tokens" in capsys.readouterr().out
     found = train_gpt.main([*use, "--evaluate", str(folder)])
     stream = np.concatenate([train_gpt.read_shard(path) for path in sorted(folder.glob("*.bin"))])
@@ -1043,8 +1044,9 @@ def test_a_sample_takes_likely_tokens_and_follows_the_seed(trained: tuple, capsy
     (["--evaluate", "nothing.bin"], "nothing.bin is missing"), (["--evaluate", "large.bin"], "holds token 300"),
 ])  # fmt: skip
 def test_a_checkpoint_cannot_be_used(
-    trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], sentence: str
-) -> None:
+    trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    words: list[str], sentence: str,
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 3

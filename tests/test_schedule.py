@@ -48,8 +48,8 @@ def test_learning_rate_of_the_short_track(step, factor):
 
 @pytest.mark.parametrize(
     "step,weights",
-    [(0, [1, 0.5, 0.25]), (211, [1, 0.5, 0.1253]), (422, [1, 0.5, 0.0006]), (423, [1, 0.5]), (635, [1, 0.25]), (846, [1, 0.0012]),
-     (847, [1]), (1269, [1]), (1284, [1])],
+    [(0, [1, 0.5, 0.25]), (211, [1, 0.5, 0.1253]), (422, [1, 0.5, 0.0006]), (423, [1, 0.5]), (635, [1, 0.25]),
+     (846, [1, 0.0012]), (847, [1]), (1269, [1]), (1284, [1])],
 )  # fmt: skip
 def test_loss_weights_of_the_short_track(step, weights):
     assert loss_weights(SHORT, step) == pytest.approx(weights, abs=6e-5)
