@@ -151,7 +151,7 @@ class Schedule:
     stages: tuple = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, weights ahead), ...")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end")
-    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power")
+    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power", 1)
     momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises")
     momentum_cooldown: int = field(50, "last steps over which it falls again")

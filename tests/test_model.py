@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from train_gpt import GPT, TRACKS, FP8Linear, Model, Track, build_optimizer, rotary_frequencies, supports
+from train_gpt import GPT, TRACKS, FP8Linear, Lookup, Model, Track, build_optimizer, rotary_frequencies, supports
 
 SHORT = TRACKS["short"]
 # 11 blocks, 6 heads of 8, the layer map of the track
@@ -265,6 +265,18 @@ def test_gradients_reach_every_parameter():
         assert found[key].flatten(1).any(1).all(), key
     for key in ("residual", "skip", "smear", "backout"):
         assert (found[key] != 0).all(), key
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_lookup_adds_up_gradients_in_fp32(dtype):
+    """Thousands of small gradients of one row: bfloat16 sums would stop growing at 256 times their size."""
+    table = torch.randn(9, 4, dtype=dtype, requires_grad=True)
+    index = torch.tensor([[3, 5, 3], [0, 3, 8]], dtype=torch.int32).repeat(1, 1000)
+    found = Lookup.apply(table, index)
+    assert torch.equal(found, table[index.long()])
+    found.backward(torch.full_like(found, 0.125))
+    expected = torch.bincount(index.flatten(), minlength=9)[:, None].expand(9, 4) * 0.125
+    torch.testing.assert_close(table.grad.float(), expected, rtol=2**-8, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

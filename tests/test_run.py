@@ -988,6 +988,66 @@ def test_tracks_are_frozen_data(name: str) -> None:
     assert np.iinfo(np.uint16).max >= track.data.document_start
 
 
+# --- what changes during a run
+
+
+def test_stages_reach_the_model_and_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, windows, loss weights, tied weights, rotary history, learning rate and decay of every step."""
+    forward, step, rotary, seen = train_gpt.Trainer.forward_backward, train_gpt.MuonEq.step, train_gpt.GPT.set_rotary, []
+
+    def forward_backward(self: train_gpt.Trainer, batch: Any, stage: Any, weights: Any) -> torch.Tensor:
+        if self.clock.began:
+            seen.append([len(batch.inputs), stage.windows, [*weights], self.model.tied, self.model.history])
+        return forward(self, batch, stage, weights)
+
+    def optimizer_step(self: train_gpt.MuonEq, *, tokens: int) -> None:
+        if seen:
+            group = next(group for group in self.param_groups if group["kind"] == "matrix" and group["weight_decay"])
+            seen[-1] += [group["lr"] / 0.03, group["weight_decay"] / 0.1]
+        step(self, tokens=tokens)
+
+    def set_rotary(self: train_gpt.GPT, windows: list[int]) -> None:
+        self.history = windows
+        rotary(self, windows)
+
+    monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
+    monkeypatch.setattr(train_gpt.MuonEq, "step", optimizer_step)
+    monkeypatch.setattr(train_gpt.GPT, "set_rotary", set_rotary)
+    train(options(out=tmp_path))
+    schedule = train_gpt.parse_command_line(options())[0].schedule
+    factors = [train_gpt.learning_rate_factor(schedule, at) for at in range(STEPS)]
+    stages = [(12, (16, 24), [24])] * 9 + [(24, (24, 32), [24, 32])] * 9 + [(12, (24, 40), [24, 32, 40])] * 2
+    weights = [[1.0, 0.5 * (1 - at / 9)] for at in range(9)] + [[1.0]] * 11
+    assert len(seen) == STEPS
+    for at, (rows, windows, found, tied, history, lr, decay) in enumerate(seen):
+        assert (rows, windows, history) == stages[at] and found == pytest.approx(weights[at])
+        assert tied == (at < 12) and lr == pytest.approx(factors[at]) and decay == pytest.approx(factors[at])  # power 2
+
+
+def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, parted = train_gpt.Trainer.part_ties, []
+
+    def part_ties(self: train_gpt.Trainer) -> None:
+        assert not torch.equal(self.model.embed, self.model.lm_head)
+        original(self)
+        state = self.optimizer.state_dict()["state"]
+        same = [torch.equal(state["embed"][key], state["lm_head"][key]) for key in ("exp_avg", "exp_avg_sq")]
+        parted.append((self.optimizer.steps, torch.equal(self.model.embed, self.model.lm_head), same))
+
+    monkeypatch.setattr(train_gpt.Trainer, "part_ties", part_ties)
+    params = train(options(out=tmp_path)).params
+    assert parted == [(12, True, [True, True])] and not torch.equal(params["embed"], params["lm_head"])
+    train(options(out=tmp_path, model__tied=0))
+    train(options(out=tmp_path, model__tied=1))
+    assert len(parted) == 2 and parted[1][0] == 18  # the last one only in the extension
+
+
+@pytest.mark.parametrize("asked, world_size, rows", [(0, 1, [8, 8, 8]), (0, 2, [4, 8, 6]), (2, 4, [2, 2, 2]), (0, 8, [1, 2, 3])])
+def test_rows_of_a_pass_follow_the_batch(asked: int, world_size: int, rows: list[int]) -> None:
+    track, run = train_gpt.parse_command_line(["--track", "tiny", "--data.rows", "8", "--micro_rows", str(asked)])
+    assert [train_gpt.micro_rows(track, run, world_size, batch) for batch in (1, 2, 3)] == rows  # 1,024 tokens each
+
+
 # --- a checkpoint in use
 
 
