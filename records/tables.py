@@ -107,14 +107,16 @@ def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     for r in results:
         settings = settings_of(root / track / r["name"])
         data = {key: value for key, value in settings["data"].items() if key != "epochs"}
-        key = json.dumps([settings["model"], data, settings["schedule"]["windows"]], sort_keys=True)
+        schedule = settings["schedule"]  # windows: before there were stages of (begin, windows, batch, ...)
+        stages = schedule["windows"] if "windows" in schedule else [stage[:3] for stage in schedule["stages"]]
+        key = json.dumps([settings["model"], data, stages], sort_keys=True)
         groups.setdefault(key, []).append((r["steps"], r["val_loss"]["mean"], r, settings))
     lines = []
     for members in sorted(groups.values(), key=lambda members: min(m[:2] for m in members)):
-        model, data = members[0][3]["model"], members[0][3]["data"]
+        model = members[0][3]["model"]
         first = min((m[2] for m in members), key=lambda r: r["first_run"])
         lines += ["", f"Track `{track}`, model and batch of {first['name']} ({model['layers']} blocks x {model['width']}, "
-                  f"{data['rows'] * data['row_tokens']:,} tokens in a step):", ""]  # fmt: skip
+                  f"{first['tokens'] / first['steps']:,.0f} tokens in a step):", ""]  # fmt: skip
         lines += ["| rank | record | optimizer of the matrices | steps | validation loss: mean, n, p |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         for place, (steps, _, r, settings) in enumerate(sorted(members, key=lambda m: m[:2]), 1):
@@ -124,20 +126,20 @@ def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
 
 
 def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
-    """Single runs in <track>/tried/: how each differs from the latest record, and what it reached. No times."""
+    """Single runs in <track>/tried/: how each differs from the record that is nearest, and what it reached. No times."""
     paths = sorted((root / track / "tried").glob("*.jsonl"))
-    latest = history(results)[-1]
-    base = flat(settings_of(root / track / latest["name"]))
-    shown_elsewhere = ("evaluation.every", "evaluation.log_every", "schedule.steps")
-    lines = [f"Track `{track}`, differences from the latest record, {link(root / track / latest['name'], beside)}:", ""]
-    lines += ["| run | steps | tokens | validation loss, one seed | differs in |", "| --- | --- | --- | --- | --- |"]
+    records = {place: flat(settings_of(root / track / r["name"])) for place, r in enumerate(history(results), 1)}
+    shown_elsewhere = {"evaluation.every", "evaluation.log_every", "schedule.steps"}
+    lines = [f"Track `{track}`, each run beside the record that it has most settings in common with (its number above):", ""]
+    lines += ["| run | steps | tokens | validation loss, one seed | record | differs in |", "| --- | --- | --- | --- | --- | --- |"]
     for path in paths:
         run = read_log(path)
         settings, final = flat(run.header["settings"]), run.final or {}
-        keys = [key for key in differing(base, settings) if key not in shown_elsewhere]
-        what = ", ".join(f"`{key} {text_of(settings.get(key))}`" for key in keys)
+        keys = {place: [*differing(base, settings)] for place, base in records.items()}
+        place = min(keys, key=lambda place: (len(keys[place]), -place))
+        what = ", ".join(f"`{key} {text_of(settings.get(key))}`" for key in keys[place] if key not in shown_elsewhere)
         lines.append(f"| {path.stem} | {final.get('step', 0):,} | {final.get('tokens', 0):,} | {number(final.get('val_loss'))} "
-                     f"| {what or '-'} |")  # fmt: skip
+                     f"| {place} | {what or '-'} |")  # fmt: skip
     return lines if paths else []
 
 
