@@ -1071,6 +1071,15 @@ def test_loss_of_a_checkpoint(trained: tuple, data_dir: Path, capsys: pytest.Cap
     assert f"{found:.4f} nats per token over {(stream[1:] != 256).sum():,} tokens of {folder}" in capsys.readouterr().out
 
 
+def test_loss_of_a_checkpoint_whose_head_is_the_embedding_too(trained: tuple, tmp_path: Path, data_dir: Path) -> None:
+    first, use = trained
+    tokens = first.final["val_tokens"]
+    outcome = train(options(out=tmp_path, checkpoint_every=100, evaluation__tokens=tokens, model__tied=2))
+    (path,) = tmp_path.glob("*/step_000020.pt")
+    found = train_gpt.main([*use[:-1], str(path), "--evaluate", str(data_dir / "shakespeare" / "val_000000.bin")])
+    assert found == pytest.approx(outcome.final["val_loss"], rel=1e-6)
+
+
 def test_a_sample_takes_likely_tokens_and_follows_the_seed(trained: tuple, capsys: pytest.CaptureFixture) -> None:
     _, use = trained
 
