@@ -14,6 +14,7 @@ from logs import Run, any_runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 SIZE = 100  # dots per inch
 AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time (s)"}
@@ -156,8 +157,9 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
             axis.annotate(f" {number}: {name}, {y:.1f} s ", (x, y), fontsize=8, ha="right" if late else "left",
                           va="top" if late else "bottom")  # fmt: skip
     axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

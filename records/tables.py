@@ -131,7 +131,8 @@ def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     records = {place: flat(settings_of(root / track / r["name"])) for place, r in enumerate(history(results), 1)}
     shown_elsewhere = {"evaluation.every", "evaluation.log_every", "schedule.steps"}
     lines = [f"Track `{track}`, each run beside the record that it has most settings in common with (its number above):", ""]
-    lines += ["| run | steps | tokens | validation loss, one seed | record | differs in |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += ["| run | steps | tokens | validation loss, one seed | record | differs in |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
     for path in paths:
         run = read_log(path)
         settings, final = flat(run.header["settings"]), run.final or {}

@@ -1042,7 +1042,9 @@ def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(parted) == 2 and parted[1][0] == 18  # the last one only in the extension
 
 
-@pytest.mark.parametrize("asked, world_size, rows", [(0, 1, [8, 8, 8]), (0, 2, [4, 8, 6]), (2, 4, [2, 2, 2]), (0, 8, [1, 2, 3])])
+@pytest.mark.parametrize(
+    "asked, world_size, rows", [(0, 1, [8, 8, 8]), (0, 2, [4, 8, 6]), (2, 4, [2, 2, 2]), (0, 8, [1, 2, 3])]
+)
 def test_rows_of_a_pass_follow_the_batch(asked: int, world_size: int, rows: list[int]) -> None:
     track, run = train_gpt.parse_command_line(["--track", "tiny", "--data.rows", "8", "--micro_rows", str(asked)])
     assert [train_gpt.micro_rows(track, run, world_size, batch) for batch in (1, 2, 3)] == rows  # 1,024 tokens each
