@@ -170,7 +170,10 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
 
 
 def differences(found: dict[str, dict[str, Any]], out: Path) -> None:
-    """Results of `stats.paired` by label: a dot each, lowest on top, with its interval where there is one."""
+    """Results of `stats.paired` by label: a dot each, lowest on top, with its interval where there is one.
+
+    The axis is linear up to 0.01 nats and logarithmic beyond, so that one large effect does not hide the small ones.
+    """
     ordered = sorted(found.items(), key=lambda item: -item[1]["difference"])
     figure, axis = plt.subplots(figsize=(8, 1.8 + 0.35 * len(ordered)))
     for place, (_, ab) in enumerate(ordered):
@@ -178,7 +181,12 @@ def differences(found: dict[str, dict[str, Any]], out: Path) -> None:
         axis.errorbar([ab["difference"]], [place], xerr=ends, fmt="o", capsize=3, color="C0")
     axis.set_yticks(range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=8)
     axis.set(xlabel="nats per token")
-    figure.suptitle("final validation loss minus the reference's, 95% interval", fontsize=10)
+    axis.set_xscale("symlog", linthresh=0.01, linscale=2)
+    largest = max(abs(ab[key]) for _, ab in ordered for key in (("low", "high") if ab["p"] is not None else ("difference",)))
+    ticks = [x for x in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if x <= largest] or [largest]
+    axis.set_xticks([*(-x for x in ticks), 0, *ticks], [f"{x:g}" for x in (*(-x for x in ticks), 0, *ticks)], rotation=60)
+    axis.set_xticks([], minor=True)
+    axis.set_title("final validation loss minus the reference's, 95% interval", fontsize=10)
     axis.margins(y=0.6 / len(ordered))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.grid(alpha=0.3)
