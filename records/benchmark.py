@@ -273,13 +273,12 @@ def measure_loader() -> Iterator[dict]:
                 seconds = []
                 steps = train_gpt.training_steps(train_gpt.Packer([path], data), track, 1024, 0, world_size)
                 next(steps)
-                rounds = max(1, 4_000_000 // (data.rows * data.row_tokens))
+                rounds = max(1, 1_000_000 // (data.rows * data.row_tokens))
                 for _ in range(5):
                     began = time.perf_counter()
-                    for _ in range(rounds):
-                        next(steps)
-                    seconds.append(time.perf_counter() - began)
-                rate = rounds * data.rows * data.row_tokens / world_size / statistics.median(seconds)
+                    read = sum(next(steps).tokens for _ in range(rounds))
+                    seconds.append((time.perf_counter() - began) / read)
+                rate = 1 / world_size / statistics.median(seconds)
                 yield {"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate}
 
 
