@@ -6,7 +6,8 @@
     python train_gpt.py --help                                    every track, every field, its value and meaning
 
 A step is R packed rows of T tokens whatever the number of processes: a rank takes R / N rows, gradients are sums over
-tokens, reduced in fp32 and divided once by the global token count.
+tokens, reduced in fp32 and divided once by the global token count. Record numbers (#42) are those of the public speedrun
+(KellerJordan/modded-nanogpt).
 
 Contents: 1 tracks   2 data   3 attention   4 model   5 optimizer   6 schedule   7 run   8 main
 """
@@ -78,7 +79,7 @@ class Model:
     mlp_ratio: int = field(4, "hidden width of the MLP over D", 1)
     attention_free: tuple = field((), "blocks without attention")
     long_blocks: tuple = field((), "blocks with the long window")
-    value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v")
+    value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v (#14, #63)")
     value_gate_inputs: int = field(0, "leading channels of stream and value embedding that gate the latter; 0: no gate", 0)
     xsa: tuple = field((), "blocks whose heads give up their component along the position's own value")
     key_offset: tuple = field((), "blocks whose keys take their unrotated half from the position before")
@@ -86,22 +87,22 @@ class Model:
     frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none")
     ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
     ngram_signs: int = field(0, "fixed patterns of signs, one of which an n-gram's second hash puts on its row; 0: none", 0)
-    skips: tuple = field((), "(source, target) pairs: output of the source added before the target")
-    backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none")
+    skips: tuple = field((), "(source, target) pairs: output of the source added before the target (#11, #45)")
+    backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none (#40)")
     gate_inputs: int = field(12, "leading channels that the attention and smear gates read", 1)
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window")
-    softcap: tuple = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C)")
-    tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too", 0)
-    qk_parts: int = field(1, "row blocks of q and of k that are orthogonalised by themselves, such as pairs of heads", 1)
+    softcap: tuple = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C) (records #18, #54)")
+    tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too (#51, #53)", 0)
+    qk_parts: int = field(1, "row blocks of q and of k orthogonalised by themselves, such as pairs of heads (#80)", 1)
     low_precision: tuple = field((), "parameters in the dtype of the activations; the optimizer keeps exact fp32 copies")
     fp8_head: tuple = field((), "divisors of inputs, weights and gradients of a head in FP8, where there is FP8; (): none")
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
-    o_std: float = field(0.0, "std of o at the start, times D ** -0.5", 0)
+    o_std: float = field(0.0, "std of o at the start, times D ** -0.5 (#64)", 0)
     embed_std: float = field(1.0, "std of the embedding at the start", 0)
     value_std: float = field(1.0, "std of the value embeddings at the start", 0)
     head_std: float = field(0.0, "std of the head at the start", 0)
-    residual_start: float = field(1.0, "factor on the stream before each block at the start")
+    residual_start: float = field(1.0, "factor on the stream before each block at the start (#45)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Adam:
 
 
 class Stage(NamedTuple):
-    """What changes together, from the step `begin` times the scheduled steps on (1: the extension)."""
+    """What changes together (records #46, #72), from the step `begin` times the scheduled steps on (1: the extension)."""
     begin: float
     windows: tuple[int, int]  # (short, long), tokens
     batch: int = 1  # factor on the rows of a step
@@ -151,7 +152,7 @@ class Schedule:
     stages: tuple = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, weights ahead), ...")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end")
-    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power", 1)
+    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power (#43: 2)", 1)
     momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises")
     momentum_cooldown: int = field(50, "last steps over which it falls again")
