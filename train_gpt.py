@@ -611,7 +611,7 @@ class FP8Linear(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """Decoder of record #42's design. All sizes come from `model`; activations and `low_precision` have `dtype`."""
+    """The decoder of records #42 to #89. All sizes come from `model`; activations and `low_precision` have `dtype`."""
     COMPILED = {"parts": ("layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -1213,9 +1213,14 @@ def total_steps(schedule: Schedule) -> int:
     return schedule.steps + schedule.extension
 
 
+def stage_begins(schedule: Schedule) -> list[int]:
+    """The first step of each stage."""
+    return [round(stage.begin * schedule.steps) for stage in schedule.stages]
+
+
 def stages_until(schedule: Schedule, step: int) -> list[Stage]:
     """The stages that have begun by this step; the last one is in force."""
-    return [stage for stage in schedule.stages if round(stage.begin * schedule.steps) <= step]
+    return [stage for stage, begin in zip(schedule.stages, stage_begins(schedule)) if begin <= step]
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
@@ -1228,7 +1233,7 @@ def learning_rate_factor(schedule: Schedule, step: int) -> float:
 def loss_weights(schedule: Schedule, step: int) -> list[float]:
     """Weights of the next target (1) and of those 2, 3, ... tokens on; linear within a stage (record #53)."""
     stages = stages_until(schedule, step)
-    begins = [*(round(stage.begin * schedule.steps) for stage in schedule.stages), total_steps(schedule)]
+    begins = [*stage_begins(schedule), total_steps(schedule)]
     begin, end = begins[len(stages) - 1 : len(stages) + 1]
     return [1.0, *(first + (last - first) * (step - begin) / (end - begin) for first, last in stages[-1].ahead)]
 
@@ -1533,6 +1538,7 @@ class Trainer:
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
                     "source": source_sha256(), "data": self.checked["digests"]}  # fmt: skip
+        self.switches = {*stage_begins(track.schedule), self.untie}  # steps at which the model changes
         stages = track.schedule.stages
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in stages}
         self.longest = max(stage.document_cut for stage in stages)
@@ -1581,8 +1587,7 @@ class Trainer:
         schedule, T = self.track.schedule, self.track.data.row_tokens
         self.model.init_weights(self.run.seed)
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
-        switches = {round(stage.begin * schedule.steps) for stage in schedule.stages} | {self.untie}
-        for step in sorted(step for step in switches if step < total_steps(schedule)):
+        for step in sorted(step for step in self.switches if step < total_steps(schedule)):
             stage = self.enter(step)
             batch = make_batch([row] * self.micro_rows[stage.batch], self.track.data, self.checked["documents"])
             self.forward_backward(batch, stage, loss_weights(schedule, step))
@@ -1695,7 +1700,7 @@ class Trainer:
         for step in range(first, steps):
             if step == self.untie > 0:
                 self.part_ties()
-            if step in (first, self.untie) or len(stages_until(schedule, step)) > len(stages_until(schedule, step - 1)):
+            if step == first or step in self.switches:
                 stage = self.enter(step)
             batch, read, count, position = next(batches)
             loss = self.forward_backward(batch, stage, loss_weights(schedule, step))
