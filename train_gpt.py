@@ -115,7 +115,7 @@ class Matrix:
     equilibrate: str = field("row", "MuonEq before orthogonalising", choices="none row col rowcol")
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
     phase: int | None = field(None, "update from which rowcol becomes row")
-    orthogonalize: str = field("polar_express", "iteration towards singular values of 1", choices="polar_express newton_schulz")
+    orthogonalize: str = field("polar_express", "polar_express, newton_schulz or another entry of ORTHOGONALIZERS")
     steps: int = field(5, "iterations of the orthogonalisation", 1)
     norm_bound: str = field("frobenius", "bound of the largest singular value", choices="frobenius spc")
     normuon: bool = field(False, "NorMuon: equalise rows or columns of the update by their running mean square")
@@ -353,9 +353,9 @@ class Packer:
         self.loaded = {i: self.loaded.get(i) or self.pool.submit(Shard, self.paths[i], start) for i in wanted}
         return self.loaded[current].result()
 
-    def next_row(self, cut: int) -> tuple[np.ndarray, np.ndarray]:
-        """The T + 1 tokens of the next row and the document lengths of its inputs (T in all), documents cut to `cut`."""
-        tokens, pieces, need, (epoch, index, document) = [], [], self.data.row_tokens + 1, self.position
+    def next_row(self, cut: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Where the T + 1 tokens of the next row stand, documents cut to `cut`: (tokens of a shard, starts, lengths)."""
+        found, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
         while need:
             if epoch >= self.data.epochs:
                 raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
@@ -365,19 +365,30 @@ class Packer:
             if last > document:
                 lengths = np.diff(ends[document : last + 1])
                 lengths[-1] -= max(0, ends[last] - ends[document] - need)
-                # position of token j of document i is starts[i] + j: one gather for all the documents
-                shift = np.repeat(shard.starts[document:last] - (np.cumsum(lengths) - lengths), lengths)
-                tokens.append(shard.tokens[shift + np.arange(len(shift))])
-                pieces.append(lengths)
-                need -= len(shift)
+                found.append((shard.tokens, shard.starts[document:last], lengths))
+                need -= int(lengths.sum())
             document = last
             if document == len(shard.starts):
                 document, index = 0, index + 1
                 if index == len(self.paths):
                     index, epoch = 0, epoch + 1
-        self.position, lengths = (epoch, index, document), np.concatenate(pieces)
-        lengths[-1] -= 1  # the last token is a target only
-        return np.concatenate(tokens), lengths[lengths > 0]
+        self.position = epoch, index, document
+        return found
+
+
+def gather(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The T + 1 tokens of a row of the packer and the document lengths of its inputs (T in all)."""
+    tokens = []
+    for shard, starts, lengths in places:  # token j of document i is at starts[i] + j
+        shift = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        tokens.append(shard[shift + np.arange(len(shift))])
+    lengths = np.concatenate([lengths for _, _, lengths in places])
+    lengths[-1] -= 1  # the last token is a target only
+    return np.concatenate(tokens), lengths[lengths > 0]
+
+
+def documents_in(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
+    return sum(len(starts) for _, starts, _ in places)
 
 
 class Step(NamedTuple):
@@ -395,10 +406,10 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
         stage = stages_until(track.schedule, step)[-1]
         rows = [packer.next_row(stage.document_cut) for _ in range(data.rows * stage.batch)]
         share = len(rows) // world_size
-        batch = make_batch(rows[rank * share :][:share], data, documents)
+        batch = make_batch([gather(row) for row in rows[rank * share :][:share]], data, documents)
         batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
-        targets = [row[1:] if data.predict_start else row[1:][row[1:] != data.document_start] for row, _ in rows]
-        return Step(batch, len(rows) * data.row_tokens, sum(map(len, targets)), packer.position)
+        tokens, starts = len(rows) * data.row_tokens, sum(documents_in(row) - 1 for row in rows)  # of what is predicted
+        return Step(batch, tokens, tokens - (0 if data.predict_start else starts), packer.position)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, first)
@@ -815,16 +826,22 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Optimizer: MuonEq for matrices, Adam for the rest; stacked, padded, sharded over ranks.
 
-# Polar Express (2505.16932): triples for 5 iterations, safety 2e-2; the input norm must be at most 1 / POLAR_MARGIN
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-POLAR_LIMIT, POLAR_MARGIN = (1.875, -1.25, 0.375), 1.02
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Margin by which the bound of the largest singular value is enlarged, triples (a, b, c), and the one of all further iterations.
+# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of one's own goes.
+ORTHOGONALIZERS: dict[str, tuple | Callable[[Tensor], Tensor]] = {
+    "polar_express": (  # 2505.16932: 5 iterations, safety 2e-2
+        1.02,
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        (1.875, -1.25, 0.375),
+    ),
+    "newton_schulz": (1.0, (), (3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
+}
 TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
 
 
@@ -877,16 +894,16 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     return math.prod(map(factor, dims), start=u)
 
 
-def orthogonalize(x: Tensor, method: str = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
+def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
                   work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
     """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately: singular values near 1, in `work_dtype`.
     x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter, ||(x xT)^2||_F^(1/4)
-    ("spc"), and goes through an odd quintic a x + (b g + c g^2) x, g = x xT, `steps` times: Jordan's Newton-Schulz
-    (one triple) or Polar Express (2505.16932; fewer than 5 steps take the last triples, more append the limit)."""
-    if method == "polar_express":
-        triples, margin = (POLAR_EXPRESS + (POLAR_LIMIT,) * max(0, steps - 5))[max(0, 5 - steps) :], POLAR_MARGIN
-    else:
-        triples, margin = (NEWTON_SCHULZ,) * steps, 1.0
+    ("spc"), and goes through an odd quintic a x + (b g + c g^2) x, g = x xT, `steps` times, with the last triples of the
+    `method` where there are more. A method that is a function gets x in `work_dtype` as it is."""
+    if callable(found := ORTHOGONALIZERS.get(method, method)):
+        return found(x.to(work_dtype))
+    margin, triples, limit = found
+    triples = (*triples, *[limit] * max(0, steps - len(triples)))[-steps:]
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY)
     x = (x / (size if norm_bound == "spc" else size * margin)).to(work_dtype)
     wide, alone = x.size(-2) <= x.size(-1), x.size(0) == 1
@@ -999,11 +1016,8 @@ class Unit:
         if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
             mode = "row"
         update = equilibrate(update, mode, group["equilibrate_exponent"])
-        if callable(group["orthogonalize"]):
-            update = group["orthogonalize"](update.to(group["work_dtype"]))
-        else:
-            method, steps, bound = group["orthogonalize"], group["steps"], group["norm_bound"]
-            update = orthogonalize(update, method, steps, bound, group["work_dtype"])  # (C, m, n)
+        method, steps, bound = group["orthogonalize"], group["steps"], group["norm_bound"]
+        update = orthogonalize(update, method, steps, bound, group["work_dtype"])  # (C, m, n)
         shape = math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
         factor = lr * shape
         if group["normuon"]:
@@ -1047,6 +1061,7 @@ class MuonEq(torch.optim.Optimizer):
         "adam": {**vars(Adam()), **dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, every=1)},
     }
     CHOICES = {f.name: f.metadata["choices"] for f in dataclasses.fields(Matrix) if f.metadata["choices"]}
+    CHOICES["orthogonalize"] = ORTHOGONALIZERS
     SMALL = 16_384  # elements below which Adam parameters share one stack
 
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
@@ -1082,7 +1097,7 @@ class MuonEq(torch.optim.Optimizer):
         if group["lr"] is self.REQUIRED:
             raise ValueError(f"a {group['kind']} group needs lr")
         for key, choices in self.CHOICES.items():
-            if group.get(key, choices[0]) not in choices and not (key == "orthogonalize" and callable(group[key])):
+            if key in group and group[key] not in choices and not (key == "orthogonalize" and callable(group[key])):
                 raise ValueError(f"{key} is one of {', '.join(choices)}, not {group[key]!r}")
         if group["every"] < 1 or group.get("steps", 1) < 1 or group["lr"] < 0:
             raise ValueError("every and steps are at least 1 and lr is not negative")
@@ -1284,7 +1299,7 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
         for _ in range(data.rows * stage.batch):
-            most = max(most, len(packer.next_row(stage.document_cut)[1]))
+            most = max(most, documents_in(packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
     validation = shard_paths(folder, manifest, "val")
     digests = {}
@@ -1942,6 +1957,8 @@ def check_settings(track: Track, run: Run) -> None:
         (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
         (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "gate_inputs and value_gate_inputs exceed the width"),
+        ({track.matrix.orthogonalize, track.gate.orthogonalize} <= {*ORTHOGONALIZERS},
+         f"--matrix.orthogonalize and --gate.orthogonalize are one of {', '.join(ORTHOGONALIZERS)}"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
         (all(x and all(isinstance(y, (int, float)) for y in x) for x in factors), "lr_mul is a number or a tuple of numbers"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),

@@ -8,13 +8,15 @@ table.json:
      "seeds": 2, "finalist_seeds": 4,
      "variants": {"full": {},
                   "no n-grams": {"options": ["--model.ngrams", "()"], "against": "full", "why": "text for the report"},
-                  "Muon": {"options": ["--matrix.equilibrate", "none"], "against": "full",
+                  "Muon": {"preset": "muon", "against": "full",
                            "grid": {"--matrix.lr": [0.02, 0.04, 0.08]}}}}
+
+A variant's options follow those of its "preset" (records/presets.py: the field's optimizers), which follow those of the table.
 
 Every variant, or every value of its `grid`, is run with `seeds` seeds, then with `finalist_seeds` (0) further ones: of a grid
 only the value with the lowest mean of the final validation losses, which is then judged by the further ones alone, since the
 runs that chose a value flatter it. Seeds count from `first_seed` (0), for all variants alike. A variant may have its own
-`seeds` and `finalist_seeds`; its options follow those of the table.
+`seeds` and `finalist_seeds`.
 
 A difference is the mean over the seeds that a variant and its reference share, with the 95% interval and two-sided p of the
 paired t-test: runs of one seed start from the same weights (where shapes agree) and all see the same data in the same order,

@@ -14,9 +14,10 @@ import figures
 import stats
 from claims import write
 from logs import Point, Run, is_number
+from presets import PRESETS
 from tables import chance, number
 
-VARIANT = {"options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
+VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
 TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict}
 HEADER = ("run_id", "source_sha256", "torch", "device", "world_size", "threads", "dtype")
 SAME = ("source_sha256", "torch", "device", "world_size", "dtype")  # in all runs of a folder
@@ -91,6 +92,8 @@ def read_table(folder: Path) -> tuple[str, list[Variant]]:
         check(where, given, VARIANT)
         if "against" in given and given["against"] not in table["variants"].keys() - {name}:
             raise ValueError(f"{where}: against {given['against']!r} is not another variant")
+        if (preset := given.get("preset")) is not None and preset not in PRESETS:
+            raise ValueError(f"{where}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         grid = given.get("grid", {"": [None]})
         values = next(iter(grid.values()), None)
         numbers = isinstance(values, list) and len(values) > 1 and all(is_number(value) and value > 0 for value in values)
@@ -100,7 +103,7 @@ def read_table(folder: Path) -> tuple[str, list[Variant]]:
         last = first + mine["seeds"]
         variants.append(Variant(
             name, given.get("against", ""), given.get("why", ""), table["track"],
-            (*table.get("options", ()), *given.get("options", ())), next(iter(grid)), tuple(values),
+            (*table.get("options", ()), *PRESETS.get(preset, ()), *given.get("options", ())), next(iter(grid)), tuple(values),
             range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
         ))  # fmt: skip
     named = {v.name: v for v in variants}

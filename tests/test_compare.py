@@ -14,10 +14,13 @@ import pytest
 import scipy.stats
 from helpers import ROOT, make_corpus, options
 
+import train_gpt
+
 sys.path.insert(0, str(ROOT / "records"))
 import claims  # noqa: E402
 import compare  # noqa: E402
 import comparison  # noqa: E402
+import presets  # noqa: E402
 import runner  # noqa: E402
 import stats  # noqa: E402
 from logs import Point  # noqa: E402
@@ -244,6 +247,7 @@ def status_of(pid: int) -> str:
         (change(TABLE, full={"grid": {}}), "a grid is one option"),
         (change(TABLE, full={"grid": {"--lr": ["a", "b"]}}), "positive numbers"),
         (change(TABLE, full={"options": [5]}), "options are strings"),
+        (change(TABLE, full={"preset": "moun"}), "unknown preset 'moun'; known: adamw, muon, "),
         (change(TABLE, full={"options": "--shift 5"}), "options is not of type list"),
         (change(TABLE, full={"options": ["--wrong", "5"]}), "variant 'full': unknown option --wrong"),
         (change(TABLE, full={"options": ["--seed=5"]}), "--seed=5 is not for a variant to set"),
@@ -413,6 +417,26 @@ def test_the_real_script(tmp_path, monkeypatch, capsys):
     assert first["header"]["source_sha256"] == claims.sha256(folder / "train_gpt.py") and first["header"]["dtype"] == "float32"
     assert second["final"]["val_loss"] is None and second["final"]["step"] < 4
     assert compare.main(["report", str(folder)]) == 0 and "1 diverged" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_presets_differ_in_the_optimizer_alone(preset):
+    (track, run), plain = (train_gpt.parse_command_line(["--track", "tiny", *words]) for words in (presets.PRESETS[preset], []))
+    train_gpt.check_settings(track, run)
+    for section in ("data", "model", "schedule", "evaluation"):
+        assert getattr(track, section) == getattr(plain[0], section)
+    assert run == plain[1] and (track.matrix.kind == "adam") == (preset == "adamw")
+    if preset != "adamw":  # one rate of decay for all parameters at lr 0.01, or none
+        rates = [part.lr * part.weight_decay for part in (track.embed, track.value, track.head, track.scalar)]
+        assert rates == pytest.approx([0.01 * track.matrix.weight_decay] * 4, rel=0.03)
+        assert track.matrix.equilibrate == (preset.split("-")[1] if "-" in preset else "none")
+
+
+def test_options_of_a_variant_follow_its_preset(folder):
+    table = TABLE | {"options": ["--a", "1"], "variants": {"x": {"preset": "normuon", "options": ["--matrix.beta2", "0.9"]}}}
+    (folder / "table.json").write_text(json.dumps(table))
+    ((variant,), words) = comparison.read_table(folder)[1], presets.PRESETS["normuon"]
+    assert variant.options == ("--a", "1", *words, "--matrix.beta2", "0.9") and words
 
 
 def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):

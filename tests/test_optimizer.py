@@ -293,6 +293,28 @@ def test_callable_orthogonalizer(shape):
         close([p.detach()], [start.double() - 0.1 * shape_factor("match_rms_adamw", *shape) * u @ vt])
 
 
+def test_a_method_of_ones_own_is_an_entry_of_a_table(monkeypatch):
+    """A function and a list of triples under names of their own, chosen as the command line chooses them."""
+    cubic = (1.0, ((1.5, -0.5, 0.0),), (1.5, -0.5, 0.0))
+    monkeypatch.setitem(train_gpt.ORTHOGONALIZERS, "sign", torch.sign)
+    monkeypatch.setitem(train_gpt.ORTHOGONALIZERS, "cubic", cubic)
+    track, run = train_gpt.parse_command_line(["--track", "tiny", "--matrix.orthogonalize", "sign"])
+    train_gpt.check_settings(track, run)
+    g = randn(4, 6)
+    torch.testing.assert_close(train_gpt.orthogonalize(g[None], "sign", work_dtype=torch.float32)[0], g.sign())
+    expected = first_update(g, equilibrate="none", orthogonalize=torch.sign)
+    assert torch.equal(first_update(g, equilibrate="none", orthogonalize="sign"), expected) and expected.any()
+    x = g.double() / g.double().norm()
+    for _ in range(3):
+        x = 1.5 * x - 0.5 * x @ x.mT @ x
+    torch.testing.assert_close(train_gpt.orthogonalize(g[None], "cubic", 3, work_dtype=torch.float32)[0].double(), x,
+                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    with pytest.raises(ValueError, match="orthogonalize is one of polar_express, newton_schulz, sign, cubic, not 'svd'"):
+        optimizer("matrix", [leaf(g)], orthogonalize="svd")
+    with pytest.raises(ValueError, match="one of polar_express, newton_schulz, sign, cubic"):
+        train_gpt.check_settings(*train_gpt.parse_command_line(["--track", "tiny", "--gate.orthogonalize", "svd"]))
+
+
 @pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shape_scale(shape, rule):
