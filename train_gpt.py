@@ -294,10 +294,8 @@ def read_shard(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC:
-        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC} expected)")
-    if header[1] != SHARD_VERSION:
-        raise ValueError(f"{path} has shard version {header[1]}, expected {SHARD_VERSION}")
+    if len(header) < HEADER_INTS or (*header[:2],) != (SHARD_MAGIC, SHARD_VERSION):
+        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION} expected)")
     count, size = int(header[2]), path.stat().st_size
     if count < 0 or size != 4 * HEADER_INTS + 2 * count:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")
@@ -387,10 +385,6 @@ def gather(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple
     return np.concatenate(tokens), lengths[lengths > 0]
 
 
-def documents_in(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> int:
-    return sum(len(starts) for _, starts, _ in places)
-
-
 class Step(NamedTuple):
     batch: Batch  # this rank's R / N rows
     tokens: int  # of all R rows
@@ -408,8 +402,9 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
         share = len(rows) // world_size
         batch = make_batch([gather(row) for row in rows[rank * share :][:share]], data, documents)
         batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
-        tokens, starts = len(rows) * data.row_tokens, sum(documents_in(row) - 1 for row in rows)  # of what is predicted
-        return Step(batch, tokens, tokens - (0 if data.predict_start else starts), packer.position)
+        tokens = len(rows) * data.row_tokens
+        starts = sum(len(at) for row in rows for _, at, _ in row) - len(rows)  # the first of a row is not predicted
+        return Step(batch, tokens, tokens if data.predict_start else tokens - starts, packer.position)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, first)
@@ -1158,10 +1153,7 @@ class MuonEq(torch.optim.Optimizer):
 
     def zero_grad(self) -> None:
         """Drop the gradients of the groups that the last step updated; the others go on accumulating."""
-        self._clear(self._active(self.steps - 1))
-
-    def _clear(self, units: list[Unit]) -> None:
-        for p in (p for unit in units for p in unit.params):
+        for p in (p for unit in self._active(self.steps - 1) for p in unit.params):
             p.grad = None
 
     def copy_state(self, source: str, target: str) -> None:
@@ -1176,7 +1168,8 @@ class MuonEq(torch.optim.Optimizer):
         """Forget all state and gradients; master copies are taken from the parameters again."""
         for unit in self.units:
             unit.reset()
-        self._clear(self.units)
+            for p in unit.params:
+                p.grad = None
         self.steps = 0
 
     def bad_since(self) -> Tensor:
@@ -1299,7 +1292,7 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
         for _ in range(data.rows * stage.batch):
-            most = max(most, documents_in(packer.next_row(stage.document_cut)))
+            most = max(most, sum(len(starts) for _, starts, _ in packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
     validation = shard_paths(folder, manifest, "val")
     digests = {}
