@@ -440,7 +440,7 @@ def test_options_of_a_variant_follow_its_preset(folder):
 
 
 def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):
-    for path in (ROOT / "records").rglob("table.json"):
+    for path in (ROOT / "records").rglob("results.jsonl"):
         assert compare.main(["report", str(path.parent), "--check"]) == 0, capsys.readouterr().out
     # a comparison two folders below records/ is not taken for a record
     parts = tmp_path / "records" / "comparisons" / "parts"
