@@ -403,16 +403,22 @@ def test_the_real_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     folder = tmp_path / "records" / "real"
     folder.mkdir(parents=True)
-    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    source, guide = (ROOT / "train_gpt.py").read_text(), (ROOT / "records" / "OPTIMIZERS.md").read_text()
+    own = guide.split("```python\n")[1].split("```")[0]  # what the guide says that an optimizer of one's own takes
+    assert own.count("\n") < 40 and source.count("\nclass Unit:") == 1
+    (tmp_path / "train_gpt.py").write_text(source.replace("\nclass Unit:", f"\n{own}\n\nclass Unit:"))
     small = options(track=None, **{"schedule.steps": 4, "schedule.extension": 0})
     table = {"title": "Real", "track": "tiny", "seeds": 1, "options": small, "variants": {
-        "small": {}, "diverges": {"options": ["--scalar.lr", "1e29"], "against": "small"}}}  # fmt: skip
+        "small": {}, "diverges": {"options": ["--scalar.lr", "1e29"], "against": "small"},
+        "own": {"preset": "moonlight", "options": ["--matrix.orthogonalize", "sinkhorn"], "against": "small"}}}  # fmt: skip
     bad = change(table, small={"options": ["--matrix.lrr", "1"]})
     assert run(folder, bad) == 1 and "the nearest is --matrix.lr" in capsys.readouterr().err
     assert run(folder, change(table, small={"options": ["--model.layers", "0"]})) == 1
     assert "variant 'small': --model.layers is at least 1" in capsys.readouterr().err
     assert run(folder, table, "--workers", str(min(2, len(os.sched_getaffinity(0))))) == 0, capsys.readouterr().err
-    first, second = sorted(results(folder), key=lambda line: line["variant"], reverse=True)
+    first, third, second = sorted(results(folder), key=lambda line: line["variant"], reverse=True)
+    assert third["variant"] == "own" and 0 < third["final"]["val_loss"] < 6
+    assert third["final"]["val_loss"] != first["final"]["val_loss"]
     assert first["final"]["step"] == 4 and 0 < first["final"]["val_loss"] < 6 and len(first["train"]) == 4
     assert first["header"]["source_sha256"] == claims.sha256(folder / "train_gpt.py") and first["header"]["dtype"] == "float32"
     assert second["final"]["val_loss"] is None and second["final"]["step"] < 4
