@@ -21,7 +21,8 @@ runs that chose a value flatter it. Seeds count from `first_seed` (0), for all v
 A difference is the mean over the seeds that a variant and its reference share, with the 95% interval and two-sided p of the
 paired t-test: runs of one seed start from the same weights (where shapes agree) and all see the same data in the same order,
 so what a seed does to both cancels, and unlike Welch's test this one holds whether or not they are correlated. p is corrected
-over all differences of a report (Holm 1979), the intervals are not.
+over all differences of a report (Holm 1979), the intervals are not. A mean's own 95% interval is the t interval over its runs;
+those of two variants may overlap although their difference is sure.
 
 FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
 for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the

@@ -205,12 +205,13 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def losses_in_words(lines: Sequence[dict]) -> list[str]:
-    """n, mean, sd."""
+    """n, mean with its 95% interval, sd."""
     losses = [loss_of(line) for line in lines]
     if not losses or math.inf in losses:
         return [str(len(losses)), f"{losses.count(math.inf)} diverged" if losses else "-", "-"]
     found = stats.describe(losses)
-    return [str(found["n"]), number(found["mean"]), number(found["sd"])]
+    ends = ", {:.4f} to {:.4f}".format(*stats.interval(losses)) if found["n"] > 1 else ""
+    return [str(found["n"]), number(found["mean"]) + ends, number(found["sd"])]
 
 
 def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool) -> str:
@@ -262,8 +263,8 @@ def report(folder: Path, out: Path) -> None:
         f"p is corrected for {len(tested)} tests (Holm), the intervals are not. Steps: to the lowest training loss that both",
         "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is worth.",
     ]  # fmt: skip
-    names = ["variant", "n", "validation loss: mean", "sd", "difference, 95% interval", "pairs", "p (Holm)", "steps",
-             *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
+    names = ["variant", "n", "validation loss: mean, 95% interval", "sd", "difference, 95% interval", "pairs", "p (Holm)",
+             "steps", *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
     for name in sorted({v.against for v in variants}, key=[v.against for v in variants].index):
         lines += ["", f"## Against {name}" if name else "## References", "", table_row(names), table_row(["---"] * len(names))]
         lines += [variant_row(v, runs[v.name], values[v.name], found[v.name], timed) for v in variants if v.against == name]
@@ -271,7 +272,7 @@ def report(folder: Path, out: Path) -> None:
         figures.differences(shown, out / "differences.png")
         lines += ["", "![differences of the validation loss](differences.png)"]
     if grids := [v for v in variants if v.option]:
-        heads = ["variant", "value", "n", "validation loss: mean", "sd", ""]
+        heads = ["variant", "value", "n", "validation loss: mean, 95% interval", "sd", ""]
         lines += ["", "## Grids", "", table_row(heads), table_row(["---"] * 6)]
         lines += [row for v in grids for row in grid_rows(v, results, values[v.name])]
         curves = [(v.option, v.name, values[v.name], {x: [] for x in v.values}) for v in grids]

@@ -315,14 +315,19 @@ def row_of(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
+def mean_and_interval(losses: np.ndarray) -> str:
+    low, high = scipy.stats.t.interval(0.95, len(losses) - 1, losses.mean(), scipy.stats.sem(losses))
+    return f"{losses.mean():.4f}, {low:.4f} to {high:.4f}"
+
+
 def test_the_report_has_the_numbers_of_the_results(finished):
     folder = finished
     assert compare.main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     loss = {key: line["final"]["val_loss"] for key, line in zip(keys(folder), results(folder))}
     full, worse = (np.array([loss[name, None, seed] for seed in range(3)]) for name in ("full", "worse"))
-    assert row_of(text, "full") == ["full", "3", f"{full.mean():.4f}", f"{full.std(ddof=1):.4f}", *"-----"[:4], "10.00 s", "-",
-                                    "-", "all / parts"]  # fmt: skip
+    assert row_of(text, "full") == ["full", "3", mean_and_interval(full), f"{full.std(ddof=1):.4f}", *"----", "10.00 s",
+                                    "-", "-", "all / parts"]  # fmt: skip
     rate, beside = (np.array([loss[name, value, seed] for seed in (3, 4)]) for name, value in (("rate", 0.04), ("worse", None)))
     tests = [scipy.stats.ttest_rel(worse, full), scipy.stats.ttest_rel(rate, beside)]
     assert tests[0].pvalue < tests[1].pvalue and "corrected for 2 tests" in text
@@ -335,7 +340,7 @@ def test_the_report_has_the_numbers_of_the_results(finished):
     assert cells[7:] == ["+50", "10.50 s", "1.050", "`--shift 0.5`", "without a part"]
     # by the seeds that had no part in the choice
     cells = row_of(text, "rate")
-    assert cells[1:4] == ["2", f"{rate.mean():.4f}", f"{rate.std(ddof=1):.4f}"] and cells[5] == "2"
+    assert cells[1:4] == ["2", mean_and_interval(rate), f"{rate.std(ddof=1):.4f}"] and cells[5] == "2"
     assert cells[6] == f"{max(2 * tests[0].pvalue, tests[1].pvalue):.2g}" and cells[10:] == ["`--shift -0.1 --lr 0.04`", "-"]
     assert "| best |" in text and "must grow" not in text
 
@@ -377,6 +382,8 @@ def test_a_comparison_that_was_stopped_has_a_report(finished):
     assert compare.main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert "8 runs of 15" in text and row_of(text, "rate")[1] == "1" and row_of(text, "worse")[1] == "2"
+    first = results(folder)[3]["final"]["val_loss"]
+    assert row_of(text, "rate")[2] == f"{first:.4f}"  # one run: no interval
     path.write_text(path.read_text().splitlines(True)[0])
     assert compare.main(["report", str(folder)]) == 0
     assert row_of((folder / "report.md").read_text(), "worse")[1:5] == ["0", "-", "-", "-"]
