@@ -200,6 +200,16 @@ def compared(runs: dict[int, dict], reference: dict[int, dict]) -> dict[str, Any
     }  # fmt: skip
 
 
+def reached(line: dict[str, Any]) -> tuple[float, float]:
+    """(step, seconds) at which the validation loss first comes to the target, linear between validations; inf for never."""
+    target, points = line["final"]["target"], line["val"]
+    for (step, loss, seconds), (next_step, next_loss, next_seconds) in zip(points[:1] + points, points):
+        if next_loss <= target:
+            part = (loss - target) / (loss - next_loss) if loss > target else 1.0  # the first one follows on none
+            return step + part * (next_step - step), seconds + part * (next_seconds - seconds)
+    return math.inf, math.inf
+
+
 def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
@@ -214,15 +224,25 @@ def losses_in_words(lines: Sequence[dict]) -> list[str]:
     return [str(found["n"]), number(found["mean"]) + ends, number(found["sd"])]
 
 
-def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool) -> str:
-    cells = [v.name, *losses_in_words([*runs.values()]), "-", "-", "-", "-", *["-", "-"] * timed]
+def reached_in_words(lines: Sequence[dict]) -> list[str]:
+    """Steps and seconds to the target: median and how many runs reach it; one that never does is the last."""
+    cells = []
+    for values, form in zip(zip(*map(reached, lines)), ("{:.0f}", "{:.2f} s")):
+        median, count = statistics.median(values), sum(value < math.inf for value in values)
+        cells.append(f"{form.format(median) if median < math.inf else '-'} ({count} of {len(values)})")
+    return cells or ["-", "-"]
+
+
+def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool, goals: int) -> str:
+    lines, apart, times = [*runs.values()], ["-"] * 4, ["-"] * 2
     if ab:
         ends = f", {ab['low']:+.4f} to {ab['high']:+.4f}" if ab["p"] is not None else ""
         steps = "-" if ab["steps"] is None else f"{ab['steps']:+.0f}"
-        cells[4:8] = [f"{ab['difference']:+.4f}{ends}", str(ab["pairs"]), chance(ab.get("holm")), steps]
-    if timed and runs and math.inf not in map(loss_of, runs.values()):
-        seconds = statistics.median(line["final"]["train_time_s"] for line in runs.values())
-        cells[8:] = [f"{seconds:.2f} s", number(ab.get("ratio"), 3)]
+        apart = [f"{ab['difference']:+.4f}{ends}", str(ab["pairs"]), chance(ab.get("holm")), steps]
+    if lines and math.inf not in map(loss_of, lines):
+        seconds = statistics.median(line["final"]["train_time_s"] for line in lines)
+        times = [f"{seconds:.2f} s", number(ab.get("ratio"), 3)]
+    cells = [v.name, *losses_in_words(lines), *apart, *reached_in_words(lines)[:goals], *times * timed]
     options = [*v.options, *([v.option, f"{value:g}"] if v.option and value is not None else [])]
     return table_row([*cells, f"`{' '.join(options)}`" if options else "-", v.why or "-"])
 
@@ -263,11 +283,17 @@ def report(folder: Path, out: Path) -> None:
         f"p is corrected for {len(tested)} tests (Holm), the intervals are not. Steps: to the lowest training loss that both",
         "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is worth.",
     ]  # fmt: skip
+    goals, pool = [], [line for side in runs.values() for line in side.values()]
+    if len(targets := {line["final"]["target"] for line in pool}) == 1 and any(reached(line)[0] < math.inf for line in pool):
+        goals = [f"{unit} to {min(targets):g}" for unit in ("steps", "seconds")[: 1 + timed]]
+        lines += ["To the target: where the validation curve, linear between validations, first comes so low; median over the",
+                  "runs, one that never does being the last, and how many do."]  # fmt: skip
     names = ["variant", "n", "validation loss: mean, 95% interval", "sd", "difference, 95% interval", "pairs", "p (Holm)",
-             "steps", *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
+             "steps", *goals, *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
     for name in sorted({v.against for v in variants}, key=[v.against for v in variants].index):
         lines += ["", f"## Against {name}" if name else "## References", "", table_row(names), table_row(["---"] * len(names))]
-        lines += [variant_row(v, runs[v.name], values[v.name], found[v.name], timed) for v in variants if v.against == name]
+        rows = [(v, runs[v.name], values[v.name], found[v.name]) for v in variants if v.against == name]
+        lines += [variant_row(*row, timed, len(goals)) for row in rows]
     if shown := {f"{v.name} against {v.against}": found[v.name] for v in variants if found[v.name]}:
         figures.differences(shown, out / "differences.png")
         lines += ["", "![differences of the validation loss](differences.png)"]

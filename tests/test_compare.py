@@ -89,6 +89,9 @@ if __name__ == "__main__":
             write(event="step", step=step, train_loss=loss, train_time_s=seconds * step / 200, tokens=4096 * step)
             if bad:
                 sys.exit("train_gpt.py: not finite at step 100, training loss nan: no gradient before it")
+            if step % 50 == 0 and step < 200:
+                write(event="val", step=step, val_loss=end + (200 - step) / 100, train_time_s=seconds * step / 200,
+                      tokens=4096 * step)
             time.sleep(float(given.get("--wait", 0)))
         last = dict(step=200, val_loss=end, val_tokens=1000, train_time_s=seconds, tokens=819200)
         write(event="val", **last)
@@ -162,7 +165,8 @@ def test_seeds_come_in_turn_and_finalists_last(finished):
     line = results(folder)[3]
     assert line["options"] == ["--track", "tiny", "--shift", "-0.1", "--lr", "0.04"] and line["alone"] is True
     assert line["final"].keys() == {"step", "val_loss", "train_time_s", "tokens", "target", "reached"}
-    assert len(line["train"]) == 50 and line["train"][-1][0] == 200 and len(line["val"]) == 1
+    assert len(line["train"]) == 50 and line["train"][-1][0] == 200
+    assert [step for step, *_ in line["val"]] == [50, 100, 150, 200]
     assert len(started(folder)) == 19 and not (folder / "unfinished").exists()
     # a grid that grows, one more variant and one more seed are run, nothing else
     grown = change(TABLE, rate=TABLE["variants"]["rate"] | {"grid": {"--lr": [0.02, 0.04, 0.08, 0.16]}}, more={"seeds": 1})
@@ -326,8 +330,8 @@ def test_the_report_has_the_numbers_of_the_results(finished):
     text = (folder / "report.md").read_text()
     loss = {key: line["final"]["val_loss"] for key, line in zip(keys(folder), results(folder))}
     full, worse = (np.array([loss[name, None, seed] for seed in range(3)]) for name in ("full", "worse"))
-    assert row_of(text, "full") == ["full", "3", mean_and_interval(full), f"{full.std(ddof=1):.4f}", *"----", "10.00 s",
-                                    "-", "-", "all / parts"]  # fmt: skip
+    assert row_of(text, "full") == ["full", "3", mean_and_interval(full), f"{full.std(ddof=1):.4f}", *"----",
+                                    "- (0 of 3)", "- (0 of 3)", "10.00 s", "-", "-", "all / parts"]  # fmt: skip
     rate, beside = (np.array([loss[name, value, seed] for seed in (3, 4)]) for name, value in (("rate", 0.04), ("worse", None)))
     tests = [scipy.stats.ttest_rel(worse, full), scipy.stats.ttest_rel(rate, beside)]
     assert tests[0].pvalue < tests[1].pvalue and "corrected for 2 tests" in text
@@ -337,12 +341,57 @@ def test_the_report_has_the_numbers_of_the_results(finished):
     assert cells[1] == "5" and cells[4:7] == [
         f"{(worse - full).mean():+.4f}, {low:+.4f} to {high:+.4f}", "3", f"{2 * tests[0].pvalue:.2g}"]  # fmt: skip
     # a training loss that is 0.5 higher and falls by 0.01 a step; without the part a step takes 5% longer
-    assert cells[7:] == ["+50", "10.50 s", "1.050", "`--shift 0.5`", "without a part"]
+    assert cells[7:] == ["+50", "- (0 of 5)", "- (0 of 5)", "10.50 s", "1.050", "`--shift 0.5`", "without a part"]
     # by the seeds that had no part in the choice
     cells = row_of(text, "rate")
     assert cells[1:4] == ["2", mean_and_interval(rate), f"{rate.std(ddof=1):.4f}"] and cells[5] == "2"
-    assert cells[6] == f"{max(2 * tests[0].pvalue, tests[1].pvalue):.2g}" and cells[10:] == ["`--shift -0.1 --lr 0.04`", "-"]
+    assert cells[6] == f"{max(2 * tests[0].pvalue, tests[1].pvalue):.2g}" and cells[12:] == ["`--shift -0.1 --lr 0.04`", "-"]
     assert "| best |" in text and "must grow" not in text
+    # the loss falls by 0.01 a step to its end below the target of 1.5, also between validations; a step takes 9.9 / 200 s
+    step = 200 - 100 * (1.5 - rate).mean()
+    assert cells[8:10] == [f"{step:.0f} (2 of 2)", f"{9.9 / 200 * step:.2f} s (2 of 2)"]
+
+
+def test_the_target_is_reached_where_the_validation_curve_first_crosses_it():
+    def line(*val: tuple[float, float, float]) -> dict:
+        return {"final": {"target": 2.0}, "val": [*map(list, val)]}
+
+    # a quarter of the way from 2.25 down to 1.25; that the loss rises again afterwards does not matter
+    assert comparison.reached(line((10, 3.0, 1.0), (20, 2.25, 5.0), (60, 1.25, 9.0), (80, 2.5, 11.0))) == (30, 6.0)
+    assert comparison.reached(line((10, 1.9, 1.0), (20, 1.0, 2.0))) == comparison.reached(line((10, 2.0, 1.0))) == (10, 1.0)
+    assert comparison.reached(line((10, 3.0, 1.0), (20, 2.0, 2.0), (30, 2.0, 3.0))) == (20, 2.0)
+    assert comparison.reached(line((10, 3.0, 1.0), (20, 2.01, 2.0))) == comparison.reached(line()) == (np.inf, np.inf)
+
+
+def test_steps_and_seconds_to_the_target_are_medians_over_all_runs(finished):
+    folder = finished
+    path, lines = folder / "results.jsonl", results(finished)
+
+    def reported(lines: list[dict]) -> str:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert compare.main(["report", str(folder)]) == 0
+        return (folder / "report.md").read_text()
+
+    crossings = {"full": iter((83, 120, None)), "worse": iter((None, 70, None, 90, None)), "rate": iter((80, 71))}
+    for line in lines:
+        if line["variant"] != "rate" or line["seed"] > 2:
+            step = next(crossings[line["variant"]])
+            line["val"] = [[50, 2.0, 25.0]] + ([[step, 1.5, step / 2]] if step else [])
+    text = reported(lines)
+    assert [row_of(text, name)[8:10] for name in ("full", "worse", "rate")] == [
+        ["120 (2 of 3)", "60.00 s (2 of 3)"], ["- (2 of 5)", "- (2 of 5)"], ["76 (2 of 2)", "37.75 s (2 of 2)"]]  # fmt: skip
+    assert "| steps to 1.5 | seconds to 1.5 |" in text
+    lines[2]["final"]["target"] = 1.6  # of a run that chose a value: not judged by
+    assert reported(lines) == text
+    text = reported([line | {"alone": False} for line in lines])
+    assert "| steps to 1.5 | options |" in text and "seconds to" not in text and row_of(text, "full")[8] == "120 (2 of 3)"
+    lines[0]["final"]["target"] = 1.6
+    assert "steps to 1." not in (text := reported(lines)) and "To the target" not in text
+    lines[0]["final"]["target"] = 1.5
+    for line in lines:
+        line["val"] = [[200, 2.0, 10.0]]
+    assert "steps to 1." not in (text := reported(lines)) and "To the target" not in text
+    reported(lines[2:3])  # of a grid whose first seed is not there yet: no run to judge by
 
 
 def test_a_run_that_diverges_is_a_result(folder):
