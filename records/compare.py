@@ -24,6 +24,8 @@ so what a seed does to both cancels, and unlike Welch's test this one holds whet
 over all differences of a report (Holm 1979), the intervals are not. A mean's own 95% interval is the t interval over its runs;
 those of two variants may overlap although their difference is sure.
 
+"pairs": true in the table adds the differences of all pairs of variants to the report, and p is corrected over all of them.
+
 FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
 for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the
 i-th GPU; then the report has no times, since runs beside each other slow each other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,8 @@ from presets import PRESETS
 from tables import chance, number
 
 VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
-TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict}
+TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "pairs": bool,
+         "variants": dict}  # fmt: skip
 HEADER = ("run_id", "source_sha256", "torch", "device", "world_size", "threads", "dtype")
 SAME = ("source_sha256", "torch", "device", "world_size", "dtype")  # in all runs of a folder
 
@@ -63,7 +65,7 @@ def check(where: str, given: Any, kinds: dict[str, type]) -> None:
     for key, value in given.items():
         if key not in kinds:
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+        if not isinstance(value, kinds[key]) or isinstance(value, bool) and kinds[key] is not bool:
             raise ValueError(f"{where}: {key} is not of type {kinds[key].__name__}")
         if isinstance(value, int) and value < (key == "seeds"):
             raise ValueError(f"{where}: {key} cannot be {value}")
@@ -77,8 +79,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_table(folder: Path) -> tuple[str, list[Variant]]:
-    """Title and variants of table.json. ValueError with one sentence for what it must not say."""
+def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
+    """What table.json says, and its variants. ValueError with one sentence for what it must not say."""
     path, variants = folder / "table.json", []
     try:
         table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
@@ -110,7 +112,7 @@ def read_table(folder: Path) -> tuple[str, list[Variant]]:
     for v in variants:
         if v.against and not v.judges() & named[v.against].judges():
             raise ValueError(f"{path}: {v.name!r} is judged by other seeds than {v.against!r}; give both finalist_seeds")
-    return table["title"], variants
+    return table, variants
 
 
 def add(results: Results, line: dict[str, Any]) -> None:
@@ -188,16 +190,38 @@ def steps_apart(runs: Sequence[dict], reference: Sequence[dict]) -> float | None
     return float(lead[-1]) if len(lead) else None
 
 
-def compared(runs: dict[int, dict], reference: dict[int, dict]) -> dict[str, Any]:
-    """Difference of losses with interval and p, pairs, steps apart, ratio of times; {} without a common seed or diverged."""
+def shared(runs: dict[int, dict], reference: dict[int, dict]) -> list[list[dict]]:
+    """Both sides' runs of the seeds that both have; [] without such a seed or when a run diverged."""
     seeds = sorted(runs.keys() & reference.keys())
     if not seeds or math.inf in map(loss_of, (*runs.values(), *reference.values())):
+        return []
+    return [[side[seed] for seed in seeds] for side in (runs, reference)]
+
+
+def difference(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
+    """Of the losses of `shared` runs, with interval and p; {} for none."""
+    return stats.paired(*([loss_of(line) for line in side] for side in sides)) if sides else {}
+
+
+def compared(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
+    """The difference, pairs, steps apart, ratio of times of `shared` runs; {} for none."""
+    if not sides:
         return {}
-    sides = [[side[seed] for seed in seeds] for side in (runs, reference)]
     ratios = [math.log(x["final"]["train_time_s"] / y["final"]["train_time_s"]) for x, y in zip(*sides)]
-    return stats.paired(*([loss_of(line) for line in side] for side in sides)) | {
-        "pairs": len(seeds), "steps": steps_apart(*sides), "ratio": math.exp(statistics.mean(ratios))
-    }  # fmt: skip
+    steps, ratio = steps_apart(*sides), math.exp(statistics.mean(ratios))
+    return difference(sides) | {"pairs": len(ratios), "steps": steps, "ratio": ratio}
+
+
+def correct(tests: Sequence[tuple[tuple[str, str], dict[str, Any]]]) -> int:
+    """Gives each ((a, b), difference) with a p its `holm`. The number of tests: a against b and b against a are one."""
+    same: dict[frozenset[str], list[dict]] = {}
+    for names, ab in tests:
+        if ab.get("p") is not None:
+            same.setdefault(frozenset(names), []).append(ab)
+    for found, p in zip(same.values(), stats.holm([found[0]["p"] for found in same.values()])):
+        for ab in found:
+            ab["holm"] = p
+    return len(same)
 
 
 def reached(line: dict[str, Any]) -> tuple[float, float]:
@@ -247,6 +271,19 @@ def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict
     return table_row([*cells, f"`{' '.join(options)}`" if options else "-", v.why or "-"])
 
 
+def pair_rows(order: Sequence[str], every: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """The upper triangle of a matrix of differences, row minus column."""
+    rows = [table_row(["", *order[1:]]), table_row(["---"] * len(order))]
+    for place, name in enumerate(order[:-1]):
+        cells = [""] * place
+        for ab in (every[name, other] for other in order[place + 1 :]):
+            p = ab.get("holm")
+            text = (f"{ab['difference']:+.4f}" if ab else "-") + (f", p {chance(p)}" if p is not None else "")
+            cells.append(f"**{text}**" if p is not None and p < 0.05 else text)
+        rows.append(table_row([name, *cells]))
+    return rows
+
+
 def grid_rows(v: Variant, results: Results, value: float | None) -> list[str]:
     rows = []
     for x in v.values:
@@ -261,26 +298,28 @@ def grid_rows(v: Variant, results: Results, value: float | None) -> list[str]:
 
 def report(folder: Path, out: Path) -> None:
     """Writes report.md and figures of the results in `folder` into `out`."""
-    title, variants = read_table(folder)
+    table, variants = read_table(folder)
     results = read_results(folder, variants)
     if not results:
         raise ValueError(f"{folder} holds no result yet")
     runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
-    found = {v.name: compared(runs[v.name], runs[v.against]) if v.against else {} for v in variants}
-    tested = [ab for ab in found.values() if ab.get("p") is not None]
-    for ab, p in zip(tested, stats.holm([ab["p"] for ab in tested])):
-        ab["holm"] = p
+    found = {v.name: compared(shared(runs[v.name], runs[v.against])) if v.against else {} for v in variants}
+    means = {v.name: statistics.mean(map(loss_of, runs[v.name].values())) for v in variants if runs[v.name]}
+    order = sorted((name for name, mean in means.items() if mean < math.inf), key=means.get)
+    every = {(a, b): difference(shared(runs[a], runs[b])) for a, b in itertools.combinations(order, 2) if table.get("pairs")}
+    tests = correct([*(((v.name, v.against), found[v.name]) for v in variants), *every.items()])
     missing = sum(job not in results for job in planned(variants, results))
     threads = sorted({line["header"]["threads"] for line in results.values()})
     timed, header = all(line["alone"] for line in results.values()) and len(threads) == 1, [*results.values()][0]["header"]
     lines = [
-        f"# {title}", "",
+        f"# {table['title']}", "",
         f"Track `{variants[0].track}`, {len(results)} runs{f' of {len(results) + missing}' if missing else ''} on "
         f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, torch {header['torch']}, "
         f"{header['dtype']}, train_gpt.py {header['source_sha256'][:12]}."
         f"{'' if timed else ' Runs beside each other: no times.'}", "",
         "Losses in nats per token. Differences are those to the reference, means over the seeds that both have, paired t-test;",
-        f"p is corrected for {len(tested)} tests (Holm), the intervals are not. Steps: to the lowest training loss that both",
+        f"p is corrected for {tests} tests (Holm){', those of every pair' if every else ''}, the intervals are not. "
+        "Steps: to the lowest training loss that both",
         "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is worth.",
     ]  # fmt: skip
     goals, pool = [], [line for side in runs.values() for line in side.values()]
@@ -297,6 +336,10 @@ def report(folder: Path, out: Path) -> None:
     if shown := {f"{v.name} against {v.against}": found[v.name] for v in variants if found[v.name]}:
         figures.differences(shown, out / "differences.png")
         lines += ["", "![differences of the validation loss](differences.png)"]
+    if every:
+        lines += ["", "## Every pair", "", "Row minus column, lowest mean first. Bold: p below 0.05; the chance of even one "
+                  "bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to be equal.", "",
+                  *pair_rows(order, every)]  # fmt: skip
     if grids := [v for v in variants if v.option]:
         heads = ["variant", "value", "n", "validation loss: mean, 95% interval", "sd", ""]
         lines += ["", "## Grids", "", table_row(heads), table_row(["---"] * 6)]

@@ -259,6 +259,7 @@ def status_of(pid: int) -> str:
         (change(TABLE, full=[]), "variant 'full' is not an object"),
         (TABLE | {"seeds": 0}, "seeds cannot be 0"),
         (TABLE | {"seeds": True}, "seeds is not of type int"),
+        (TABLE | {"pairs": 1}, "pairs is not of type bool"),
         (TABLE | {"finalist_seeds": -1}, "finalist_seeds cannot be -1"),
         (TABLE | {"variants": {}}, "variants is missing"),
         ({"title": "x"}, "track is missing"),
@@ -392,6 +393,51 @@ def test_steps_and_seconds_to_the_target_are_medians_over_all_runs(finished):
         line["val"] = [[200, 2.0, 10.0]]
     assert "steps to 1." not in (text := reported(lines)) and "To the target" not in text
     reported(lines[2:3])  # of a grid whose first seed is not there yet: no run to judge by
+
+
+def rows_like(line: dict, losses: dict[str, dict[int, float | None]]) -> str:
+    """results.jsonl with these final losses of variants whose options are `--x NAME`."""
+    lines = [line | {"variant": name, "value": None, "seed": seed, "options": ["--track", "tiny", "--x", name],
+                     "final": line["final"] | {"val_loss": loss}}
+             for name, side in losses.items() for seed, loss in side.items()]  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_every_pair_is_tested_once_and_corrected_for_all(finished):
+    folder, rng = finished, np.random.default_rng(1)
+    seeds = rng.normal(0, 0.01, 5)  # what a seed does to all variants
+    losses = {name: 1.5 + shift + seeds + rng.normal(0, 0.002, 5)
+              for name, shift in (("a", 0.02), ("b", 0.0), ("c", 0.021), ("d", 0.1))}  # fmt: skip
+    given = {name: dict(enumerate(side.tolist())) for name, side in losses.items()}
+    given |= {"bad": {0: 1.5, 1: None}, "first": {0: 1.65}, "last": {4: 1.7}, "none": {}}
+    against = {"a": "b", "b": "a", "c": "a", "bad": "a", "first": "a"}  # a and b against each other: one test
+    (folder / "results.jsonl").write_text(rows_like(results(folder)[0], given))
+    variants = {name: {"options": ["--x", name]} | ({"against": against[name]} if name in against else {}) for name in given}
+    table = {"title": "Pairs", "track": "tiny", "seeds": 5, "variants": variants}
+
+    def reported(**more) -> str:
+        (folder / "table.json").write_text(json.dumps(table | more))
+        assert compare.main(["report", str(folder)]) == 0
+        return (folder / "report.md").read_text()
+
+    text = reported()
+    p = {x + y: scipy.stats.ttest_rel(losses[x], losses[y]).pvalue for x in "abcd" for y in "abcd" if x < y}
+    assert "corrected for 2 tests (Holm), the" in text and "Every pair" not in text and reported(pairs=False) == text
+    assert p["ab"] < p["ac"] and row_of(text, "a")[6] == row_of(text, "b")[6] == f"{2 * p['ab']:.2g}"
+    table_of, _, triangle = (text := reported(pairs=True)).partition("## Every pair")
+    assert "corrected for 6 tests (Holm), those of every pair, the" in text
+    holm, least = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        holm[name] = least = max(least, min(1.0, (6 - rank) * p[name]))
+    assert holm["ac"] > 0.05 > holm["ab"] and row_of(table_of, "c")[6] == f"{holm['ac']:.2g}"
+    order = ["b", "a", "c", "d", "first", "last"]  # without the one that diverged and the one that is not there yet
+    assert row_of(triangle, "b")[1:] == [
+        *(f"**{(losses['b'] - losses[x]).mean():+.4f}, p {holm[''.join(sorted('b' + x))]:.2g}**" for x in "acd"),
+        f"{losses['b'][0] - 1.65:+.4f}", f"{losses['b'][4] - 1.7:+.4f}"]  # fmt: skip
+    assert row_of(triangle, "a")[1:3] == ["", f"{(losses['a'] - losses['c']).mean():+.4f}, p {holm['ac']:.2g}"]
+    assert row_of(triangle, "first")[1:] == ["", "", "", "", "-"]  # no seed in common
+    rows = [line for line in triangle.splitlines() if line.startswith("| ")]
+    assert rows[0] == f"|  | {' | '.join(order[1:])} |" and [row.split(" | ")[0][2:] for row in rows[2:]] == order[:-1]
 
 
 def test_a_run_that_diverges_is_a_result(folder):
