@@ -25,6 +25,7 @@ over all differences of a report (Holm 1979), the intervals are not. A mean's ow
 those of two variants may overlap although their difference is sure.
 
 "pairs": true in the table adds the differences of all pairs of variants to the report, and p is corrected over all of them.
+"curves": true adds a figure of the training curves, and of the steps by which variants lead their references.
 
 FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
 for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import figures
+import numpy as np
 import stats
 from claims import write
 from logs import Point, Run, is_number
@@ -19,8 +20,8 @@ from presets import PRESETS
 from tables import chance, number
 
 VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
-TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "pairs": bool,
-         "variants": dict}  # fmt: skip
+TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict,
+         "pairs": bool, "curves": bool}  # fmt: skip
 HEADER = ("run_id", "source_sha256", "torch", "device", "world_size", "threads", "dtype")
 SAME = ("source_sha256", "torch", "device", "world_size", "dtype")  # in all runs of a folder
 
@@ -177,14 +178,19 @@ def judged(v: Variant, results: Results) -> dict[int, dict[str, Any]]:
     return {seed: line for seed, line in known.items() if seed in v.judges()} or known
 
 
-def steps_apart(runs: Sequence[dict], reference: Sequence[dict]) -> float | None:
-    """Steps to the lowest training loss that both reach, minus the reference's; None when there is no such loss.
+def training_curve(lines: Sequence[dict], steps: int) -> dict[str, np.ndarray]:
+    """Mean over these runs, smoothed over a tenth of so many steps."""
+    runs = [Run(Path(), x["header"], x["final"], [], [Point(*p, 0.0, None) for p in x["train"]]) for x in lines]
+    return figures.mean_curve(runs, "train", steps // 10)
 
-    Curves are means over the runs, smoothed over a tenth of the reference's steps.
-    """
-    sides = [[Run(Path(), x["header"], x["final"], [], [Point(*p, 0.0, None) for p in x["train"]]) for x in side]
-             for side in (runs, reference)]  # fmt: skip
-    mine, its = (figures.mean_curve(side, "train", reference[0]["final"]["step"] // 10) for side in sides)
+
+def both_curves(runs: Sequence[dict], reference: Sequence[dict]) -> list[dict[str, np.ndarray]]:
+    return [training_curve(side, reference[0]["final"]["step"]) for side in (runs, reference)]
+
+
+def steps_apart(runs: Sequence[dict], reference: Sequence[dict]) -> float | None:
+    """Steps to the lowest training loss that both reach, minus the reference's; None when there is no such loss."""
+    mine, its = both_curves(runs, reference)
     ahead = mine["loss"].min() <= its["loss"].min()
     lead = figures.leading_steps(its, mine)[1] if ahead else -figures.leading_steps(mine, its)[1]
     return float(lead[-1]) if len(lead) else None
@@ -340,6 +346,13 @@ def report(folder: Path, out: Path) -> None:
         lines += ["", "## Every pair", "", "Row minus column, lowest mean first. Bold: p below 0.05; the chance of even one "
                   "bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to be equal.", "",
                   *pair_rows(order, every)]  # fmt: skip
+    if table.get("curves") and order:
+        sides = {name: [*runs[name].values()] for name in order}
+        trained = {name: training_curve(side, side[0]["final"]["step"]) for name, side in sides.items()}
+        both = {v.name: both_curves(*shared(runs[v.name], runs[v.against])) for v in variants if found[v.name]}
+        figures.training(trained, {name: figures.leading_steps(*pair) for name, pair in both.items()}, out / "curves.png")
+        lines += ["", "Training loss and leading steps, lowest mean first, without variants of which a run diverged:", "",
+                  "![training loss, and further steps that the reference needs for the same loss](curves.png)"]  # fmt: skip
     if grids := [v for v in variants if v.option]:
         heads = ["variant", "value", "n", "validation loss: mean, 95% interval", "sd", ""]
         lines += ["", "## Grids", "", table_row(heads), table_row(["---"] * 6)]

@@ -74,15 +74,20 @@ def said(loss: str, span: int) -> str:
     return f"{'validation' if loss == 'val' else 'training'} loss, {smoothing}"
 
 
+def show_end(axis: plt.Axes, losses: Sequence[np.ndarray], part: float) -> None:
+    """Cuts off what lies above all curves after this part of them: the steep beginning would flatten the rest."""
+    lowest, highest = min(loss.min() for loss in losses), max(loss[int(part * len(loss))] for loss in losses)
+    if highest > lowest:
+        axis.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
+
+
 def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
     """Loss against tokens, steps and training time: mean over the runs of each path, band of one sd over seeds."""
     sets = {path: any_runs(path) for path in paths}
     found = {path: mean_curve(runs, loss, span) for path, runs in sets.items()}
     axes_wanted = [axis for axis in AXES if all(axis in curve for curve in found.values())]
     figure, axes = plt.subplots(1, len(axes_wanted), figsize=(5 * len(axes_wanted), 4.5), sharey=True, squeeze=False)
-    lowest, starts = min(curve["loss"].min() for curve in found.values()), []
     for path, curve in found.items():
-        starts.append(curve["loss"][len(curve["loss"]) // 5])
         for axis, x in zip(axes[0], axes_wanted):
             label = f"{name_of(path)} (n = {len(sets[path])})"
             (line,) = axis.plot(curve[x], curve["loss"], label=label, marker="." if len(curve[x]) < 30 else None)
@@ -91,8 +96,7 @@ def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
     for axis, x in zip(axes[0], axes_wanted):
         axis.set(xlabel=AXES[x])
         axis.grid(alpha=0.3)
-    if max(starts) > lowest:  # the steep beginning would flatten the rest
-        axes[0][0].set_ylim(lowest - 0.05 * (max(starts) - lowest), max(starts) + 0.05 * (max(starts) - lowest))
+    show_end(axes[0][0], [curve["loss"] for curve in found.values()], 0.2)
     axes[0][0].set_ylabel("nats per token")
     axes[0][-1].legend(fontsize=8)
     devices = sorted({run.header.get("device", "") for runs in sets.values() for run in runs} - {""})
@@ -220,4 +224,25 @@ def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]
     axes[0][0].set_ylabel("final validation loss (nats per token)")
     figure.suptitle("mean and sd over seeds; ring: the best value; cross: a run diverged", fontsize=10)
     figure.tight_layout()
+    save(figure, out)
+
+
+def training(curves: dict[str, dict[str, np.ndarray]], leads: dict[str, tuple[np.ndarray, np.ndarray]], out: Path) -> None:
+    """Left the curves of `mean_curve` by label, right the `leading_steps` of some of these labels over their references."""
+    columns = -(-len(curves) // 26)  # of the legend
+    figure, axes = plt.subplots(1, 2, figsize=(10 + 2.7 * columns, 5), layout="constrained")
+    for place, (label, curve) in enumerate(curves.items()):
+        look = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":", "-.")[place // 10 % 4], "linewidth": 1.2}
+        axes[0].plot(curve["step"], curve["loss"], label=label, **look)
+        if label in leads:
+            axes[1].plot(*leads[label], **look)
+    show_end(axes[0], [curve["loss"] for curve in curves.values()], 0.5)
+    axes[0].set(xlabel="steps", ylabel="nats per token")
+    axes[0].set_title("training loss, mean over a tenth of the steps", fontsize=10)
+    axes[1].set(xlabel="steps of the variant", ylabel="steps")
+    axes[1].set_title("further steps that the reference needs for the same loss", fontsize=10)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, ncols=columns)
     save(figure, out)

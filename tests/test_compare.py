@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "records"))
 import claims  # noqa: E402
 import compare  # noqa: E402
 import comparison  # noqa: E402
+import figures  # noqa: E402
 import presets  # noqa: E402
 import runner  # noqa: E402
 import stats  # noqa: E402
@@ -260,6 +261,7 @@ def status_of(pid: int) -> str:
         (TABLE | {"seeds": 0}, "seeds cannot be 0"),
         (TABLE | {"seeds": True}, "seeds is not of type int"),
         (TABLE | {"pairs": 1}, "pairs is not of type bool"),
+        (TABLE | {"curves": "yes"}, "curves is not of type bool"),
         (TABLE | {"finalist_seeds": -1}, "finalist_seeds cannot be -1"),
         (TABLE | {"variants": {}}, "variants is missing"),
         ({"title": "x"}, "track is missing"),
@@ -395,6 +397,37 @@ def test_steps_and_seconds_to_the_target_are_medians_over_all_runs(finished):
     reported(lines[2:3])  # of a grid whose first seed is not there yet: no run to judge by
 
 
+def test_curves_and_leading_steps_are_those_of_the_runs(finished, monkeypatch):
+    folder, drawn = finished, {}
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.update({out.name: figure}))
+    lines = results(folder)
+    lines += [lines[0] | {"variant": "bad", "seed": seed, "options": ["--track", "tiny"]} for seed in (0, 1)]
+    lines[-1] = lines[-1] | {"train": lines[0]["train"][:3], "final": lines[0]["final"] | {"step": 12, "val_loss": None}}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "table.json").write_text(json.dumps(change(TABLE, bad={"against": "full"}) | {"curves": True}))
+    assert compare.main(["report", str(folder)]) == 0
+    assert "](curves.png)" in (folder / "report.md").read_text()
+    left, right = drawn["curves.png"].axes
+    curves = {line.get_label(): line.get_xydata() for line in left.lines}
+    assert [*curves] == [text.get_text() for text in drawn["curves.png"].legends[0].texts] == ["rate", "full", "worse"]
+    loss = {key: line["final"]["val_loss"] for key, line in zip(keys(folder), lines)}
+    ends = {"full": {seed: loss["full", None, seed] for seed in range(3)},
+            "worse": {seed: loss["worse", None, seed] for seed in range(5)},
+            "rate": {seed: loss["rate", 0.04, seed] for seed in (3, 4)}}  # fmt: skip
+    for name, curve in curves.items():
+        # the loss falls by 0.01 a step; each point is the mean of the last 20 steps, logged every second one
+        wanted = np.mean([*ends[name].values()]) + (200 - np.arange(20, 201, 4) + 9) / 100
+        assert curve[4:] == pytest.approx(np.stack([np.arange(20, 201, 4), wanted], 1), abs=2e-5)
+    assert left.get_ylim()[0] < curves["rate"][:, 1].min() and left.get_ylim()[1] < curves["full"][0, 1]
+    assert curves["worse"][25, 1] < left.get_ylim()[1]  # the second half of the highest curve
+    leads = dict(zip(("rate", "worse"), [line.get_xydata() for line in right.lines if len(line.get_xydata()) > 2]))
+    assert [line.get_color() for line in left.lines[::2]] == [line.get_color() for line in right.lines[:2]]
+    for name, other in (("rate", "worse"), ("worse", "full")):
+        ahead = -100 * np.mean([ends[name][seed] - ends[other][seed] for seed in ends[name].keys() & ends[other].keys()])
+        smoothed = leads[name][(leads[name][:, 0] >= 20) & (leads[name][:, 0] + ahead >= 20)]
+        assert len(smoothed) > 20 and smoothed[:, 1] == pytest.approx(ahead, abs=2e-3)  # losses have five decimals there
+
+
 def rows_like(line: dict, losses: dict[str, dict[int, float | None]]) -> str:
     """results.jsonl with these final losses of variants whose options are `--x NAME`."""
     lines = [line | {"variant": name, "value": None, "seed": seed, "options": ["--track", "tiny", "--x", name],
@@ -454,9 +487,11 @@ def test_a_run_that_diverges_is_a_result(folder):
 
 def test_a_report_is_the_same_bit_for_bit_and_checked(finished, capsys):
     folder = finished
+    (folder / "table.json").write_text(json.dumps(TABLE | {"pairs": True, "curves": True}))
     assert compare.main(["report", str(folder)]) == 0
     made = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".md", ".png")}
-    assert made.keys() == {"report.md", "differences.png", "grids.png"} and b"matplotlib" not in made["grids.png"].lower()
+    assert made.keys() == {"report.md", "differences.png", "curves.png", "grids.png"}
+    assert b"matplotlib" not in made["grids.png"].lower()
     for name in made:
         (folder / name).unlink()
     capsys.readouterr()
