@@ -343,15 +343,17 @@ def report(folder: Path, out: Path) -> None:
         figures.differences(shown, out / "differences.png")
         lines += ["", "![differences of the validation loss](differences.png)"]
     if every:
-        lines += ["", "## Every pair", "", "Row minus column, lowest mean first. Bold: p below 0.05; the chance of even one "
-                  "bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to be equal.", "",
+        lines += ["", "## Every pair", "",
+                  "Row minus column, lowest mean first, without variants of which a run diverged. Bold: p below 0.05; the",
+                  "chance of even one bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to",
+                  "be equal.", "",
                   *pair_rows(order, every)]  # fmt: skip
     if table.get("curves") and order:
         sides = {name: [*runs[name].values()] for name in order}
         trained = {name: training_curve(side, side[0]["final"]["step"]) for name, side in sides.items()}
         both = {v.name: both_curves(*shared(runs[v.name], runs[v.against])) for v in variants if found[v.name]}
         figures.training(trained, {name: figures.leading_steps(*pair) for name, pair in both.items()}, out / "curves.png")
-        lines += ["", "Training loss and leading steps, lowest mean first, without variants of which a run diverged:", "",
+        lines += ["", "## Curves", "", "Lowest mean of the final losses first, without variants of which a run diverged.", "",
                   "![training loss, and further steps that the reference needs for the same loss](curves.png)"]  # fmt: skip
     if grids := [v for v in variants if v.option]:
         heads = ["variant", "value", "n", "validation loss: mean, 95% interval", "sd", ""]
