@@ -33,6 +33,7 @@ class Variant:
     why: str
     track: str
     options: tuple[str, ...]
+    own: str  # in the words of the table, without the options of all variants
     option: str  # of the grid, "" for none
     values: tuple[float | None, ...]
     seeds: range  # of every value
@@ -106,7 +107,8 @@ def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
         last = first + mine["seeds"]
         variants.append(Variant(
             name, given.get("against", ""), given.get("why", ""), table["track"],
-            (*table.get("options", ()), *PRESETS.get(preset, ()), *given.get("options", ())), next(iter(grid)), tuple(values),
+            (*table.get("options", ()), *PRESETS.get(preset, ()), *given.get("options", ())),
+            " ".join([*[f"preset {preset}"] * bool(preset), *given.get("options", ())]), next(iter(grid)), tuple(values),
             range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
         ))  # fmt: skip
     named = {v.name: v for v in variants}
@@ -273,8 +275,8 @@ def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict
         seconds = statistics.median(line["final"]["train_time_s"] for line in lines)
         times = [f"{seconds:.2f} s", number(ab.get("ratio"), 3)]
     cells = [v.name, *losses_in_words(lines), *apart, *reached_in_words(lines)[:goals], *times * timed]
-    options = [*v.options, *([v.option, f"{value:g}"] if v.option and value is not None else [])]
-    return table_row([*cells, f"`{' '.join(options)}`" if options else "-", v.why or "-"])
+    own = f"{v.own} {v.option} {value:g}" if v.option and value is not None else v.own
+    return table_row([*cells, f"`{own.strip()}`" if own else "-", v.why or "-"])
 
 
 def pair_rows(order: Sequence[str], every: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -322,7 +324,8 @@ def report(folder: Path, out: Path) -> None:
         f"Track `{variants[0].track}`, {len(results)} runs{f' of {len(results) + missing}' if missing else ''} on "
         f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, torch {header['torch']}, "
         f"{header['dtype']}, train_gpt.py {header['source_sha256'][:12]}."
-        f"{'' if timed else ' Runs beside each other: no times.'}", "",
+        f"{'' if timed else ' Runs beside each other: no times.'}"
+        f"{' All with `' + ' '.join(table['options']) + '`.' if table.get('options') else ''}", "",
         "Losses in nats per token. Differences are those to the reference, means over the seeds that both have, paired t-test;",
         f"p is corrected for {tests} tests (Holm){', those of every pair' if every else ''}, the intervals are not. "
         "Steps: to the lowest training loss that both",

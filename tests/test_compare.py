@@ -581,6 +581,7 @@ def test_options_of_a_variant_follow_its_preset(folder):
     (folder / "table.json").write_text(json.dumps(table))
     ((variant,), words) = comparison.read_table(folder)[1], presets.PRESETS["normuon"]
     assert variant.options == ("--a", "1", *words, "--matrix.beta2", "0.9") and words
+    assert variant.own == "preset normuon --matrix.beta2 0.9"
 
 
 def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):
