@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Outcome:
         return [(line["event"], line["step"], line[key[line["event"]]]) for line in self.lines if line["event"] in key]
 
 
-def train(argv: list[str]) -> Outcome:
+def train(argv: list[str], main: Callable[[list[str]], Any] = train_gpt.main) -> Outcome:
     """Run `main` in this process and keep what is needed to compare it; thread count and signal handlers are put back."""
     outcome, threads, original, logs = Outcome(), torch.get_num_threads(), train_gpt.Trainer.train, []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
@@ -114,7 +115,7 @@ def train(argv: list[str]) -> Outcome:
 
     try:
         with mock.patch.object(train_gpt.Trainer, "train", capture), mock.patch.object(train_gpt, "Log", Log):
-            train_gpt.main(argv)
+            main(argv)
     finally:
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
@@ -127,7 +128,8 @@ def train(argv: list[str]) -> Outcome:
     return outcome
 
 
-def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict, folder: Path) -> None:
+def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict, folder: Path,
+           main: Callable) -> None:  # fmt: skip
     output = os.open(folder / f"output_{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ.update(environment)
@@ -137,13 +139,14 @@ def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], 
     for port, argv in zip(ports, jobs):
         os.environ["MASTER_PORT"] = str(port)
         try:
-            results.append(train(argv))
+            results.append(train(argv, main))
         except SystemExit as stop:
             results.append(stop.code)
     torch.save(results, folder / f"result_{rank}")
 
 
-def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, str], folder: Path) -> list[list[Any]]:
+def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, str], folder: Path,
+               main: Callable = train_gpt.main) -> list[list[Any]]:  # fmt: skip
     """Run each command line on `world_size` gloo processes, as torchrun would; returns [job][rank] -> Outcome or status.
 
     The processes come from a fork server that has imported torch; they write what they print into `folder`.
@@ -154,7 +157,7 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         ports = [s.getsockname()[1] for s in sockets]
-    processes = start(_child, [(rank, world_size, ports, jobs, environment, folder) for rank in range(world_size)])
+    processes = start(_child, [(rank, world_size, ports, jobs, environment, folder, main) for rank in range(world_size)])
     finish(processes)
     results = []
     for rank in range(world_size):
