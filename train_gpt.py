@@ -294,8 +294,8 @@ def read_shard(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or (*header[:2],) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION} expected)")
+    if (found := (len(header), *header[:2].tolist())) != (wanted := (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION)):
+        raise ValueError(f"{path} is not a token shard: size of the header, magic and version are {found}, not {wanted}")
     count, size = int(header[2]), path.stat().st_size
     if count < 0 or size != 4 * HEADER_INTS + 2 * count:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")

@@ -1,7 +1,7 @@
 """The field's optimizers as options of train_gpt.py, for the variants of a comparison: {"preset": "muoneq-row"}.
 
-They differ in the settings of the optimizer alone: matrices of the blocks as published, everything else as the track has it,
-but for the decay of Moonlight and MuonEq, which is on every parameter. The schedule of the momentum is the track's for all.
+They differ in the settings of the optimizer alone: matrices of the blocks as published, the rest as the track has it, but
+for the decay of Moonlight and those after it, which is on every parameter. The schedule of the momentum is the track's for all.
 """
 
 from __future__ import annotations

@@ -535,7 +535,7 @@ BAD_DATA = {  # name: what happens to the folder, words of the sentence
     "truncated header": (lambda f: cut(f, "val_000000.bin", 100), ["val_000000.bin"]),
     "empty shard": (lambda f: cut(f, "train_000001.bin", 0), ["train_000001.bin"]),
     "wrong magic": (lambda f: patch_shard(f, "train_000001.bin", 0, 7), ["train_000001.bin", "20240520"]),
-    "wrong version": (lambda f: patch_shard(f, "val_000000.bin", 1, 2), ["val_000000.bin", "version 2"]),
+    "wrong version": (lambda f: patch_shard(f, "val_000000.bin", 1, 2), ["val_000000.bin", "20240520, 2), not"]),
     "sha256 mismatch": (lambda f: patch_shard(f, "train_000002.bin", 266, 3), ["train_000002.bin", "sha256"]),
     "foreign token": (lambda f: patch_shard(f, "train_000001.bin", 266, 257, True), ["train_000001.bin", "257"]),
     "foreign validation token": (lambda f: patch_shard(f, "val_000000.bin", 266, 65535, True), ["val_000000.bin", "65535"]),
