@@ -1,0 +1,1 @@
+../../tiny/2026-11-22_two-blocks/train_gpt.py
