@@ -1,0 +1,1 @@
+../ideas-tiny/train_gpt.py
