@@ -1,6 +1,8 @@
 """The loader against a brute-force packer over Python lists, and validation rows against the plain token stream."""
 
+import hashlib
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from train_gpt import (
     Schedule,
     Shard,
     Track,
+    check_data,
     gather,
     make_batch,
     read_shard,
@@ -184,6 +187,20 @@ def test_a_row_that_ends_with_the_data(tmp_path, documents, inputs):
     assert packer.position == (1, 0, 0)
     with pytest.raises(ValueError, match="end after 1 epochs"):
         packer.next_row(20)
+
+
+def test_the_documents_of_a_row_are_counted_over_shards(tmp_path):
+    """The largest number in a row of the schedule, whose rows begin in one shard and end in the next."""
+    data = Data(corpus="", document_start=START, rows=1, row_tokens=9, vocab_size=START + 1, predict_start=True)
+    shards = shards_of([[8, 3, 2], [2, 2, 3, 9], [9, 9]])
+    paths, stream = write_shards(tmp_path, shards), write_shard(tmp_path / "val_000000.bin", [START, 1, 2, 3])
+    digests = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in (*paths, stream)}
+    manifest = {"vocab_size": START + 1, "document_start": START, "files": digests}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    schedule = Schedule(steps=3, extension=0, stages=[(0, (8, 8), 1, 20)])
+    track = Track(data, schedule=schedule, evaluation=Evaluation(tokens=3, row_tokens=4))
+    rows = [len(documents) for documents, _ in brute_rows(shards, data)][:3]
+    assert check_data(track, tmp_path)["documents"] == max(rows) == 5 and rows == [2, 5, 2]
 
 
 def test_batch_types_and_padding():
