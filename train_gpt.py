@@ -1368,7 +1368,7 @@ class Clock:
 
 class Log:
     """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes.
-    A log that is there already keeps its lines up to the `step` of `open`: what came after it happens again."""
+    A log that is there already keeps its lines up to the `step` of `open`: what came after it, the end too, happens again."""
     def __init__(self, path: Path):
         self.path, self.file, self.events = path, None, set()
 
@@ -1384,7 +1384,7 @@ class Log:
         for line in self.file:
             try:
                 event = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a kill can tear the last line
-                if event.get("step", 0) > step:
+                if event.get("step", 0) > step or event["event"] == "final":
                     break
                 self.events.add((event["event"], event.get("step")))
             except (ValueError, AttributeError, KeyError, TypeError):
@@ -1673,7 +1673,7 @@ class Trainer:
             its, mine = checkpoint["key"], self.key
             same_rows = (its.get("data"), its.get("track", {}).get("data")) == (mine["data"], mine["track"]["data"])
             position = tuple(checkpoint["position"]) if same_rows else position
-            if first >= steps:
+            if first > steps:
                 raise Refusal(f"checkpoint of step {first}: the schedule has only {steps} steps")
         log = Log(out / f"{run_id}.jsonl")
 
@@ -1703,7 +1703,10 @@ class Trainer:
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
-        val_loss, due, stopping = math.nan, False, False
+        self.enter(first)
+        # a run that was killed between its last checkpoint and its end has only the end before it
+        val_loss = self.validate(evaluation.windows, self.validation) if first == steps else math.nan
+        due, stopping = False, False
         clock.start()
         for step in range(first, steps):
             if step == self.untie > 0:
