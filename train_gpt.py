@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -41,7 +42,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -54,13 +55,46 @@ from torch.utils.checkpoint import checkpoint
 # 1. Tracks: every number of a run. A track is data, never code.
 
 
-def field(default: Any, meaning: str, least: float | None = None, choices: str = "") -> Any:
-    meaning += f" ({choices})" if choices else ""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least, "choices": choices.split()})
+def field(default: Any, meaning: str, least: float = -math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """The value as a field of this type has it: whole numbers as floats, lists as tuples; TypeError when it does not fit."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:
+        for one in args:
+            with contextlib.suppress(TypeError):
+                return fit(value, one)
+    elif origin is tuple and isinstance(value, (tuple, list)):
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            return tuple(map(fit, value, kinds))
+    elif kind is Stage and isinstance(value, (tuple, list)):
+        return Stage(*map(fit, Stage(*value), get_type_hints(Stage).values()))
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
+        return float(value)
+    elif value in args if origin is Literal else type(value) is kind is not float:
+        return value
+    raise TypeError
+
+
+class Settings:
+    """Fields that are checked wherever they come from; ValueError, beginning with the field's name, for what cannot be."""
+    def __post_init__(self) -> None:
+        for f, kind in zip(dataclasses.fields(self), get_type_hints(type(self)).values()):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            try:
+                object.__setattr__(self, f.name, fit(value, kind))
+            except TypeError:
+                kind = f.type.removeprefix("Literal").replace("float", "float below 1e30")
+                raise ValueError(f"{f.name} takes {kind}, not {value!r}: {f.metadata['meaning']}") from None
+            if least > -math.inf and value < least:
+                raise ValueError(f"{f.name} is at least {least}, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Settings):
     corpus: str = field("shakespeare", "folder of the shards below DATA_DIR")
     vocab_size: int = field(257, "tokens that occur, the document start included")
     document_start: int = field(256, "token before every document")
@@ -71,32 +105,32 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Settings):
     padded_vocab: int = field(288, "rows of the embedding tables and the head")
     width: int = field(192, "width of the residual stream (D)")
     heads: int = field(3, "attention heads (H), each of width D / H", 1)
     layers: int = field(4, "blocks", 1)
     mlp_ratio: int = field(4, "hidden width of the MLP over D", 1)
-    attention_free: tuple = field((), "blocks without attention")
-    long_blocks: tuple = field((), "blocks with the long window")
-    value_tables: tuple = field((), "(block, table) pairs: which value embedding a block adds to v (#14, #63)")
+    attention_free: tuple[int, ...] = field((), "blocks without attention")
+    long_blocks: tuple[int, ...] = field((), "blocks with the long window")
+    value_tables: tuple[tuple[int, int], ...] = field((), "(block, table): value embedding that a block adds to v (#14, #63)")
     value_gate_inputs: int = field(0, "leading channels of stream and value embedding that gate the latter; 0: no gate", 0)
-    xsa: tuple = field((), "blocks whose heads give up their component along the position's own value")
-    key_offset: tuple = field((), "blocks whose keys take their unrotated half from the position before")
-    paired: tuple = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys")
+    xsa: tuple[int, ...] = field((), "blocks whose heads give up their component along the position's own value")
+    key_offset: tuple[int, ...] = field((), "blocks whose keys take their unrotated half from the position before")
+    paired: tuple[int, ...] = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys")
     frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none")
-    ngrams: tuple = field((), "(n, rows) pairs: hashed embeddings of the last n tokens, added to the token's")
+    ngrams: tuple[tuple[int, int], ...] = field((), "(n, rows): hashed embeddings of the last n tokens, added to the token's")
     ngram_signs: int = field(0, "fixed patterns of signs, one of which an n-gram's second hash puts on its row; 0: none", 0)
-    skips: tuple = field((), "(source, target) pairs: output of the source added before the target (#11, #45)")
+    skips: tuple[tuple[int, int], ...] = field((), "(source, target): output of one block added before another (#11, #45)")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none (#40)")
     gate_inputs: int = field(12, "leading channels that the attention and smear gates read", 1)
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window")
-    softcap: tuple = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C) (records #18, #54)")
+    softcap: tuple[float, float, float] = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C) (#18, #54)")
     tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too (#51, #53)", 0)
     qk_parts: int = field(1, "row blocks of q and of k orthogonalised by themselves, such as pairs of heads (#80)", 1)
-    low_precision: tuple = field((), "parameters in the dtype of the activations; the optimizer keeps exact fp32 copies")
-    fp8_head: tuple = field((), "divisors of inputs, weights and gradients of a head in FP8, where there is FP8; (): none")
+    low_precision: tuple[str, ...] = field((), "parameters in the dtype of the activations; the optimizer has fp32 copies")
+    fp8_head: tuple[float, ...] = field((), "divisors of inputs, weights and gradients of a head in FP8; (): none")
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
     o_std: float = field(0.0, "std of o at the start, times D ** -0.5 (#64)", 0)
     embed_std: float = field(1.0, "std of the embedding at the start", 0)
@@ -106,29 +140,29 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix:
-    kind: str = field("matrix", "adam: the settings of `hidden` instead of those below", choices="matrix adam")
-    lr: float = field(0.03, "learning rate at factor 1")
+class Matrix(Settings):
+    kind: Literal["matrix", "adam"] = field("matrix", "adam: the settings of `hidden` instead of those below")
+    lr: float = field(0.03, "learning rate at factor 1", 0)
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: str = field("row", "MuonEq before orthogonalising", choices="none row col rowcol")
+    equilibrate: Literal["none", "row", "col", "rowcol"] = field("row", "MuonEq before orthogonalising")
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express, newton_schulz or another entry of ORTHOGONALIZERS")
     steps: int = field(5, "iterations of the orthogonalisation", 1)
-    norm_bound: str = field("frobenius", "bound of the largest singular value", choices="frobenius spc")
+    norm_bound: Literal["frobenius", "spc"] = field("frobenius", "bound of the largest singular value")
     normuon: bool = field(False, "NorMuon: equalise rows or columns of the update by their running mean square")
-    normuon_axis: str = field("auto", "what has a mean square of its own; auto: the longer side", choices="auto row col")
+    normuon_axis: Literal["auto", "row", "col"] = field("auto", "what has a mean square of its own; auto: the longer side")
     beta2: float = field(0.95, "decay of NorMuon's mean square")
-    scale: str = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))", choices="spectral match_rms_adamw")
-    lr_mul: tuple | float = field(1.0, "factor on lr, or factors that the matrices take in turns: (up, down) of the MLP")
+    scale: Literal["spectral", "match_rms_adamw"] = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))")
+    lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns: (up, down) of the MLP")
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
-    lr: float = field(0.008, "learning rate at factor 1")
-    betas: tuple = field((0.65, 0.95), "decay of the first and second moment")
+class Adam(Settings):
+    lr: float = field(0.008, "learning rate at factor 1", 0)
+    betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment")
     eps: float = field(1.5e-13, "added to the root of the second moment; gradients are means over tokens")
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
@@ -142,36 +176,29 @@ class Stage(NamedTuple):
     batch: int = 1  # factor on the rows of a step
     document_cut: int = 4096  # tokens kept of a document; the tail is dropped
     lr: float = 1.0  # factor on the learning rates above their floor
-    ahead: tuple = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
+    ahead: tuple[tuple[float, float], ...] = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(Settings):
     steps: int = field(2245, "scheduled steps", 1)
     extension: int = field(40, "further steps at the learning-rate floor", 0)
-    stages: tuple = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, weights ahead), ...")
+    stages: tuple[Stage, ...] = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, ahead)")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end")
     decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power (#43: 2)", 1)
-    momentum: tuple = field((0.85, 0.95), "momentum at the ends of the run and between")
+    momentum: tuple[float, float] = field((0.85, 0.95), "momentum at the ends of the run and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises")
     momentum_cooldown: int = field(50, "last steps over which it falls again")
 
-    def __post_init__(self) -> None:
-        try:
-            stages = tuple(Stage(*stage) for stage in self.stages)
-        except TypeError:
-            raise ValueError(f"schedule.stages are tuples such as {tuple(Stage(0.5, (128, 384)))}, not {self.stages}") from None
-        object.__setattr__(self, "stages", stages)
-
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Settings):
     target: float = field(3.28, "validation loss to reach, nats per token")
     tokens: int = field(10_485_760, "validation targets, from the start of the validation shards", 1)
     row_tokens: int = field(262_144, "tokens of one validation row", 1)
     every: int = field(250, "steps between validations; the end is always validated", 1)
-    windows: tuple = field((768, 2560), "(short, long) at the final validation")
+    windows: tuple[int, int] = field((768, 2560), "(short, long) at the final validation")
     log_every: int = field(10, "steps between logged training losses", 1)
 
 
@@ -191,14 +218,14 @@ class Track:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Settings):
     track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
-    dtype: str = field("auto", "of activations; auto: bfloat16 where the processor has it", choices="auto bfloat16 float32")
-    compile: str = field("auto", "parts: equal blocks share a graph; auto: whole on a CPU", choices="auto whole parts none")
-    attention: str = field("fa2", "on a CUDA GPU: fa2 is inside torch, others where they are installed", choices="fa2 fa3 fa4")
-    memory: str = field("normal", "low: blocks recomputed in the backward, few logits at a time", choices="normal low")
+    dtype: Literal["auto", "bfloat16", "float32"] = field("auto", "of activations; auto: bfloat16 where the processor has it")
+    compile: Literal["auto", "whole", "parts", "none"] = field("auto", "parts: equal blocks share a graph; auto: whole on CPU")
+    attention: Literal["fa2", "fa3", "fa4"] = field("fa2", "on a CUDA GPU: fa2 is in torch, others where installed")
+    memory: Literal["normal", "low"] = field("normal", "low: blocks recomputed in the backward, few logits at a time")
     micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens", 0)
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
     checkpoint_every: int = field(0, "steps between checkpoints, the end has one too; 0: none", 0)
@@ -413,16 +440,16 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
             yield ready
 
 
-def validation_rows(paths: Sequence[Path], data: Data, evaluation: Evaluation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The validation stream cut into rows, in order and not aligned to documents; the last row is padded.
-    Ends after exactly `evaluation.tokens` counted targets, 0: with the stream; ValueError when there are fewer."""
+def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The validation stream cut into rows of T tokens, in order and not aligned to documents; the last row is padded.
+    Ends after exactly so many counted `targets`, 0: with the stream; ValueError when there are fewer."""
     stream = np.concatenate([read_shard(path) for path in paths])
     counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
     found = counted[-1] if len(counted) else 0
-    if found < (wanted := evaluation.tokens or max(1, found)):
+    if found < (wanted := targets or max(1, found)):
         raise ValueError(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
     stream = stream[: np.searchsorted(counted, wanted) + 2]
-    rows, T = [], evaluation.row_tokens
+    rows = []
     for begin in range(0, len(stream) - 1, T):
         row = stream[begin : begin + T + 1]
         inputs = len(row) - 1
@@ -476,46 +503,21 @@ def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layou
     return Layout(document_starts(offsets, T), None, flat, min(longest, T), window)
 
 
-class BlockedAttention(torch.autograd.Function):
-    """Softmax attention in blocks, (B, T, H, d) each, cost T x window; the backward recomputes the scores.
-    Scores are bounded (|q k| <= 60: RMS-normalised heads times a scale), so the exponentials need no running maximum."""
-    @staticmethod
-    def split(x: Tensor, C: int, previous: bool = False) -> Tensor:  # (B, T, H, d) -> (B, n, H, C or 2 C, d)
-        B, T, H, d = x.shape
-        x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
-        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) if previous else x
-
-    @staticmethod
-    def join(x: Tensor, T: int, C: int) -> Tensor:  # the transpose of split
-        if x.size(3) > C:
-            x = x[:, :, :, C:] + F.pad(x[:, 1:, :, :C], (0, 0, 0, 0, 0, 0, 0, 1))
-        return x.transpose(2, 3).flatten(1, 2)[:, :T]
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        split, T, C = BlockedAttention.split, q.size(1), mask.size(-2)
-        weights = torch.where(mask, (split(q, C) @ split(k, C, True).mT).float().exp(), 0.0)
-        total = weights.sum(-1, keepdim=True)
-        y = BlockedAttention.join((weights / total).to(q.dtype) @ split(v, C, True), T, C)
-        ctx.save_for_backward(q, k, v, mask, y, total)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, mask, y, total), split, join = ctx.saved_tensors, BlockedAttention.split, BlockedAttention.join
-        T, C = q.size(1), mask.size(-2)
-        queries, outer, keys, values = split(q, C), split(grad, C), split(k, C, True), split(v, C, True)
-        weights = torch.where(mask, (queries @ keys.mT).float().exp() / total, 0.0)
-        mean = (outer.float() * split(y, C).float()).sum(-1, keepdim=True)
-        scores = (weights * ((outer @ values.mT).float() - mean)).to(q.dtype)
-        gradients = scores @ keys, scores.mT @ queries, weights.to(q.dtype).mT @ outer
-        return *(join(x, T, C) for x in gradients), None
+def in_blocks(x: Tensor, C: int, previous: bool = False) -> Tensor:
+    """(B, T, H, d) -> (B, T / C, H, C, d), blocks of C positions; with the previous block before each (.., 2 C, d)."""
+    B, T, H, d = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
+    return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) if previous else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q."""
+    """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q. In blocks the cost is T x window, and
+    exponentials need no running maximum: scores are bounded (|q k| <= 60: RMS-normalised heads times a scale)."""
     if layout.mask is not None:
-        return BlockedAttention.apply(q, k, v, layout.mask)
+        C = layout.mask.size(-2)
+        weights = torch.where(layout.mask, (in_blocks(q, C) @ in_blocks(k, C, True).mT).float().exp(), 0.0)
+        y = (weights / weights.sum(-1, keepdim=True)).to(q.dtype) @ in_blocks(v, C, True)  # (B, T / C, H, C, d)
+        return y.transpose(2, 3).flatten(1, 2)[:, : q.size(1)]
     from torch.nn.attention.varlen import varlen_attn
     flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
     return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window.size(0), 0)).view_as(q)
@@ -1050,13 +1052,10 @@ class MuonEq(torch.optim.Optimizer):
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
     copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as zero.
     ValueError for a field, shape or combination that does not exist."""
-    REQUIRED = object()
     FIELDS = {
-        "matrix": {**vars(Matrix()), **dict(lr=REQUIRED, momentum=0.95, work_dtype=torch.bfloat16, every=1)},
-        "adam": {**vars(Adam()), **dict(lr=REQUIRED, betas=(0.9, 0.95), eps=1e-8, every=1)},
+        "matrix": {**vars(Matrix()), "momentum": 0.95, "work_dtype": torch.bfloat16, "every": 1},
+        "adam": {"kind": "adam", **vars(Adam()), "betas": (0.9, 0.95), "eps": 1e-8, "every": 1},
     }
-    CHOICES = {f.name: f.metadata["choices"] for f in dataclasses.fields(Matrix) if f.metadata["choices"]}
-    CHOICES["orthogonalize"] = ORTHOGONALIZERS
     SMALL = 16_384  # elements below which Adam parameters share one stack
 
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
@@ -1081,21 +1080,23 @@ class MuonEq(torch.optim.Optimizer):
             p.grad_dtype = torch.float32  # of several backward passes; the parameter may have a lower precision
 
     def _checked(self, group: dict) -> dict:
-        fields = self.FIELDS.get(group.get("kind"))
-        if fields is None:
-            raise ValueError(f"a group's kind is 'matrix' or 'adam', not {group.get('kind')!r}")
-        for key in group.keys() - fields.keys() - {"kind", "params"}:
+        if (kind := group.get("kind")) not in self.FIELDS:
+            raise ValueError(f"a group's kind is 'matrix' or 'adam', not {kind!r}")
+        fields, settings = self.FIELDS[kind], Matrix if kind == "matrix" else Adam
+        for key in group.keys() - fields.keys() - {"params"}:
             near = difflib.get_close_matches(key, fields, 1)
-            raise ValueError(f"a {group['kind']} group has no field {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
-        group = {**fields, **group, "params": group.get("params", [])}
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        if group["lr"] is self.REQUIRED:
-            raise ValueError(f"a {group['kind']} group needs lr")
-        for key, choices in self.CHOICES.items():
-            if key in group and group[key] not in choices and not (key == "orthogonalize" and callable(group[key])):
-                raise ValueError(f"{key} is one of {', '.join(choices)}, not {group[key]!r}")
-        if group["every"] < 1 or group.get("steps", 1) < 1 or group["lr"] < 0:
-            raise ValueError("every and steps are at least 1 and lr is not negative")
+            raise ValueError(f"a {kind} group has no field {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
+        if "lr" not in group:
+            raise ValueError(f"a {kind} group needs lr")
+        params, group = group.get("params", []), {**fields, **group}
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        checked = {f.name: group[f.name] for f in dataclasses.fields(settings)}
+        if callable(method := checked.pop("orthogonalize", "polar_express")) or method in ORTHOGONALIZERS:
+            settings(**checked)
+        else:
+            raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
+        if group["every"] < 1:
+            raise ValueError("every is at least 1")
         return group
 
     def add_param_group(self, param_group: dict) -> None:
@@ -1303,7 +1304,7 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
             digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         if digests[path.name] != manifest["files"][path.name]["sha256"]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
-    rows = validation_rows(validation, data, track.evaluation)
+    rows = validation_rows(validation, data, track.evaluation.row_tokens, track.evaluation.tokens)
     return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows)}
 
 
@@ -1347,12 +1348,8 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
 
 class Clock:
     """Seconds of training. Stopped during validation and checkpoints; waits for the device at both ends."""
-    def __init__(self, device: torch.device, seconds: float = 0.0):
-        self.device, self.seconds, self.began = device, seconds, None
-
-    def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+    def __init__(self, device: torch.device):
+        self.synchronize, self.seconds, self.began = torch.get_device_module(device).synchronize, 0.0, None
 
     def start(self) -> None:
         self.synchronize()
@@ -1526,7 +1523,7 @@ class Trainer:
         self.checked = on_rank_0(comm, lambda: check_data(track, self.folder))
         manifest = manifest_of(self.folder, data)
         self.train_paths = shard_paths(self.folder, manifest, "train")
-        rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation)
+        rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation.row_tokens, evaluation.tokens)
         rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
         self.validation = [make_batch([row], data, documents) for row in rows]
         self.lap("data")
@@ -1562,8 +1559,8 @@ class Trainer:
         """Set the model to the stage of a step."""
         stages = stages_until(self.track.schedule, step)
         self.model.set_rotary([stage.windows[1] for stage in stages])
-        self.model.tied = step < self.untie
-        return stages[-1]
+        self.model.tied, self.stage = step < self.untie, stages[-1]
+        return self.stage
 
     @torch.no_grad()
     def part_ties(self) -> None:
@@ -1581,6 +1578,24 @@ class Trainer:
             losses.backward(weights)
             total += losses[0].detach()
         return total
+
+    def advance(self, step: int, batches: Iterator[Step]) -> tuple[Tensor, Step]:
+        """Do a step; this rank's summed loss and what the step has read. `enter` comes before the first one."""
+        schedule = self.track.schedule
+        if step == self.untie > 0:
+            self.part_ties()
+        if step in self.switches:
+            self.enter(step)
+        read = next(batches)
+        loss = self.forward_backward(read.batch, self.stage, loss_weights(schedule, step))
+        factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
+        for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
+            group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
+            if "momentum" in group:
+                group["momentum"] = momentum
+        self.optimizer.step(tokens=read.targets)
+        self.optimizer.zero_grad()
+        return loss, read
 
     @torch.no_grad()
     def validate(self, windows: tuple[int, int], batches: Sequence[Batch]) -> float:
@@ -1709,26 +1724,14 @@ class Trainer:
         due, stopping = False, False
         clock.start()
         for step in range(first, steps):
-            if step == self.untie > 0:
-                self.part_ties()
-            if step == first or step in self.switches:
-                stage = self.enter(step)
-            batch, read, count, position = next(batches)
-            loss = self.forward_backward(batch, stage, loss_weights(schedule, step))
-            factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
-            for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
-                group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
-                if "momentum" in group:
-                    group["momentum"] = momentum
-            self.optimizer.step(tokens=count)
-            self.optimizer.zero_grad()
-            tokens += read
+            loss, read = self.advance(step, batches)
+            tokens += read.tokens
             done, last = step + 1, step + 1 == steps
             if done % evaluation.log_every == 0 or done % evaluation.every == 0 or last:
                 bad = (self.optimizer.bad_since() <= done).any()
                 report = torch.stack([loss, bad, loss.new_tensor(self.asked_to_stop)])
                 loss_sum, bad, stops = comm.all_reduce(report).tolist()
-                train_loss, stopping = loss_sum / count, stops > 0
+                train_loss, stopping = loss_sum / read.targets, stops > 0
                 log.write("step", step=done, train_loss=train_loss, train_time_s=clock.now(), tokens=tokens)
                 if bad or not math.isfinite(train_loss):
                     self.refuse_nonfinite(done, f"training loss {train_loss}")
@@ -1740,7 +1743,7 @@ class Trainer:
                 continue
             clock.stop()
             if last or done % evaluation.every == 0:
-                val_loss = self.validate(evaluation.windows if last else stage.windows, self.validation)
+                val_loss = self.validate(evaluation.windows if last else self.stage.windows, self.validation)
                 log.write("val", step=done, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds,
                           tokens=tokens)  # fmt: skip
                 say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
@@ -1751,7 +1754,7 @@ class Trainer:
                 if not all(p.isfinite().all() for p in self.model.parameters()):
                     self.refuse_nonfinite(done, "parameters")
                 path = out / run_id / f"step_{done:06d}.pt"
-                self.save(path, run_id=run_id, step=done, position=list(position), tokens=tokens)
+                self.save(path, run_id=run_id, step=done, position=list(read.position), tokens=tokens)
                 log.write("checkpoint", step=done)
                 if stopping and not last:
                     say(f"stopped and saved at step {done}; the same command with --resume goes on")
@@ -1772,19 +1775,13 @@ class Trainer:
         return final
 
 
-def tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples of a track."""
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
 @torch.no_grad()
 def use_checkpoint(run: Run, device: torch.device) -> float | str:
     """The mean loss, nats per token, on the shards of --evaluate, or the text of --sample; printed and returned."""
     if not run.resume:
         raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
     found = load_checkpoint(Path(run.resume), {})
-    settings = {name: {key: tuples(value) for key, value in part.items()} for name, part in found["key"]["track"].items()}
-    track = Track(**{name: type(part)(**settings[name]) for name, part in vars(Track()).items()})
+    track = Track(**{name: type(part)(**found["key"]["track"][name]) for name, part in vars(Track()).items()})
     data, longest, bfloat16 = track.data, track.evaluation.row_tokens, found["key"]["dtype"] == "bfloat16"
     dtype = torch.bfloat16 if bfloat16 and supports(device, "bfloat16") else torch.float32
     model, as_bytes = GPT(track.model, longest, dtype, device), data.vocab_size == 257
@@ -1798,7 +1795,7 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
         if (largest := max(int(read_shard(path).max(initial=0)) for path in paths)) >= data.vocab_size:
             raise ValueError(f"{run.evaluate} holds token {largest}, the vocabulary has {data.vocab_size}")
         total, count = 0.0, 0
-        for row in validation_rows(paths, data, dataclasses.replace(track.evaluation, tokens=0)):
+        for row in validation_rows(paths, data, longest):
             batch = make_batch([row], data, len(row[1]))
             total += float(model(*(x.to(device) for x in batch), windows, longest))
             count += int((batch.targets >= 0).sum())
@@ -1847,26 +1844,17 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-VALUES = {"bool": (bool,), "int": (int,), "float": (int, float), "tuple": (tuple, list), "None": (type(None),)}
-
-
-def parse_value(option: str, text: str, annotation: str) -> Any:
-    """The value of an option from its text; ValueError when it has another type than the field."""
-    if annotation.startswith("str"):
-        return text
+def literal(text: str) -> Any:
+    """What a text stands for as a Python literal, else the text."""
     try:
-        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    kinds = annotation.split(" | ")
-    if not isinstance(value, sum((VALUES[kind] for kind in kinds), ())) or (isinstance(value, bool) and kinds != ["bool"]):
-        raise ValueError(f"{option} takes {annotation}, not {text!r}")
-    return float(value) if kinds == ["float"] else tuple(value) if isinstance(value, list) else value
+        return text
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
     """Track and run options; ValueError names the nearest option for an unknown one."""
-    known, values, words = {f.name: f for f in dataclasses.fields(Run)}, {}, list(argv)
+    known, values, words = {f.name: f for f in dataclasses.fields(Run)}, collections.defaultdict(dict), list(argv)
     for section in dataclasses.fields(Track):
         known |= {f"{section.name}.{f.name}": f for f in dataclasses.fields(section.default)}
     while words:
@@ -1880,18 +1868,22 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
             text = words.pop(0)
         elif not text and name != "resume":
             raise ValueError(f"{option} needs a value")
-        values[name] = parse_value(option, text, known[name].type)
-    run = dataclasses.replace(Run(), **{name: value for name, value in values.items() if "." not in name})
+        section, _, key = name.rpartition(".")
+        values[section][key] = text if known[name].type.startswith(("str", "Literal")) else literal(text)
+
+    def changed(settings: Settings, section: str) -> Settings:
+        try:
+            return dataclasses.replace(settings, **values[section])
+        except ValueError as error:
+            raise ValueError(f"--{section}{'.' * bool(section)}{error}") from None
+    run = changed(Run(), "")
     if run.track == "auto":
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         large = cards and all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards)
         run = dataclasses.replace(run, track="short" if large else "tiny")
     if run.track not in TRACKS:
         raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
-    track = TRACKS[run.track]
-    for section, key, value in ((*name.split("."), value) for name, value in values.items() if "." in name):
-        track = dataclasses.replace(track, **{section: dataclasses.replace(getattr(track, section), **{key: value})})
-    return track, run
+    return Track(**{section: changed(part, section) for section, part in vars(TRACKS[run.track]).items()}), run
 
 
 def device_of(run: Run, local_rank: int) -> torch.device:
@@ -1908,41 +1900,20 @@ def device_of(run: Run, local_rank: int) -> torch.device:
 
 
 def check_settings(track: Track, run: Run) -> None:
-    """ValueError for numbers that no run can have."""
+    """ValueError for settings that no run can have together."""
     data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
-    for name, part in [("", run), *((f"{name}.", part) for name, part in vars(track).items())]:
-        for f in dataclasses.fields(part):
-            if f.metadata["least"] is not None and getattr(part, f.name) < f.metadata["least"]:
-                raise ValueError(f"--{name}{f.name} is at least {f.metadata['least']}, not {getattr(part, f.name)}")
-            if (choices := f.metadata["choices"]) and getattr(part, f.name) not in choices:
-                raise ValueError(f"--{name}{f.name} is one of {', '.join(choices)}, not {getattr(part, f.name)!r}")
-    stages = schedule.stages
-    windows, begins = (*(stage.windows for stage in stages), evaluation.windows), [stage.begin for stage in stages]
-    weights, lrs = [pair for stage in stages for pair in stage.ahead], [stage.lr for stage in stages]
-    counts = [x for stage in stages for x in (stage.batch, stage.document_cut)]
-    pairs = (schedule.momentum, *weights, *(part.betas for part in vars(track).values() if isinstance(part, Adam)))
-    for value in (windows, model.value_tables, model.skips, model.ngrams):
-        if not all(isinstance(pair, tuple) and [type(x) for x in pair] == [int, int] for pair in value):
-            raise ValueError("windows, value_tables, skips and ngrams are pairs of whole numbers, such as ((1, 2), (3, 4))")
-    settings = [x for section in vars(track).values() for x in vars(section).values()]
+    stages, fp8 = schedule.stages, model.fp8_head
+    begins, windows = [stage.begin for stage in stages], [evaluation.windows, *(stage.windows for stage in stages)]
     pointers = *(i for i, _ in model.value_tables), *sum(model.skips, ())
     blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *pointers]
-    fp8, factors = model.fp8_head, [x if isinstance(x, tuple) else (x,) for x in (track.matrix.lr_mul, track.gate.lr_mul)]
-
-    def numbers(values: Any, count: int) -> bool:
-        return len(values) == count and all(type(x) in (int, float) for x in values)
     for good, sentence in (
-        (all(isinstance(pair, tuple) and numbers(pair, 2) for pair in pairs), "momentum, betas and weights ahead are pairs"),
-        (numbers(model.softcap, 3), "softcap is three numbers, such as (30.0, 0.0, 7.5)"),
-        (numbers([*begins, *lrs], 2 * len(stages)) and stages and begins == sorted({*begins}) and begins[0] == 0,
-         "stages begin at 0 and in rising order; their factors on lr are numbers"),
-        (all(type(x) is int and x >= 1 for x in counts), "batch and document cut of a stage are whole numbers of at least 1"),
-        (all(abs(x) < 1e30 for x in settings if isinstance(x, float)), "numbers are finite and below 1e30"),
-        (min(min(pair) for pair in windows) >= 1, "attention windows are at least 1 token"),
+        (begins[:1] == [0] and begins == sorted({*begins}), "schedule.stages begin at 0 and in rising order"),
+        (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages), "batch and document cut are at least 1"),
+        (min(map(min, windows)) >= 1, "attention windows are at least 1 token"),
         (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
         (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
         ({*model.low_precision} <= {"qk", "vo", "mlp", "embed", "ngram_embed", "value_embed"}, "low_precision: no such bank"),
-        (len(fp8) in (0, 3) and all(isinstance(x, float) and x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
+        (len(fp8) in (0, 3) and all(x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
         (not fp8 or data.row_tokens % 16 == model.width % 16 == model.padded_vocab % 16 == 0,
          "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
@@ -1953,14 +1924,12 @@ def check_settings(track: Track, run: Run) -> None:
         (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
         (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "gate_inputs and value_gate_inputs exceed the width"),
-        ({track.matrix.orthogonalize, track.gate.orthogonalize} <= {*ORTHOGONALIZERS},
-         f"--matrix.orthogonalize and --gate.orthogonalize are one of {', '.join(ORTHOGONALIZERS)}"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
-        (all(x and all(isinstance(y, (int, float)) for y in x) for x in factors), "lr_mul is a number or a tuple of numbers"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
     ):
         if not good:
             raise ValueError(sentence)
+    build_optimizer(GPT(model, 1, torch.float32, "meta"), track)  # refuses what an optimizer cannot do
 
 
 def micro_rows(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
@@ -2003,22 +1972,21 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
     rank, local_rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     try:
         track, run = parse_command_line(argv)
+        device = device_of(run, local_rank)
+        cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+        model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
         check_settings(track, run)
         micro_rows(track, run, world_size)
-        device = device_of(run, local_rank)
         if device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(run.threads or max(1, cores // local))
         else:
             torch.accelerator.set_device_index(local_rank)
-        cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
-        model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
         torch._dynamo.config.recompile_limit = 64
         if run.evaluate is not None or run.sample is not None:
             return use_checkpoint(run, device)
-        build_optimizer(GPT(track.model, 1, torch.float32, "meta"), track)  # refuses fields of groups that do not exist
         if "WORLD_SIZE" in os.environ:
             restart, job = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
             bound = datetime.timedelta(seconds=run.timeout + 60)

@@ -122,7 +122,8 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     steps = horizon // (data.rows * data.row_tokens)
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
     manifest = train_gpt.manifest_of(folder, data)
-    rows = train_gpt.validation_rows(train_gpt.shard_paths(folder, manifest, "val"), data, track.evaluation)
+    rows = train_gpt.validation_rows(train_gpt.shard_paths(folder, manifest, "val"), data, track.evaluation.row_tokens,
+                                     track.evaluation.tokens)
     validation = [train_gpt.make_batch([row], data, max(len(lengths) for _, lengths in rows)) for row in rows]
     model = Baseline(track.model.padded_vocab)
     decay = [p for p in model.parameters() if p.ndim == 2]

@@ -76,8 +76,8 @@ def singular_range(x: Tensor) -> Tensor:
 
 def largest_logit(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Largest score of q, k (B, T, H, d) among the visible pairs of a blocked layout's `mask`, products in fp32."""
-    split, C = train_gpt.BlockedAttention.split, mask.size(-2)
-    scores = (split(q.float(), C) @ split(k.float(), C, True).mT).masked_fill(~mask, -math.inf)  # (B, n, H, C, 2 C)
+    in_blocks, C = train_gpt.in_blocks, mask.size(-2)
+    scores = (in_blocks(q.float(), C) @ in_blocks(k.float(), C, True).mT).masked_fill(~mask, -math.inf)  # (B, n, H, C, 2 C)
     return scores.amax(-1).transpose(2, 3).flatten(1, 2)[:, : q.size(1)].amax()  # without the queries that pad the row
 
 

@@ -230,7 +230,7 @@ def test_validation_rows(tmp_path_factory, lengths, before, T, predict_start, sh
     wanted = round(share * len(pairs))
     if not wanted:
         return
-    rows = validation_rows(paths, data, Evaluation(tokens=wanted, row_tokens=T))
+    rows = validation_rows(paths, data, T, wanted)
     found, inputs_seen = [], []
     for number, row in enumerate(rows):
         inputs, targets, offsets = make_batch([row], data, T)
@@ -249,7 +249,7 @@ def test_validation_rows(tmp_path_factory, lengths, before, T, predict_start, sh
 def test_padding_of_the_last_validation_row_is_its_own_document(tmp_path):
     path = write_shard(tmp_path / "val.bin", [START, 1, 2, 3, START, 5, 6])
     data = Data(document_start=START, predict_start=True)
-    first, last = validation_rows([path], data, Evaluation(tokens=6, row_tokens=5))
+    first, last = validation_rows([path], data, 5, 6)
     assert first[0].tolist() == [START, 1, 2, 3, START, 5] and first[1].tolist() == [4, 1]
     assert last[0].tolist() == [5, 6, -1, -1, -1, -1] and last[1].tolist() == [1, 4]
 
@@ -258,17 +258,17 @@ def test_padding_of_the_last_validation_row_is_its_own_document(tmp_path):
 def test_too_few_validation_tokens(tmp_path, predict_start, targets):
     path = write_shard(tmp_path / "val.bin", [START, 1, 2, 3, START, 5, 6])
     data = Data(document_start=START, predict_start=predict_start)
-    rows = validation_rows([path], data, Evaluation(tokens=targets, row_tokens=4))
+    rows = validation_rows([path], data, 4, targets)
     assert int(sum((make_batch([row], data, 4).targets >= 0).sum() for row in rows)) == targets
     with pytest.raises(ValueError, match=f"holds {targets} validation targets, the track needs {targets + 1}"):
-        validation_rows([path], data, Evaluation(tokens=targets + 1, row_tokens=4))
+        validation_rows([path], data, 4, targets + 1)
 
 
 @pytest.mark.parametrize("tokens", ([], [START]))
 def test_validation_without_any_target(tmp_path, tokens):
     path = write_shard(tmp_path / "val.bin", tokens)
     with pytest.raises(ValueError, match="holds 0 validation targets"):
-        validation_rows([path], Data(document_start=START), Evaluation(tokens=1, row_tokens=4))
+        validation_rows([path], Data(document_start=START), 4, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1107,7 +1107,7 @@ def test_refuses_what_it_would_silently_ignore():
         opt.add_param_group(dict(kind="matrix", params=[leaf(randn(4, 6))], **MATRIX))
     with pytest.raises(ValueError, match="tokens"):
         opt.step(tokens=0)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="lr is at least 0"):
         optimizer("matrix", [w], lr=-0.1)
     saved = opt.state_dict()
     saved["state"]["0"]["second_moment"] = torch.zeros(4, 1)  # of another setting

@@ -603,7 +603,7 @@ BAD_OPTIONS = {  # name: (command line or overrides, words of the sentence)
     "unknown track": (dict(track="huge"), ["huge", "tiny", "short"]),
     "int": (dict(data__rows="many"), ["--data.rows", "int", "many"]),
     "int is no float": (dict(data__rows="12.0"), ["--data.rows", "int", "12.0"]),
-    "int is no bool": (dict(seed="true"), ["--seed", "int", "true"]),
+    "int is no bool": (dict(seed="true"), ["--seed", "int", "True"]),
     "float": (dict(matrix__lr="fast"), ["--matrix.lr", "float", "fast"]),
     "bool": (dict(matrix__nesterov="1"), ["--matrix.nesterov", "bool", "1"]),
     "tuple": (dict(schedule__momentum="0.9"), ["--schedule.momentum", "tuple", "0.9"]),
@@ -631,10 +631,10 @@ COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
     "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
-    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages", "schedule.stages=((0,16),)": "windows",
+    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages", "schedule.stages=((0,16),)": "(short, long window)",
     "schedule.stages=((0.5,(8,8)),)": "begin at 0", "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising",
-    "schedule.stages=((0,(8,8),0),)": "at least 1", "schedule.stages=((0,(8,8),1,96.5),)": "whole numbers",
-    "schedule.stages=((0,(8,8),1,96,'a'),)": "lr", "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "pairs",
+    "schedule.stages=((0,(8,8),0),)": "at least 1", "schedule.stages=((0,(8,8),1,96.5),)": "document cut",
+    "schedule.stages=((0,(8,8),1,96,'a'),)": "takes", "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
     "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
     "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap", "model.paired=(5,)": "block number",
     "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts", "model.value_gate_inputs=33": "value_gate_inputs",
@@ -744,7 +744,7 @@ def test_log_of_a_non_finite_loss_is_json(
 
 
 def test_huge_learning_rate_stops_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "finite" in refusal(options(out=tmp_path, matrix__lr="1e39"), capsys)
+    assert "below 1e30, not 1e+39" in refusal(options(out=tmp_path, matrix__lr="1e39"), capsys)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -934,7 +934,7 @@ VALUES = [  # option, text, value
     ("data.rows", "6", 6),
     ("matrix.lr", "0.5", 0.5),
     ("matrix.lr", "2", 2.0),
-    ("matrix.lr", "-1e-3", -0.001),
+    ("evaluation.target", "-1e-3", -0.001),
     ("head.eps", "1e-10", 1e-10),
     ("matrix.cautious", "false", False),
     ("matrix.cautious", "True", True),
