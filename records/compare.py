@@ -1,6 +1,7 @@
 """Comparisons of variants from one small table: which is better, by how much, how surely.
 
     python records/compare.py run FOLDER [--workers N] [--only VARIANT ...]     what FOLDER/table.json asks for; goes on
+    python records/compare.py time FOLDER [--rounds N] [--only VARIANT ...]     what variants cost in time
     python records/compare.py report FOLDER [--check]                           FOLDER/report.md and its figures
 
 table.json:
@@ -30,13 +31,17 @@ those of two variants may overlap although their difference is sure.
 FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
 for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the
 i-th GPU; then the report has no times, since runs beside each other slow each other.
+
+Runs that follow each other differ in time by much more than most variants do. `time` therefore trains each variant and its
+reference in turns in one process (in_turns.py), N rounds (40) of both schedules, and each reference against itself, which
+shows how far such a ratio can be trusted; FOLDER/times.jsonl gets a line for each pair, and the report their ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib.util
+import contextlib
 import json
 import math
 import os
@@ -45,12 +50,13 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import in_turns
 from claims import ROOT, sha256, write
-from comparison import HEADER, Job, Variant, add, planned, read_results, read_table, report
+from comparison import HEADER, Job, Variant, add, best, planned, read_results, read_table, read_times, report
 from logs import Point, Run, read_log
 from runner import alone, exit_status, positive, run_script
 from tqdm import tqdm
@@ -60,9 +66,7 @@ POINTS = 60  # of a training curve in results.jsonl, at most
 
 def check_options(source: Path, variants: Sequence[Variant]) -> None:
     """ValueError now for what the script would refuse hours later."""
-    spec = importlib.util.spec_from_file_location("compared_train_gpt", source)
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look there
-    spec.loader.exec_module(script)
+    script = in_turns.load(source)
     for v in variants:
         try:
             for value in v.values:
@@ -131,20 +135,38 @@ class Workers:
             self.free.put(own)
 
 
-def command_run(a: argparse.Namespace) -> int:
-    _, variants = read_table(a.folder)
-    if unknown := set(a.only or ()) - {v.name for v in variants}:
+def choose(variants: Sequence[Variant], names: Sequence[str] | None) -> list[Variant]:
+    """The variants of --only, or all."""
+    if unknown := set(names or ()) - {v.name for v in variants}:
         raise ValueError(f"--only {min(unknown)!r} is not a variant of the table")
-    chosen, workers = [v for v in variants if not a.only or v.name in a.only], Workers(a.folder, a.workers)
-    source, path, named = a.folder / "train_gpt.py", a.folder / "results.jsonl", {v.name: v for v in variants}
+    return [v for v in variants if not names or v.name in names]
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[IO[bytes]]:
+    """The file of lines `path`, open for more of them; nothing else is timed meanwhile."""
     with alone(ROOT / "records"), open(path, "a+b") as file:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill can tear the last line
-        if not source.exists():
-            write(source, (ROOT / "train_gpt.py").read_bytes())
+        yield file
+
+
+def source_of(folder: Path, variants: Sequence[Variant], known: Iterable[str]) -> Path:
+    """What is run in a folder, the repository's script in a new one; ValueError when lines are `known` from another."""
+    source = folder / "train_gpt.py"
+    if not source.exists():
+        write(source, (ROOT / "train_gpt.py").read_bytes())
+    if {*known} - {sha256(source)}:
+        raise ValueError(f"{source} is not what {folder} was run with; a folder goes on only with the same source")
+    check_options(source, variants)
+    return source
+
+
+def command_run(a: argparse.Namespace) -> int:
+    _, variants = read_table(a.folder)
+    chosen, workers, named = choose(variants, a.only), Workers(a.folder, a.workers), {v.name: v for v in variants}
+    with growing(a.folder / "results.jsonl") as file:
         results = read_results(a.folder, variants)
-        if any(line["header"]["source_sha256"] != sha256(source) for line in results.values()):
-            raise ValueError(f"{source} is not what {path} was run with; a folder goes on only with the same source")
-        check_options(source, variants)
+        source_of(a.folder, variants, (line["header"]["source_sha256"] for line in results.values()))
         total = sum(len(v.screen()) + len(v.further) for v in chosen)
         bar = tqdm(total=total, initial=sum(job in results for job in planned(chosen, results)), unit="run", dynamic_ncols=True)
         while todo := [job for job in planned(chosen, results) if job not in results]:
@@ -163,6 +185,30 @@ def command_run(a: argparse.Namespace) -> int:
                     bar.close()
                     raise
         bar.close()
+    shutil.rmtree(a.folder / "unfinished", ignore_errors=True)
+    return 0
+
+
+def command_time(a: argparse.Namespace) -> int:
+    _, variants = read_table(a.folder)
+    named, chosen = {v.name: v for v in variants}, choose(variants, a.only)
+    with growing(a.folder / "times.jsonl") as file:
+        results, times = read_results(a.folder, variants), read_times(a.folder, variants)
+        source = source_of(a.folder, variants, (line["source_sha256"] for line in times.values()))
+        references = dict.fromkeys(v.against for v in chosen if v.against)
+        pairs = [*((name, name) for name in references), *((v.name, v.against) for v in chosen if v.against)]
+        for pair in tqdm([pair for pair in pairs if pair not in times], unit="pair", dynamic_ncols=True):
+            values = {name: best(named[name], results) for name in pair}
+            if first := [name for name in pair if named[name].option and values[name] is None]:
+                raise ValueError(f"the grid of {first[0]!r} has no best value yet; `run` comes before `time`")
+            options = [named[name].command(values[name]) for name in pair]
+            words = [str(source), str(a.rounds), *map(json.dumps, options)]
+            status, said = run_script(Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False)
+            if status:
+                raise ValueError(f"{pair[0]} against {pair[1]} failed, it said: {said}")
+            line = {"variant": pair[0], "against": pair[1], "options": options, **json.loads(said)}
+            file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+            file.flush()
     shutil.rmtree(a.folder / "unfinished", ignore_errors=True)
     return 0
 
@@ -191,6 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--workers", type=positive, default=1, help="runs beside each other (default: 1, only then times count)")
     p.add_argument("--only", nargs="+", metavar="VARIANT", help="no other variants")
     p.set_defaults(function=command_run)
+    p = commands.add_parser("time", help="training times of variants and references, in turns in one process")
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="holds table.json")
+    p.add_argument("--rounds", type=positive, default=40, help="parts into which both schedules are cut (default: 40)")
+    p.add_argument("--only", nargs="+", metavar="VARIANT", help="no other variants")
+    p.set_defaults(function=command_time)
     p = commands.add_parser("report", help="report.md and figures from results.jsonl and table.json")
     p.add_argument("folder", type=Path, metavar="FOLDER")
     p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the report is stale")

@@ -149,6 +149,25 @@ def read_results(folder: Path, variants: Sequence[Variant]) -> Results:
     return {job: line for job, line in results.items() if job.variant in named and job.value in named[job.variant].values}
 
 
+def read_times(folder: Path, variants: Sequence[Variant]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The line of times.jsonl for each (variant, reference) of the table."""
+    path, named, times = folder / "times.jsonl", {v.name: v for v in variants}, {}
+    for place, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            line = json.loads(text)
+            pair, sides, first = (line["variant"], line["against"]), line["seconds"], next(iter(times.values()), line)
+            if [key for key in SAME if line[key] != first[key]] or pair in times or len({*map(len, sides)}) != 1:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {place}: no times, or times that do not mix with those before") from None
+        if not {*pair} <= named.keys() or pair[1] not in (pair[0], named[pair[0]].against):
+            continue
+        if any(words not in map(named[name].command, named[name].values) for name, words in zip(pair, line["options"])):
+            raise ValueError(f"{path}, line {place}: {pair[0]!r} was timed with other options than the table's")
+        times[pair] = line
+    return times
+
+
 def loss_of(line: dict[str, Any]) -> float:
     """Final validation loss in nats per token, inf for a run that diverged."""
     loss = line["final"]["val_loss"]
@@ -304,12 +323,48 @@ def grid_rows(v: Variant, results: Results, value: float | None) -> list[str]:
     return rows
 
 
+def all_with(table: dict[str, Any]) -> str:
+    return f" All with `{' '.join(table['options'])}`." if table.get("options") else ""
+
+
+def time_lines(table: dict[str, Any], variants: Sequence[Variant], times: dict[tuple[str, str], dict]) -> list[str]:
+    """The part of the report about times in turns."""
+    first, heads = next(iter(times.values())), ["variant", "against", "rounds", "time, ratio and 95% interval", "options"]
+    lines = [
+        "## Time in turns", "",
+        f"Training time of a variant over that of its reference, both in turns in one process, on {first['world_size']} x "
+        f"{first['device']}, threads: {first['threads']}, torch {first['torch']}, {first['dtype']}, "
+        f"train_gpt.py {first['source_sha256'][:12]}.{all_with(table)}", "",
+        "Ratio of the sums over all rounds, Cochran's interval for it. What a reference against itself is away from 1 is the",
+        "error that the interval does not know of, such as where in memory a process has put its weights.", "",
+        table_row(heads), table_row(["---"] * len(heads)),
+    ]  # fmt: skip
+    places = {v.name: place for place, v in enumerate(variants)}
+    for (name, against), line in sorted(times.items(), key=lambda item: places[item[0][0]]):
+        r, v = stats.ratio(*line["seconds"]), variants[places[name]]
+        own = " ".join([*[v.own] * bool(v.own), *line["options"][0][-2:] * bool(v.option)])
+        words = f"{r['ratio']:.3f}, {r['low']:.3f} to {r['high']:.3f}"
+        reference = "itself" if name == against else against
+        lines.append(table_row([name, reference, str(len(line["seconds"][0])), words, f"`{own}`" if own else "-"]))
+    return lines
+
+
 def report(folder: Path, out: Path) -> None:
     """Writes report.md and figures of the results in `folder` into `out`."""
     table, variants = read_table(folder)
-    results = read_results(folder, variants)
-    if not results:
+    results, times = read_results(folder, variants), read_times(folder, variants)
+    if not results and not times:
         raise ValueError(f"{folder} holds no result yet")
+    parts = [[f"# {table['title']}"]]
+    if results:
+        parts.append(loss_lines(table, variants, results, out))
+    if times:
+        parts.append(time_lines(table, variants, times))
+    write(out / "report.md", "\n\n".join("\n".join(part) for part in parts) + "\n")
+
+
+def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Results, out: Path) -> list[str]:
+    """The part of the report about runs; its figures are written into `out`."""
     runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
     found = {v.name: compared(shared(runs[v.name], runs[v.against])) if v.against else {} for v in variants}
     means = {v.name: statistics.mean(map(loss_of, runs[v.name].values())) for v in variants if runs[v.name]}
@@ -320,12 +375,11 @@ def report(folder: Path, out: Path) -> None:
     threads = sorted({line["header"]["threads"] for line in results.values()})
     timed, header = all(line["alone"] for line in results.values()) and len(threads) == 1, [*results.values()][0]["header"]
     lines = [
-        f"# {table['title']}", "",
         f"Track `{variants[0].track}`, {len(results)} runs{f' of {len(results) + missing}' if missing else ''} on "
         f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, torch {header['torch']}, "
         f"{header['dtype']}, train_gpt.py {header['source_sha256'][:12]}."
         f"{'' if timed else ' Runs beside each other: no times.'}"
-        f"{' All with `' + ' '.join(table['options']) + '`.' if table.get('options') else ''}", "",
+        f"{all_with(table)}", "",
         "Losses in nats per token. Differences are those to the reference, means over the seeds that both have, paired t-test;",
         f"p is corrected for {tests} tests (Holm){', those of every pair' if every else ''}, the intervals are not. "
         "Steps: to the lowest training loss that both",
@@ -368,4 +422,4 @@ def report(folder: Path, out: Path) -> None:
                 curve[-1][job.value] += [loss_of(results[job])] if job in results else []
         figures.grids(curves, out / "grids.png")
         lines += ["", "![final validation loss over the grids](grids.png)"]
-    write(out / "report.md", "\n".join(lines) + "\n")
+    return lines

@@ -58,6 +58,15 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"difference": float(d.mean()), "low": low, "high": high, "p": min(1.0, 2 * min(p_below(d), p_below(-d)))}
 
 
+def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """sum(a) / sum(b) of pairs and its 95% interval: the ratio estimator (Cochran 1977, chapter 6), t with n - 1 degrees."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    found, n = x.sum() / y.sum(), len(x)
+    error = math.sqrt(n * ((x - found * y) ** 2).sum() / (n - 1)) / y.sum()
+    half = stats.t.ppf(0.975, n - 1) * error
+    return {"ratio": float(found), "low": float(found - half), "high": float(found + half)}
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: p of each test when the chance of any false one among all of them counts (Holm 1979)."""
     order = np.argsort(values)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import ROOT, make_corpus, options
+from helpers import ROOT, make_corpus, options, train
 
 import train_gpt
 
@@ -21,6 +21,7 @@ import claims  # noqa: E402
 import compare  # noqa: E402
 import comparison  # noqa: E402
 import figures  # noqa: E402
+import in_turns  # noqa: E402
 import presets  # noqa: E402
 import runner  # noqa: E402
 import stats  # noqa: E402
@@ -43,6 +44,22 @@ def test_paired_differences_agree_with_scipy():
     assert stats.paired([1.0, 2.0], [1.0, 2.0])["p"] == 1.0
 
 
+def test_ratio_of_sums():
+    rng = np.random.default_rng(0)
+    a = rng.normal(2.0, 0.1, 9)
+    wanted = scipy.stats.ttest_1samp(a / 0.5, 0).confidence_interval(0.95)  # below a constant it is a mean
+    found = stats.ratio(a, [0.5] * 9)
+    assert found["ratio"] == pytest.approx(a.mean() / 0.5)
+    assert (found["low"], found["high"]) == (pytest.approx(wanted.low), pytest.approx(wanted.high))
+    assert stats.ratio(3 * a, a) == {key: pytest.approx(3.0) for key in ("ratio", "low", "high")}
+    inside = 0
+    for _ in range(1000):  # noise that grows with the size, which both share
+        size = rng.uniform(1, 4, 20)
+        found = stats.ratio(1.1 * size * rng.normal(1, 0.05, 20), size * rng.normal(1, 0.05, 20))
+        inside += found["low"] < 1.1 < found["high"]
+    assert 920 < inside < 970
+
+
 def test_holm_by_hand():
     # sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1, none below the one before
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -63,6 +80,30 @@ def parse_command_line(argv):
 
 def check_settings(track, run):
     pass
+
+class Trainer:
+    def __init__(self, argv):
+        self.given = dict(zip(argv[::2], argv[1::2]))
+        self.clock = self.track = self.schedule = self
+        self.seconds, self.train_paths, self.data, self.checked = 0.0, [], None, {"documents": 1}
+        self.key = {"dtype": "float32"}
+        self.environment = dict(source_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch="2.13.0",
+                                device="abacus", world_size=1, threads=1)
+    def warm_up(self):
+        if (Path(__file__).parent / "fail").exists():
+            sys.exit("fake: no tokens left")
+    def enter(self, step): pass
+    def start(self): pass
+    def stop(self): pass
+    def advance(self, step, batches):
+        self.seconds += (10 + float(self.given.get("--shift", 0))) * (1 + step % 3)
+
+def main(argv, work):
+    return work(Trainer(argv))
+
+def Packer(*_): pass
+def training_steps(*_): pass
+def total_steps(schedule): return 200
 
 if __name__ == "__main__":
     given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -563,6 +604,91 @@ def test_the_real_script(tmp_path, monkeypatch, capsys):
     assert compare.main(["report", str(folder)]) == 0 and "1 diverged" in (folder / "report.md").read_text()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Times in turns
+
+
+def pairs_of(folder: Path) -> list[tuple[str, str]]:
+    return [(line["variant"], line["against"]) for line in map(json.loads, (folder / "times.jsonl").read_text().splitlines())]
+
+
+def test_variants_are_timed_against_their_references_and_these_against_themselves(finished, capsys):
+    folder, every = finished, [("full", "full"), ("worse", "worse"), ("worse", "full"), ("rate", "worse")]
+    arguments = ["time", str(folder), "--rounds", "7"]
+    assert compare.main([*arguments, "--only", "worse"]) == 0
+    assert pairs_of(folder) == [("full", "full"), ("worse", "full")]
+    with open(folder / "times.jsonl", "a") as file:
+        file.write('{"variant": "torn')
+    assert compare.main(arguments) == 0 and sorted(pairs_of(folder)) == sorted(every)
+    before = (folder / "times.jsonl").read_bytes()
+    (folder / "fail").touch()  # nothing is left to do
+    assert compare.main(arguments) == 0 and (folder / "times.jsonl").read_bytes() == before
+    last = json.loads(before.splitlines()[-1])
+    assert last["options"][0][-4:] == ["--shift", "-0.1", "--lr", "0.04"] and len(last["seconds"][0]) == 7
+    assert [sum(side) for side in last["seconds"]] == [pytest.approx((9.9 if side else 10.5) * 399) for side in (1, 0)]
+    assert compare.main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "| rate | worse | 7 | 0.943, 0.943 to 0.943 | `--shift -0.1 --lr 0.04` |" in text
+    assert text.index("## Grids") < text.index("## Time in turns")
+    assert "| full | itself | 7 | 1.000, 1.000 to 1.000 | - |" in text and "on 1 x abacus" in text
+    (folder / "results.jsonl").unlink()
+    assert compare.main(["report", str(folder)]) == 0
+    alone = (folder / "report.md").read_text()
+    assert "validation loss" not in alone and alone.startswith("# Parts\n\n## Time in turns\n")
+    (folder / "times.jsonl").unlink()
+    capsys.readouterr()
+    assert compare.main(arguments) == 1 and "failed, it said: fake: no tokens left" in capsys.readouterr().err
+    (folder / "fail").unlink()
+    assert compare.main(arguments) == 1 and "the grid of 'rate' has no best value yet" in capsys.readouterr().err
+
+
+def test_times_that_do_not_fit_are_refused(finished, capsys):
+    folder = finished
+    assert compare.main(["time", str(folder), "--rounds", "2", "--only", "worse"]) == 0
+    path = folder / "times.jsonl"
+    good, second = path.read_text(), json.loads(path.read_text().splitlines()[1])
+    for bad in (second, {**second, "variant": "rate", "against": "worse", "device": "another"}, {"variant": "rate"}, 3,
+                {**second, "variant": "rate", "against": "worse", "seconds": [[1.0], [1.0, 2.0]]}):  # fmt: skip
+        path.write_text(good + json.dumps(bad) + "\n")
+        assert compare.main(["report", str(folder)]) == 1 and f"{path}, line 3: no times" in capsys.readouterr().err, bad
+    path.write_text(good)
+    changed = change(TABLE, full={"options": ["--shift", "0.2"]})
+    (folder / "table.json").write_text(json.dumps(changed))
+    (folder / "results.jsonl").unlink()
+    assert compare.main(["report", str(folder)]) == 1 and "with other options than the table's" in capsys.readouterr().err
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    (folder / "train_gpt.py").write_text(FAKE + "#")
+    assert compare.main(["time", str(folder)]) == 1 and "only with the same source" in capsys.readouterr().err
+
+
+def test_runs_in_turns_are_the_runs(tmp_path, monkeypatch):
+    """Each of the two does what it does alone, one step after the other, a part at a time."""
+    make_corpus(tmp_path / "data")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(in_turns, "load", lambda _: train_gpt)
+    sides, done, original = [dict(), dict(schedule__steps=10, seed=1)], [], train_gpt.Trainer.advance
+
+    def advance(self, step, batches):
+        loss, read = original(self, step, batches)
+        done.append((self.run.seed, step, float(loss) / read.targets))
+        return loss, read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.Trainer, "advance", advance)
+        words = [json.dumps(options(**side)) for side in sides]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+        in_turns.main(["--out", str(tmp_path / "none"), "train_gpt.py", "4", *words])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    # 20 and 12 steps in four rounds of 5 and 3, the second one first in every other round
+    assert [seed for seed, *_ in done] == 2 * [*[1] * 3, *[0] * 10, *[1] * 3]
+    for seed, side in enumerate(sides):
+        outcome = train(options(out=tmp_path / str(seed), **side))
+        wanted = [(line["step"] - 1, line["train_loss"]) for line in outcome.lines if line["event"] == "step"]
+        assert [(step, loss) for number, step, loss in done if number == seed] == wanted
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_presets_differ_in_the_optimizer_alone(preset):
     (track, run), plain = (train_gpt.parse_command_line(["--track", "tiny", *words]) for words in (presets.PRESETS[preset], []))
@@ -585,8 +711,8 @@ def test_options_of_a_variant_follow_its_preset(folder):
 
 
 def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):
-    for path in (ROOT / "records").rglob("results.jsonl"):
-        assert compare.main(["report", str(path.parent), "--check"]) == 0, capsys.readouterr().out
+    for folder in sorted({path.parent for name in ("results", "times") for path in (ROOT / "records").rglob(f"{name}.jsonl")}):
+        assert compare.main(["report", str(folder), "--check"]) == 0, capsys.readouterr().out
     # a comparison two folders below records/ is not taken for a record
     parts = tmp_path / "records" / "comparisons" / "parts"
     parts.mkdir(parents=True)
