@@ -79,6 +79,11 @@ def fit(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
+def takes(f: dataclasses.Field) -> str:
+    """The type of a field in words."""
+    return f.type.removeprefix("Literal").replace("float", "float below 1e30")
+
+
 class Settings:
     """Fields that are checked wherever they come from; ValueError, beginning with the field's name, for what cannot be."""
     def __post_init__(self) -> None:
@@ -87,8 +92,7 @@ class Settings:
             try:
                 object.__setattr__(self, f.name, fit(value, kind))
             except TypeError:
-                kind = f.type.removeprefix("Literal").replace("float", "float below 1e30")
-                raise ValueError(f"{f.name} takes {kind}, not {value!r}: {f.metadata['meaning']}") from None
+                raise ValueError(f"{f.name} takes {takes(f)}, not {value!r}: {f.metadata['meaning']}") from None
             if least > -math.inf and value < least:
                 raise ValueError(f"{f.name} is at least {least}, not {value}")
 
@@ -1781,14 +1785,16 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
     if not run.resume:
         raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
     found = load_checkpoint(Path(run.resume), {})
-    track = Track(**{name: type(part)(**found["key"]["track"][name]) for name, part in vars(Track()).items()})
-    data, longest, bfloat16 = track.data, track.evaluation.row_tokens, found["key"]["dtype"] == "bfloat16"
-    dtype = torch.bfloat16 if bfloat16 and supports(device, "bfloat16") else torch.float32
-    model, as_bytes = GPT(track.model, longest, dtype, device), data.vocab_size == 257
-    for name, p in model.named_parameters():
-        p.copy_(found["model"][name])
+    try:
+        track = Track(**{name: type(part)(**found["key"]["track"][name]) for name, part in vars(Track()).items()})
+        dtype = torch.bfloat16 if found["key"]["dtype"] == "bfloat16" and supports(device, "bfloat16") else torch.float32
+        model = GPT(track.model, track.evaluation.row_tokens, dtype, device)
+        for name, p in model.named_parameters():
+            p.copy_(found["model"][name])
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {run.resume} is not of this train_gpt.py: {error}") from None
+    data, longest, windows = track.data, track.evaluation.row_tokens, track.evaluation.windows
     model.set_rotary([stage.windows[1] for stage in stages_until(track.schedule, found["step"])])
-    windows = track.evaluation.windows
 
     if run.evaluate:
         paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
@@ -1801,7 +1807,7 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
             count += int((batch.targets >= 0).sum())
         print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
         return total / count
-    if not as_bytes:
+    if not (as_bytes := data.vocab_size == 257):
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
     tokens = [data.document_start, *(run.sample.encode() if as_bytes else encoding.encode_ordinary(run.sample))]
@@ -1834,13 +1840,13 @@ def peak_memory(device: torch.device) -> int:
 
 def help_text() -> str:
     lines = [__doc__.strip(), "", "Run options (--name value):"]
-    lines += [f"  --{f.name:<18} {f.default!s:<12} {f.metadata['meaning']}" for f in dataclasses.fields(Run)]
+    lines += [f"  --{f.name:<18} {f.default!s:<8} {takes(f)}   {f.metadata['meaning']}" for f in dataclasses.fields(Run)]
     for name, track in TRACKS.items():
         lines += ["", f"Track {name} (--section.field value):"]
         for section, part in vars(track).items():
             for f in dataclasses.fields(part):
                 value = str(getattr(part, f.name)).replace(" ", "")
-                lines.append(f"  --{section + '.' + f.name:<32} {value}   {f.metadata['meaning']}")
+                lines.append(f"  --{section + '.' + f.name:<32} {value}   {takes(f)}   {f.metadata['meaning']}")
     return "\n".join(lines)
 
 

@@ -1122,6 +1122,26 @@ def test_a_sample_takes_likely_tokens_and_follows_the_seed(trained: tuple, capsy
         assert losses[tokens[place]] == min(losses)
 
 
+@pytest.mark.parametrize("section, field, value, sentence", [
+    ("model", "unheard_of", 1, "unheard_of"), ("model", "width", "64", "width takes int"), ("model", "width", 64, "size"),
+    ("data", None, None, "'data'"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_version_is_not_used(
+    trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, section: str, field: str | None, value: Any, sentence: str
+) -> None:
+    _, use = trained
+    path = tmp_path / "step_000020.pt"
+    key = torch.load(use[-1], weights_only=True)["key"]
+    if field:
+        key["track"][section][field] = value
+    else:
+        del key["track"][section]
+    shutil.copy(use[-1], path)
+    foreign(path, key=key)
+    message = refusal([*use[:-1], str(path), "--sample", "a"], capsys)
+    assert f"{path} is not of this train_gpt.py" in message and sentence in message
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["--sample", "a"], "need --resume PATH"), (["--evaluate", "x.bin", "--resume"], "need --resume PATH"),
     (["--evaluate", "nothing.bin"], "nothing.bin is missing"), (["--evaluate", "large.bin"], "holds token 300"),
