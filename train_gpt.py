@@ -996,7 +996,7 @@ class Unit:
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if group["weight_decay"]:
             self.decay(weights, m.lerp(mean, 1 - beta1), torch.gt)  # the new m has the sign of the update
-        count = torch.tensor(float(self.updates), device=weights.device)
+        count = torch.full((), float(self.updates), device=weights.device)  # torch.tensor would wait for the device
         fixed = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=0.0, amsgrad=False, maximize=False)
         torch._fused_adamw_([weights], [mean], [m], [v], [], [count], lr=lr, **fixed)
 
@@ -1291,7 +1291,7 @@ def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
 
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
-    Returns the sha256 of each file used and the largest number of documents in a training and a validation row."""
+    Returns the sha256 of each file used, the most documents of a training and a validation row, the longest of the latter."""
     data, manifest = track.data, manifest_of(folder, track.data)
     packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
     for step in range(total_steps(track.schedule)):
@@ -1309,7 +1309,8 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
         if digests[path.name] != manifest["files"][path.name]["sha256"]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
     rows = validation_rows(validation, data, track.evaluation.row_tokens, track.evaluation.tokens)
-    return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows)}
+    return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows),
+            "val_longest": max(int(lengths.max()) for _, lengths in rows)}  # fmt: skip
 
 
 class Refusal(ValueError):
@@ -1574,7 +1575,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, stage: Stage, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
-        total, weights = torch.zeros((), device=self.device), torch.tensor(weights, device=self.device)
+        total, weights = torch.zeros((), device=self.device), torch.tensor(weights).to(self.device, non_blocking=True)
         for micro in zip(*(x.split(self.micro_rows[stage.batch]) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
             self.comm.calls += 1  # a sign of life for `watch`
@@ -1604,7 +1605,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, windows: tuple[int, int], batches: Sequence[Batch]) -> float:
         """Summed loss of validation rows over all validation targets, nats per token, the same on all ranks."""
-        total, longest = torch.zeros(1, dtype=torch.float64, device=self.device), self.track.evaluation.row_tokens
+        total, longest = torch.zeros(1, dtype=torch.float64, device=self.device), self.checked["val_longest"]
         for batch in batches:
             total += self.model(*(x.to(self.device) for x in batch), windows, longest).double()
         return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
@@ -1618,6 +1619,7 @@ class Trainer:
             stage = self.enter(step)
             batch = make_batch([row] * self.micro_rows[stage.batch], self.track.data, self.checked["documents"])
             self.forward_backward(batch, stage, loss_weights(schedule, step))
+            self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
             self.validate(stage.windows, self.validation[:1])
         self.validate(self.track.evaluation.windows, self.validation[:1])
         self.lap("graphs")

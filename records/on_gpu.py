@@ -89,7 +89,8 @@ def measure(measurements: Measurements, options: list[str]) -> None:
     shutil.rmtree(out / "cache", ignore_errors=True)
     measurements.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
-    for name in ("empty cache", "full cache"):
+
+    def start(name: str) -> None:
         folder = out / file_name(name, "")
         shutil.rmtree(folder, ignore_errors=True)
         if measurements.run(name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache):
@@ -97,18 +98,22 @@ def measure(measurements: Measurements, options: list[str]) -> None:
             step_s = (lines[-1]["train_time_s"] - lines[1]["train_time_s"]) / (STEPS - 2)
             results[name] |= {"startup_s": header["startup_s"], "step_s": step_s, "head": header["head"],
                               "peak_memory_bytes": lines[-1]["peak_memory_bytes"]}  # fmt: skip
-    variants = {"plain": [], "low memory": ["--memory", "low"]}
+
+    def profile(name: str, *more: str) -> None:
+        place = out / file_name(f"profile, {name}", ".json")
+        command = [python, "records/step_profile.py", *options, *short, *more, "--json", str(place)]
+        if measurements.run(f"profile, {name}", command, 60, **cache):
+            results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
+
+    start("empty cache")
+    profile("plain", "--trace", str(out / "trace.json.gz"))  # what matters most comes first: the time is bounded
+    start("full cache")
+    profile("low memory", "--memory", "low")
     for kind, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
         with contextlib.suppress(ModuleNotFoundError):
             if importlib.util.find_spec(module) and train_gpt.supports(torch.device("cuda"), kind):
-                variants[kind] = ["--attention", kind]
-    variants |= {"compiled as a whole": ["--compile", "whole"]}
-    for name, more in variants.items():
-        place = out / file_name(f"profile, {name}", ".json")
-        trace = ["--trace", str(out / "trace.json")] if name == "plain" else []
-        command = [python, "records/step_profile.py", *options, *short, *more, "--json", str(place), *trace]
-        if measurements.run(f"profile, {name}", command, 60, **cache):
-            results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
+                profile(kind, "--attention", kind)
+    profile("compiled as a whole", "--compile", "whole")
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -58,6 +58,7 @@ def test_gradients_of_the_cpu_in_fp32():
         assert (gradients(fast)[name].cpu() - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("low", (False, True))
 def test_compiled_parts_train_as_the_plain_model_does(low):
     """bfloat16 with FlashAttention and the FP8 head: compiling and recomputing stay within rounding."""

@@ -867,6 +867,15 @@ def test_compiled_run_is_cold_once_and_compiles_nothing_in_the_timed_region(tmp_
     assert any((tmp_path / "cache").iterdir())
 
 
+def test_graphs_are_made_beside_parameters_of_low_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are fp32, which a graph that is traced meanwhile would not take."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings = dict(dtype="bfloat16", model__low_precision="('mlp', 'embed', 'ngram_embed', 'value_embed')",
+                    schedule__stages="((0, (64, 64)), (0.5, (32, 32), 2))")  # fmt: skip
+    outcome = train(options(out=tmp_path, **COMPILED | settings))
+    assert outcome.lines[0]["graphs"] >= 3 and outcome.final["compiles_in_timed_region"] == 0
+
+
 def test_compiling_in_the_timed_region_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
