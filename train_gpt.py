@@ -772,7 +772,9 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of (n, D) activations against K targets each (n, K), -1 for none."""
         z = self.logits(x)
-        return ((z.logsumexp(-1, True) - z.gather(1, targets.clamp_min(0))) * (targets >= 0)).sum(0)
+        classes = torch.arange(z.size(1), device=z.device)  # the backward of a gather would write zeros of the size of z first
+        own = [torch.where(classes == target[:, None], z, 0.0).sum(1) for target in targets.unbind(1)]
+        return ((z.logsumexp(-1, True) - torch.stack(own, 1)) * (targets >= 0)).sum(0)
 
     def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
                 ahead: int = 0) -> Tensor:  # fmt: skip
