@@ -1097,10 +1097,9 @@ class MuonEq(torch.optim.Optimizer):
         params, group = group.get("params", []), {**fields, **group}
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         checked = {f.name: group[f.name] for f in dataclasses.fields(settings)}
-        if callable(method := checked.pop("orthogonalize", "polar_express")) or method in ORTHOGONALIZERS:
-            settings(**checked)
-        else:
+        if not callable(method := checked.pop("orthogonalize", "polar_express")) and method not in ORTHOGONALIZERS:
             raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
+        settings(**checked)  # refuses the rest
         if group["every"] < 1:
             raise ValueError("every is at least 1")
         return group

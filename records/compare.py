@@ -52,7 +52,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import in_turns
 from claims import ROOT, sha256, write
@@ -143,11 +143,15 @@ def choose(variants: Sequence[Variant], names: Sequence[str] | None) -> list[Var
 
 
 @contextlib.contextmanager
-def growing(path: Path) -> Iterator[IO[bytes]]:
-    """The file of lines `path`, open for more of them; nothing else is timed meanwhile."""
+def growing(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What adds a line to the file `path`, at once; nothing else is timed meanwhile."""
+    def keep(line: dict[str, Any]) -> None:
+        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        file.flush()
+
     with alone(ROOT / "records"), open(path, "a+b") as file:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill can tear the last line
-        yield file
+        yield keep
 
 
 def source_of(folder: Path, variants: Sequence[Variant], known: Iterable[str]) -> Path:
@@ -164,7 +168,7 @@ def source_of(folder: Path, variants: Sequence[Variant], known: Iterable[str]) -
 def command_run(a: argparse.Namespace) -> int:
     _, variants = read_table(a.folder)
     chosen, workers, named = choose(variants, a.only), Workers(a.folder, a.workers), {v.name: v for v in variants}
-    with growing(a.folder / "results.jsonl") as file:
+    with growing(a.folder / "results.jsonl") as keep:
         results = read_results(a.folder, variants)
         source_of(a.folder, variants, (line["header"]["source_sha256"] for line in results.values()))
         total = sum(len(v.screen()) + len(v.further) for v in chosen)
@@ -176,8 +180,7 @@ def command_run(a: argparse.Namespace) -> int:
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         add(results, line := future.result())
-                        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-                        file.flush()
+                        keep(line)
                         bar.update()
                 except BaseException:
                     workers.stopping.set()
@@ -192,7 +195,7 @@ def command_run(a: argparse.Namespace) -> int:
 def command_time(a: argparse.Namespace) -> int:
     _, variants = read_table(a.folder)
     named, chosen = {v.name: v for v in variants}, choose(variants, a.only)
-    with growing(a.folder / "times.jsonl") as file:
+    with growing(a.folder / "times.jsonl") as keep:
         results, times = read_results(a.folder, variants), read_times(a.folder, variants)
         source = source_of(a.folder, variants, (line["source_sha256"] for line in times.values()))
         references = dict.fromkeys(v.against for v in chosen if v.against)
@@ -206,9 +209,7 @@ def command_time(a: argparse.Namespace) -> int:
             status, said = run_script(Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False)
             if status:
                 raise ValueError(f"{pair[0]} against {pair[1]} failed, it said: {said}")
-            line = {"variant": pair[0], "against": pair[1], "options": options, **json.loads(said)}
-            file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-            file.flush()
+            keep({"variant": pair[0], "against": pair[1], "options": options, **json.loads(said)})
     shutil.rmtree(a.folder / "unfinished", ignore_errors=True)
     return 0
 

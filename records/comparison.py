@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,10 +134,15 @@ def add(results: Results, line: dict[str, Any]) -> None:
     results[job] = line
 
 
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, counted from 1, none where there is no file; a last one that a kill has torn does not count."""
+    return enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1)
+
+
 def read_results(folder: Path, variants: Sequence[Variant]) -> Results:
-    """Finished runs of the table's variants and values; a last line that a kill has torn does not count."""
+    """Finished runs of the table's variants and values."""
     path, results, named = folder / "results.jsonl", {}, {v.name: v for v in variants}
-    for place, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+    for place, text in whole_lines(path):
         try:
             line = json.loads(text)
             add(results, line)
@@ -152,7 +157,7 @@ def read_results(folder: Path, variants: Sequence[Variant]) -> Results:
 def read_times(folder: Path, variants: Sequence[Variant]) -> dict[tuple[str, str], dict[str, Any]]:
     """The line of times.jsonl for each (variant, reference) of the table."""
     path, named, times = folder / "times.jsonl", {v.name: v for v in variants}, {}
-    for place, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+    for place, text in whole_lines(path):
         try:
             line = json.loads(text)
             pair, sides, first = (line["variant"], line["against"]), line["seconds"], next(iter(times.values()), line)
