@@ -193,6 +193,8 @@ def command_run(a: argparse.Namespace) -> int:
 
 
 def command_time(a: argparse.Namespace) -> int:
+    if a.rounds < 2:
+        raise ValueError("one round has no interval; --rounds is at least 2")
     _, variants = read_table(a.folder)
     named, chosen = {v.name: v for v in variants}, choose(variants, a.only)
     with growing(a.folder / "times.jsonl") as keep:

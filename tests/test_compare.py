@@ -615,6 +615,7 @@ def pairs_of(folder: Path) -> list[tuple[str, str]]:
 def test_variants_are_timed_against_their_references_and_these_against_themselves(finished, capsys):
     folder, every = finished, [("full", "full"), ("worse", "worse"), ("worse", "full"), ("rate", "worse")]
     arguments = ["time", str(folder), "--rounds", "7"]
+    assert compare.main([*arguments[:-1], "1"]) == 1 and "at least 2" in capsys.readouterr().err
     assert compare.main([*arguments, "--only", "worse"]) == 0
     assert pairs_of(folder) == [("full", "full"), ("worse", "full")]
     with open(folder / "times.jsonl", "a") as file:
