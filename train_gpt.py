@@ -51,13 +51,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Tracks: every number of a run. A track is data, never code.
-
+# 1. Tracks: every number of a run. A track is data, never code. ------------------------------------------------------
 
 def field(default: Any, meaning: str, least: float = -math.inf) -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
-
 
 def fit(value: Any, kind: Any) -> Any:
     """The value as a field of this type has it: whole numbers as floats, lists as tuples; TypeError when it does not fit."""
@@ -78,11 +75,9 @@ def fit(value: Any, kind: Any) -> Any:
         return value
     raise TypeError
 
-
 def takes(f: dataclasses.Field) -> str:
     """The type of a field in words."""
     return f.type.removeprefix("Literal").replace("float", "float below 1e30")
-
 
 class Settings:
     """Fields that are checked wherever they come from; ValueError, beginning with the field's name, for what cannot be."""
@@ -96,7 +91,6 @@ class Settings:
             if least > -math.inf and value < least:
                 raise ValueError(f"{f.name} is at least {least}, not {value}")
 
-
 @dataclasses.dataclass(frozen=True)
 class Data(Settings):
     corpus: str = field("shakespeare", "folder of the shards below DATA_DIR")
@@ -106,7 +100,6 @@ class Data(Settings):
     rows: int = field(8, "packed rows of a step over all processes (R), times the batch factor of the stage", 1)
     row_tokens: int = field(4096, "tokens of one row (T); nothing crosses a row border", 1)
     epochs: int = field(1, "how often the shards may be read", 1)
-
 
 @dataclasses.dataclass(frozen=True)
 class Model(Settings):
@@ -142,7 +135,6 @@ class Model(Settings):
     head_std: float = field(0.0, "std of the head at the start", 0)
     residual_start: float = field(1.0, "factor on the stream before each block at the start (#45)")
 
-
 @dataclasses.dataclass(frozen=True)
 class Matrix(Settings):
     kind: Literal["matrix", "adam"] = field("matrix", "adam: the settings of `hidden` instead of those below")
@@ -162,7 +154,6 @@ class Matrix(Settings):
     scale: Literal["spectral", "match_rms_adamw"] = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))")
     lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns: (up, down) of the MLP")
 
-
 @dataclasses.dataclass(frozen=True)
 class Adam(Settings):
     lr: float = field(0.008, "learning rate at factor 1", 0)
@@ -172,7 +163,6 @@ class Adam(Settings):
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between", 1)
 
-
 class Stage(NamedTuple):
     """What changes together (records #46, #72), from the step `begin` times the scheduled steps on (1: the extension)."""
     begin: float
@@ -181,7 +171,6 @@ class Stage(NamedTuple):
     document_cut: int = 4096  # tokens kept of a document; the tail is dropped
     lr: float = 1.0  # factor on the learning rates above their floor
     ahead: tuple[tuple[float, float], ...] = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Settings):
@@ -195,7 +184,6 @@ class Schedule(Settings):
     momentum_warmup: int = field(300, "steps over which the momentum rises")
     momentum_cooldown: int = field(50, "last steps over which it falls again")
 
-
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Settings):
     target: float = field(3.28, "validation loss to reach, nats per token")
@@ -204,7 +192,6 @@ class Evaluation(Settings):
     every: int = field(250, "steps between validations; the end is always validated", 1)
     windows: tuple[int, int] = field((768, 2560), "(short, long) at the final validation")
     log_every: int = field(10, "steps between logged training losses", 1)
-
 
 @dataclasses.dataclass(frozen=True)
 class Track:
@@ -219,7 +206,6 @@ class Track:
     scalar: Adam = Adam()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
-
 
 @dataclasses.dataclass(frozen=True)
 class Run(Settings):
@@ -241,7 +227,6 @@ class Run(Settings):
     adopt: bool = field(False, "resume even the checkpoint of another source, track, seed, dtype or data, as a new run")
     timeout: int = field(600, "seconds without progress after which a job of several processes ends", 1)
     out: str = field("logs", "folder of logs and checkpoints")
-
 
 TRACKS = {
     # A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
@@ -313,11 +298,9 @@ TRACKS = {
     ),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Data: shards, packing of documents into rows, prefetch.
+# 2. Data: shards, packing of documents into rows, prefetch. ----------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of a shard, uint16 (count,). The format of llm.c: 256 int32 (magic, version, count), then uint16 tokens.
@@ -331,7 +314,6 @@ def read_shard(path: Path) -> np.ndarray:
     if count < 0 or size != 4 * HEADER_INTS + 2 * count:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")
     return np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
-
 
 class Shard:
     """Tokens and document index of one shard."""
@@ -348,12 +330,10 @@ class Shard:
             self.cut, self._ends = cut, np.concatenate([[0], np.cumsum(np.minimum(lengths, cut))])
         return self._ends
 
-
 class Batch(NamedTuple):
     inputs: Tensor  # (B, T) int32
     targets: Tensor  # (B, T) int64, -1 where nothing is predicted
     offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
-
 
 def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, documents: int) -> Batch:
     """Rows of (T + 1 tokens, document lengths of the T inputs) as tensors; token -1 pads, M = `documents`."""
@@ -365,7 +345,6 @@ def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, docume
     for row, (_, lengths) in zip(offsets, rows):
         row[: len(lengths) + 1] = np.concatenate([[0], np.cumsum(lengths)])
     return Batch(*map(torch.from_numpy, (tokens[:, :-1].clip(min=0).astype(np.int32), targets, offsets)))
-
 
 class Packer:
     """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
@@ -404,7 +383,6 @@ class Packer:
         self.position = epoch, index, document
         return found
 
-
 def gather(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """The T + 1 tokens of a row of the packer and the document lengths of its inputs (T in all)."""
     tokens = []
@@ -415,13 +393,11 @@ def gather(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple
     lengths[-1] -= 1  # the last token is a target only
     return np.concatenate(tokens), lengths[lengths > 0]
 
-
 class Step(NamedTuple):
     batch: Batch  # this rank's R / N rows
     tokens: int  # of all R rows
     targets: int  # of all R rows
     position: tuple[int, int, int]  # of the packer after this step
-
 
 def training_steps(packer: Packer, track: Track, documents: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]:
     """The rows of one step after the other, endless; one step is prepared ahead."""
@@ -443,7 +419,6 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
             ready, ahead = ahead.result(), pool.submit(prepare, step)
             yield ready
 
-
 def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """The validation stream cut into rows of T tokens, in order and not aligned to documents; the last row is padded.
     Ends after exactly so many counted `targets`, 0: with the stream; ValueError when there are fewer."""
@@ -463,10 +438,7 @@ def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0)
         rows.append((padded, np.diff(ends, prepend=0)[ends > 0]))
     return rows
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Attention: causal, within a document, window W = own position and the W before it.
-
+# 3. Attention: causal, within a document, window W = own position and the W before it. -------------------------------
 
 class Layout(NamedTuple):
     """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the last three for the fused one."""
@@ -476,11 +448,9 @@ class Layout(NamedTuple):
     longest: int = 0  # upper bound of a document's length
     window: Tensor | None = None  # (W, 0), of `window_size`
 
-
 def document_starts(offsets: Tensor, T: int) -> Tensor:
     """Whether a document begins at a position, (B, T) bool, from the document `offsets` (B, M + 1)."""
     return offsets.new_zeros(len(offsets), T + 1, dtype=torch.bool).scatter(1, offsets.long(), True)[:, :T]
-
 
 def blocked_layout(offsets: Tensor, T: int, window: int) -> Layout:
     """The `Layout` of rows with document `offsets` (B, M + 1) and its mask; documents of no length are allowed."""
@@ -492,13 +462,11 @@ def blocked_layout(offsets: Tensor, T: int, window: int) -> Layout:
     near = (distance >= 0) & (distance <= window)
     return Layout(starts, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None])
 
-
 def window_size(window: int) -> Tensor:
     """A window as the size of an empty tensor (W, 0), which one graph can take with any value."""
     size = torch.empty(window, 0)
     torch._dynamo.mark_dynamic(size, 0)
     return size
-
 
 def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layout:
     """The same for FlashAttention, all rows as one sequence of documents; `window` is a `window_size`."""
@@ -506,13 +474,11 @@ def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layou
     flat = F.pad(starts.flatten(), (0, 1), value=len(offsets) * T)
     return Layout(document_starts(offsets, T), None, flat, min(longest, T), window)
 
-
 def in_blocks(x: Tensor, C: int, previous: bool = False) -> Tensor:
     """(B, T, H, d) -> (B, T / C, H, C, d), blocks of C positions; with the previous block before each (.., 2 C, d)."""
     B, T, H, d = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
     return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) if previous else x
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q. In blocks the cost is T x window, and
@@ -526,7 +492,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
     return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window.size(0), 0)).view_as(q)
 
-
 def supports(device: torch.device, feature: str) -> bool:
     """Whether the processor has bfloat16, fp8 products, a kernel for varlen_attn (flash), or the kernels fa3 and fa4."""
     if device.type == "cuda":
@@ -537,14 +502,10 @@ def supports(device: torch.device, feature: str) -> bool:
         return feature == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return feature == "bfloat16"
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: weights of one shape live in one bank.
-
+# 4. Model: weights of one shape live in one bank. --------------------------------------------------------------------
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
 
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
     """Frequencies (d / 2,) in radians per token and softmax scale after a history of long windows.
@@ -561,7 +522,6 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
             scale *= 1 + 0.2 * math.log(new / old)
     return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
 
-
 def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Row of each n-gram in its table and a second hash, (B, T, len(ngrams)) each: the last n tokens within the document.
     The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs)."""
@@ -576,7 +536,6 @@ def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int
         begin += count
     return torch.stack(rows, -1), torch.stack(second, -1)
 
-
 class Lookup(torch.autograd.Function):
     """Rows of a table (R, D) by an index (...). The backward is one scatter_add: inductor's own for F.embedding is slow."""
     @staticmethod
@@ -590,7 +549,6 @@ class Lookup(torch.autograd.Function):
         (index,), grad = ctx.saved_tensors, grad.float().flatten(0, -2)
         total = grad.new_zeros(ctx.rows, grad.size(1)).scatter_add(0, index.reshape(-1, 1).long().expand_as(grad), grad)
         return total.to(ctx.dtype), None
-
 
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
@@ -620,7 +578,6 @@ class FP8Linear(torch.autograd.Function):
         dx = cls.product(g8, w8.T.contiguous(), (of_g, of_w), ctx.dtypes[0], False)
         dw = cls.product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False)
         return dx, dw.to(ctx.dtypes[1]), None
-
 
 class GPT(nn.Module):
     """The decoder of records #42 to #89. All sizes come from `model`; activations and `low_precision` have `dtype`."""
@@ -825,9 +782,7 @@ class GPT(nn.Module):
                 outputs[i] = x
         return torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout]) if c.backout >= 0 else x
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Optimizer: MuonEq for matrices, Adam for the rest; stacked, padded, sharded over ranks.
+# 5. Optimizer: MuonEq for matrices, Adam for the rest; stacked, padded, sharded over ranks. --------------------------
 
 # Margin by which the bound of the largest singular value is enlarged, triples (a, b, c), and the one of all further iterations.
 # A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of one's own goes.
@@ -846,7 +801,6 @@ ORTHOGONALIZERS: dict[str, tuple | Callable[[Tensor], Tensor]] = {
     "newton_schulz": (1.0, (), (3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
 }
 TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
-
 
 class Comm:
     """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
@@ -884,7 +838,6 @@ class Comm:
             dist.all_reduce(x, op)
         return x
 
-
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
     Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
@@ -895,7 +848,6 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
 
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     return math.prod(map(factor, dims), start=u)
-
 
 def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
                   work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
@@ -923,7 +875,6 @@ def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: in
             polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         x = multiply_add(x, polynomial, x, beta=a) if wide else multiply_add(x, x, polynomial, beta=a)
     return x[None] if alone else x
-
 
 class Unit:
     """Parameters that are updated as one stack, and this rank's chunk of the state.
@@ -1031,7 +982,6 @@ class Unit:
         else:
             weights.sub_(update * factor)
 
-
 def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
     """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
     `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use."""
@@ -1043,7 +993,6 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
     before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
     return factor * (before / after.clamp_min(1e-10))
-
 
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
@@ -1218,31 +1167,24 @@ class MuonEq(torch.optim.Optimizer):
             group.update(saved)
         self.steps = state_dict["step"]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Schedule: pure functions of the step.
-
+# 6. Schedule: pure functions of the step. ----------------------------------------------------------------------------
 
 def total_steps(schedule: Schedule) -> int:
     return schedule.steps + schedule.extension
-
 
 def stage_begins(schedule: Schedule) -> list[int]:
     """The first step of each stage."""
     return [round(stage.begin * schedule.steps) for stage in schedule.stages]
 
-
 def stages_until(schedule: Schedule, step: int) -> list[Stage]:
     """The stages that have begun by this step; the last one is in force."""
     return [stage for stage, begin in zip(schedule.stages, stage_begins(schedule)) if begin <= step]
-
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
     """The stage's factor, from the last `cooldown` of the scheduled steps on more and more of the floor, then the floor."""
     remaining = max(0.0, 1 - step / schedule.steps)
     share = min(1.0, remaining / schedule.cooldown) if schedule.cooldown else float(remaining > 0)
     return share * stages_until(schedule, step)[-1].lr + (1 - share) * schedule.floor
-
 
 def loss_weights(schedule: Schedule, step: int) -> list[float]:
     """Weights of the next target (1) and of those 2, 3, ... tokens on; linear within a stage (record #53)."""
@@ -1251,7 +1193,6 @@ def loss_weights(schedule: Schedule, step: int) -> list[float]:
     begin, end = begins[len(stages) - 1 : len(stages) + 1]
     return [1.0, *(first + (last - first) * (step - begin) / (end - begin) for first, last in stages[-1].ahead)]
 
-
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Rises over the first steps, falls again over the last."""
     low, high = schedule.momentum
@@ -1259,14 +1200,10 @@ def momentum_at(schedule: Schedule, step: int) -> float:
     falling = (total_steps(schedule) - step) / schedule.momentum_cooldown if schedule.momentum_cooldown else 1.0
     return low + (high - low) * min(1.0, rising, falling)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Run: data check, clock, log, checkpoints, warm-up, training and validation.
-
+# 7. Run: data check, clock, log, checkpoints, warm-up, training and validation. --------------------------------------
 
 def source_sha256() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
 
 def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
     """The manifest beside the shards; ValueError when it is missing or describes another vocabulary."""
@@ -1282,13 +1219,11 @@ def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
         raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track needs {needed}")
     return manifest
 
-
 def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
     paths = sorted(folder / name for name in manifest["files"] if f"{split}_" in name)
     if not paths:
         raise ValueError(f"{folder} holds no {split} shards")
     return paths
-
 
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
@@ -1313,10 +1248,8 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows),
             "val_longest": max(int(lengths.max()) for _, lengths in rows)}  # fmt: skip
 
-
 class Refusal(ValueError):
     """What all ranks refuse with the same sentence; rank 0 says it."""
-
 
 def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     """The result of `work` on rank 0, for all ranks; Refusal on all of them when it fails."""
@@ -1331,7 +1264,6 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     if box[1] is not None:
         raise Refusal(box[1])
     return box[0]
-
 
 def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
     """Thread that ends this process when no rank has moved for `seconds`, or the store of the ranks is gone.
@@ -1351,7 +1283,6 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
         print(f"train_gpt.py: rank {comm.rank} ends: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
-
 class Clock:
     """Seconds of training. Stopped during validation and checkpoints; waits for the device at both ends."""
     def __init__(self, device: torch.device):
@@ -1367,7 +1298,6 @@ class Clock:
 
     def now(self) -> float:
         return self.seconds + (time.perf_counter() - self.began if self.began is not None else 0.0)
-
 
 class Log:
     """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes.
@@ -1401,9 +1331,7 @@ class Log:
             self.file.write((json.dumps({"event": event, **finite}) + "\n").encode())
             self.file.flush()
 
-
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
-
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """All or nothing: written under another name with its sha256 at the end, flushed, then renamed. The last two stay."""
@@ -1424,7 +1352,6 @@ def save_checkpoint(path: Path, content: dict) -> None:
     for old in sorted(path.parent.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-2]:
         old.unlink()
 
-
 def load_checkpoint(path: Path, key: dict) -> dict:
     """A checkpoint with this `key` (empty: with any); ValueError naming the file when it is anything else."""
     try:
@@ -1444,7 +1371,6 @@ def load_checkpoint(path: Path, key: dict) -> dict:
             raise ValueError(f"checkpoint {path} belongs to another {name}; --adopt true takes it as the start of a new run")
     return found
 
-
 def newest_checkpoint(out: Path, key: dict) -> str:
     """The newest good checkpoint of unfinished runs of this track, seed and source, "" for none; others are named."""
     paths = [path for path in out.glob("*/step_*.pt") if not (path.parent / "finished").exists()]
@@ -1455,7 +1381,6 @@ def newest_checkpoint(out: Path, key: dict) -> str:
         except ValueError as error:
             print(f"train_gpt.py: not resumed from: {error}", file=sys.stderr)
     return ""
-
 
 def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     """What a reader of the log must know about the machine."""
@@ -1473,7 +1398,6 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
-
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
     try:
@@ -1484,7 +1408,6 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
     return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
-
 
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
     def matrix(settings: Matrix, **params: nn.Parameter) -> dict:
@@ -1509,14 +1432,12 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
         grads="token_sum",
     )
 
-
 def process_age() -> float:
     """Seconds since this process was started, where the system says so."""
     if sys.platform != "linux":
         return 0.0
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-
 
 class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
@@ -1781,7 +1702,6 @@ class Trainer:
             f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
         return final
 
-
 @torch.no_grad()
 def use_checkpoint(run: Run, device: torch.device) -> float | str:
     """The mean loss, nats per token, on the shards of --evaluate, or the text of --sample; printed and returned."""
@@ -1829,17 +1749,13 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
     print(text := bytes(words).decode(errors="replace") if as_bytes else encoding.decode(words))
     return text
 
-
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator's allocator, or of the process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. main: command line, devices, process group.
-
+# 8. main: command line, devices, process group. ----------------------------------------------------------------------
 
 def help_text() -> str:
     lines = [__doc__.strip(), "", "Run options (--name value):"]
@@ -1852,14 +1768,12 @@ def help_text() -> str:
                 lines.append(f"  --{section + '.' + f.name:<32} {value}   {takes(f)}   {f.metadata['meaning']}")
     return "\n".join(lines)
 
-
 def literal(text: str) -> Any:
     """What a text stands for as a Python literal, else the text."""
     try:
         return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
     """Track and run options; ValueError names the nearest option for an unknown one."""
@@ -1894,7 +1808,6 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
         raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
     return Track(**{section: changed(part, section) for section, part in vars(TRACKS[run.track]).items()}), run
 
-
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     name = run.device
@@ -1906,7 +1819,6 @@ def device_of(run: Run, local_rank: int) -> torch.device:
     if name != "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
         raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
     return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
-
 
 def check_settings(track: Track, run: Run) -> None:
     """ValueError for settings that no run can have together."""
@@ -1940,7 +1852,6 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError(sentence)
     build_optimizer(GPT(model, 1, torch.float32, "meta"), track)  # refuses what an optimizer cannot do
 
-
 def micro_rows(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
     """Rows of a forward pass in stages of this `batch`; ValueError for a number of processes or rows that does not divide."""
     rows = track.data.rows
@@ -1952,7 +1863,6 @@ def micro_rows(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
         raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
     most = max(1, 8192 // track.data.row_tokens)
     return run.micro_rows or max(n for n in range(1, most + 1) if own * batch % n == 0)
-
 
 def explanation(error: BaseException) -> str | None:
     """One sentence for what a user can do something about; None for a defect of the program."""
@@ -1970,7 +1880,6 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return f"{error.strerror or text}: {error.filename}" if error.filename else text
     return None
-
 
 def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
     """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
@@ -2032,7 +1941,6 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
         if sentence is None:
             raise
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
 
 if __name__ == "__main__":
     main()
