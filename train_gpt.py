@@ -787,19 +787,15 @@ class GPT(nn.Module):
 # Margin by which the bound of the largest singular value is enlarged, triples (a, b, c), and the one of all further iterations.
 # A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of one's own goes.
 ORTHOGONALIZERS: dict[str, tuple | Callable[[Tensor], Tensor]] = {
-    "polar_express": (  # 2505.16932: 5 iterations, safety 2e-2
-        1.02,
-        (
-            (8.156554524902461, -22.48329292557795, 15.878769915207462),
-            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-        ),
-        (1.875, -1.25, 0.375),
-    ),
+    "polar_express": (1.02, (  # 2505.16932: 5 iterations, safety 2e-2
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ), (1.875, -1.25, 0.375)),
     "newton_schulz": (1.0, (), (3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
-}
+}  # fmt: skip
 TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
 
 class Comm:
