@@ -803,8 +803,7 @@ class Comm:
     DONE = types.SimpleNamespace(wait=lambda: None)  # nothing is under way
 
     def __init__(self) -> None:
-        on = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.calls = 0
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names
         self._scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
