@@ -837,12 +837,9 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
     Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
     depend on the scale of u when the exponent is -1/2."""
-    def factor(dim: int) -> Tensor:
-        sums = torch.linalg.vector_norm(u, dim=dim, keepdim=True).square()
-        return (sums + 1e-8 * sums.mean((-2, -1), keepdim=True) + TINY).pow(exponent)
-
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
-    return math.prod(map(factor, dims), start=u)
+    sums = [torch.linalg.vector_norm(u, dim=dim, keepdim=True).square() for dim in dims]
+    return math.prod(((x + 1e-8 * x.mean((-2, -1), keepdim=True) + TINY).pow(exponent) for x in sums), start=u)
 
 def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
                   work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
