@@ -853,9 +853,8 @@ def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: in
     triples = (*triples, *[limit] * max(0, steps - len(triples)))[-steps:]
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY)
     x = (x / (size if norm_bound == "spc" else size * margin)).to(work_dtype)
-    wide, alone = x.size(-2) <= x.size(-1), x.size(0) == 1
-    x = x[0] if alone else x  # on a CPU plain products beat a batch of one
-    multiply_add = torch.addmm if alone else torch.baddbmm
+    wide = x.size(-2) <= x.size(-1)
+    x, multiply_add = (x[0], torch.addmm) if len(x) == 1 else (x, torch.baddbmm)  # a CPU is slow with a batch of one
     for i, (a, b, c) in enumerate(triples):
         gram = x @ x.mT if wide else x.mT @ x
         if norm_bound == "spc" and i == 0:  # the bound comes from products that the first iteration needs anyway
@@ -866,7 +865,7 @@ def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: in
         else:
             polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         x = multiply_add(x, polynomial, x, beta=a) if wide else multiply_add(x, x, polynomial, beta=a)
-    return x[None] if alone else x
+    return x[None] if x.ndim == 2 else x
 
 class Unit:
     """Parameters that are updated as one stack, and this rank's chunk of the state.
