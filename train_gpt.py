@@ -878,17 +878,17 @@ class Unit:
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
         self.matrix = group["kind"] == "matrix"
         self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
-        self.counts = [p.numel() // max(1, self.tail.numel()) for p in self.params]
+        self.counts = [p.numel() // self.tail.numel() for p in self.params]
         self.size = sum(self.counts)
         self.chunk = -(-self.size // comm.world_size)
         self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
+        self.padding = self.chunk * comm.world_size - self.size
         # one unpadded parameter: gradients and weights travel from and to its own storage
-        self.direct = len(self.params) == 1 and self.size == self.chunk * comm.world_size and self.params[0].is_contiguous()
+        self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
         self.lr_mul: Tensor | float = float(lr_mul[0])
         if len(set(lr_mul)) > 1:
-            padded = torch.tensor([*lr_mul, *[0.0] * (self.chunk * comm.world_size - self.size)], device=self.device)
-            self.lr_mul = padded[self.own, None, None]
+            self.lr_mul = F.pad(torch.tensor(lr_mul, device=self.device), (0, self.padding))[self.own, None, None]
         shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
         if self.group.get("normuon"):
             (m, n), axis = self.tail, self.group["normuon_axis"]
@@ -905,21 +905,19 @@ class Unit:
         for key, value in self.state.items():
             value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
 
-    def stack(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The padded stack of one tensor per parameter (None: zeros); of a direct unit a view."""
-        parts = [
-            torch.zeros(count, *self.tail, device=self.device) if t is None else t.detach().reshape(-1, *self.tail)
-            for t, count in zip(tensors, self.counts)
-        ]
-        padding = self.chunk * self.comm.world_size - self.size
-        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(padding, *self.tail)])
+    def stack(self, tensors: Sequence[Tensor | None], tail: Sequence[int] | None = None) -> Tensor:
+        """The padded stack of one tensor per parameter (None: zeros), its entries (*tail); of a direct unit a view."""
+        tail = self.tail if tail is None else tail
+        parts = [torch.zeros(count, *tail, device=self.device) if t is None else t.detach().reshape(-1, *tail)
+                 for t, count in zip(tensors, self.counts)]  # fmt: skip
+        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(self.padding, *tail)])
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Update the owned chunk with fp32 `grad` * scale and send it to all ranks; `finish` takes what is returned."""
         self.updates += 1
         full = self.stack(self.params)
         weights = self.state.get("master", full[self.own])
-        size = self.chunk if weights.is_cuda else max(1, self.SLICE[self.group["kind"]] // max(1, self.tail.numel()))
+        size = self.chunk if weights.is_cuda else max(1, self.SLICE[self.group["kind"]] // self.tail.numel())
         for begin in range(0, self.chunk, size):
             part = slice(begin, begin + size)
             state = {key: value[part] for key, value in self.state.items()}
@@ -1127,7 +1125,7 @@ class MuonEq(torch.optim.Optimizer):
         state: dict[str, dict] = {}
         for unit in self.units:
             for key, chunk in unit.state.items():
-                full = chunk.new_empty(unit.chunk * self.comm.world_size, *chunk.shape[1:])
+                full = chunk.new_empty(unit.size + unit.padding, *chunk.shape[1:])
                 self.comm.all_gather(full, chunk).wait()
                 for name, p, part in zip(unit.names, unit.params, full[: unit.size].split(unit.counts)):
                     shape = p.shape[:-2] + part.shape[1:] if unit.matrix else p.shape
@@ -1150,9 +1148,7 @@ class MuonEq(torch.optim.Optimizer):
                 raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
         for unit in self.units:
             for key, chunk in unit.state.items():
-                parts = [state[name][key].to(unit.device).reshape(-1, *chunk.shape[1:]) for name in unit.names]
-                padding = chunk.new_zeros(unit.chunk * self.comm.world_size - unit.size, *chunk.shape[1:])
-                chunk.copy_(torch.cat([*parts, padding])[unit.own])
+                chunk.copy_(unit.stack([state[name][key] for name in unit.names], chunk.shape[1:])[unit.own])
             unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
         for group, saved in zip(self.param_groups, state_dict["groups"]):
             group.update(saved)
