@@ -958,11 +958,9 @@ class Unit:
         mode = group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
             mode = "row"
-        update = equilibrate(update, mode, group["equilibrate_exponent"])
-        method, steps, bound = group["orthogonalize"], group["steps"], group["norm_bound"]
-        update = orthogonalize(update, method, steps, bound, group["work_dtype"])  # (C, m, n)
-        shape = math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
-        factor = lr * shape
+        update = equilibrate(update, mode, group["equilibrate_exponent"])  # (C, m, n)
+        update = orthogonalize(update, group["orthogonalize"], group["steps"], group["norm_bound"], group["work_dtype"])
+        factor = lr * (math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n)))
         if group["normuon"]:
             factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
         self.decay(weights, update, torch.ge)
