@@ -913,7 +913,7 @@ class Unit:
         return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(self.padding, *tail)])
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks; `finish` takes what is returned."""
+        """Update the owned chunk with fp32 `grad` * scale, send it to all ranks: the stack, the chunk, work to wait for."""
         self.updates += 1
         full = self.stack(self.params)
         weights = self.state.get("master", full[self.own])
@@ -925,12 +925,6 @@ class Unit:
             (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, lr)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
-
-    def finish(self, full: Tensor, chunk: Tensor, work: Any) -> None:
-        work.wait()  # both buffers live until here
-        if not self.direct:
-            for p, part in zip(self.params, full[: self.size].split(self.counts)):
-                p.detach().copy_(part.view(p.shape))
 
     def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,). torch's kernel takes one pass."""
@@ -1088,10 +1082,12 @@ class MuonEq(torch.optim.Optimizer):
             work.wait()
             finite = chunk.sum().isfinite()  # one pass; the largest absolute value takes 40 times as long on a CPU
             unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.steps))
-            gathering.append((unit, unit.update(chunk, 1 / unit.tokens)))
+            gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
-        for unit, pending in gathering:
-            unit.finish(*pending)
+        for unit, full, _, work in gathering:
+            work.wait()  # the buffers live until here
+            for p, part in zip(unit.params, full[: unit.size].split(unit.counts)) if not unit.direct else ():
+                p.copy_(part.view(p.shape))
 
     def zero_grad(self) -> None:
         """Drop the gradients of the groups that the last step updated; the others go on accumulating."""
