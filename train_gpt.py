@@ -1075,8 +1075,7 @@ class MuonEq(torch.optim.Optimizer):
         reducing = []
         for unit in reversed(active):
             full = unit.stack([p.grad for p in unit.params]).float()
-            summed = self.grads == "token_sum"
-            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.DONE))))
+            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE))))
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
