@@ -1103,10 +1103,9 @@ class MuonEq(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Forget all state and gradients; master copies are taken from the parameters again."""
+        super().zero_grad()
         for unit in self.units:
             unit.reset()
-            for p in unit.params:
-                p.grad = None
         self.steps = 0
 
     def bad_since(self) -> Tensor:
