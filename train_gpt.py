@@ -1130,10 +1130,8 @@ class MuonEq(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a `state_dict` written at any world size; ValueError naming the parameter that does not fit."""
         state = state_dict["state"]
-        expected = {
-            name: {key: p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape for key, chunk in unit.state.items()}
-            for unit in self.units for name, p in zip(unit.names, unit.params)
-        }  # fmt: skip
+        expected = {name: {key: p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape for key, chunk in unit.state.items()}
+                    for unit in self.units for name, p in zip(unit.names, unit.params)}  # fmt: skip
         for name in expected.keys() | state.keys():
             found = {key: value.shape for key, value in state.get(name, {}).items() if isinstance(value, Tensor)}
             if expected.get(name) != found:
