@@ -873,9 +873,9 @@ class Unit:
     N equal chunks; rank r owns entries [r C, (r + 1) C)."""
     SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
 
-    def __init__(self, group: dict, named: list[tuple[str, Tensor]], comm: Comm, lr_mul: Sequence[float] = (1.0,)):
+    def __init__(self, group: dict, members: list[tuple[str, Tensor, list[float]]], comm: Comm):
         self.group, self.comm = group, comm
-        self.names, self.params = [name for name, _ in named], [p for _, p in named]
+        self.names, self.params, factors = map(list, zip(*members))  # factors on the learning rate, one for each matrix
         self.matrix = group["kind"] == "matrix"
         self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
         self.counts = [p.numel() // self.tail.numel() for p in self.params]
@@ -886,7 +886,8 @@ class Unit:
         self.padding = self.chunk * comm.world_size - self.size
         # one unpadded parameter: gradients and weights travel from and to its own storage
         self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
-        self.lr_mul: Tensor | float = float(lr_mul[0])
+        lr_mul = [float(factor) for part in factors for factor in part]
+        self.lr_mul: Tensor | float = lr_mul[0]
         if len(set(lr_mul)) > 1:
             self.lr_mul = F.pad(torch.tensor(lr_mul, device=self.device), (0, self.padding))[self.own, None, None]
         shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
@@ -997,23 +998,9 @@ class MuonEq(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
-        groups, names = [self._checked(dict(group)) for group in groups], []
-        for group in groups:
-            params = [p if isinstance(p, tuple) else (None, p) for p in group["params"]]
-            group["names"] = [str(len(names) + i) if name is None else name for i, (name, _) in enumerate(params)]
-            group["params"] = [p for _, p in params]
-            names += group["names"]
-        tensors = [id(p) for group in groups for p in group["params"]]
-        for name, tensor in zip(names, tensors):
-            if names.count(name) > 1 or tensors.count(tensor) > 1:
-                raise ValueError(f"parameter {name!r} appears twice")
-        super().__init__(groups, {})
         self.grads, self.comm, self.steps = grads, Comm(), 0
-        units = [unit for group in self.param_groups for unit in self._units(group)]
-        # large reductions start first, small updates are done first: their waits hide behind the large transfers
-        self.units = sorted(units, key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
-        for p in (p for unit in units for p in unit.params if grads == "token_sum"):
-            p.grad_dtype = torch.float32  # of several backward passes; the parameter may have a lower precision
+        self.units, self.named = [], {}
+        super().__init__(groups, {})  # adds the groups one after the other
 
     def _checked(self, group: dict) -> dict:
         if (kind := group.get("kind")) not in self.FIELDS:
@@ -1024,8 +1011,7 @@ class MuonEq(torch.optim.Optimizer):
             raise ValueError(f"a {kind} group has no field {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
         if "lr" not in group:
             raise ValueError(f"a {kind} group needs lr")
-        params, group = group.get("params", []), {**fields, **group}
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        group = {"params": [], **fields, **group}
         checked = {f.name: group[f.name] for f in dataclasses.fields(settings)}
         if not callable(method := checked.pop("orthogonalize", "polar_express")) and method not in ORTHOGONALIZERS:
             raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
@@ -1035,30 +1021,34 @@ class MuonEq(torch.optim.Optimizer):
         return group
 
     def add_param_group(self, param_group: dict) -> None:
-        if hasattr(self, "units"):
-            raise ValueError("MuonEq takes all groups at construction")
-        super().add_param_group(param_group)
-
-    def _units(self, group: dict) -> list[Unit]:
-        named = [(name, p) for name, p in zip(group.pop("names"), group["params"]) if p.numel()]
-        stacks = collections.defaultdict(list)
-        if group["kind"] == "adam":
-            for name, p in named:
-                stacks[p.dtype, p.device, name if p.numel() >= self.SMALL else None].append((name, p))
-            return [Unit(group, stack, self.comm) for stack in stacks.values()]
-        counts, lr_mul = [p.size(0) if p.ndim == 3 else 1 for _, p in named], group["lr_mul"]
-        lr_mul = [float(lr_mul)] if isinstance(lr_mul, (int, float)) else list(lr_mul)
-        if not lr_mul or sum(counts) % len(lr_mul):
-            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {sum(counts)} matrices")
-        factors = lr_mul * (sum(counts) // len(lr_mul))
-        muls = collections.defaultdict(list)
-        for (name, p), count in zip(named, counts):
-            if p.ndim not in (2, 3):
+        """Check a group, fill in its defaults and divide its parameters into units."""
+        group, named, stacks = self._checked(param_group), dict(self.named), collections.defaultdict(list)
+        lr_mul, matrices = np.atleast_1d(group.get("lr_mul", 1.0)).tolist(), 0
+        factors = itertools.cycle(lr_mul)
+        for p in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
+            name, p = p if isinstance(p, tuple) else (str(len(named)), p)
+            if name in named or any(p is other for other in named.values()):
+                raise ValueError(f"parameter {name!r} appears twice")
+            named[name] = p
+            if group["kind"] == "adam":
+                shape, count = name if p.numel() >= self.SMALL else None, 1
+            elif p.ndim in (2, 3):
+                shape, count = p.shape[-2:], p.shape[:-2].numel()
+            else:
                 raise ValueError(f"matrix parameter {name!r} has shape {tuple(p.shape)}; (m, n) or (K, m, n) expected")
-            key = p.dtype, p.device, p.shape[-2:]
-            stacks[key].append((name, p))
-            muls[key] += [factors.pop(0) for _ in range(count)]
-        return [Unit(group, stack, self.comm, muls[key]) for key, stack in stacks.items()]
+            if p.numel():
+                stacks[p.dtype, p.device, shape].append((name, p, list(itertools.islice(factors, count))))
+                matrices += count
+        if not lr_mul or matrices % len(lr_mul):
+            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {matrices} matrices")
+        group["params"] = list(named.values())[len(self.named) :]
+        super().add_param_group(group)
+        self.named = named
+        # large reductions start first, small updates are done first: their waits hide behind the large transfers
+        self.units += [Unit(group, stack, self.comm) for stack in stacks.values()]
+        self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
+        for p in group["params"] if self.grads == "token_sum" else ():
+            p.grad_dtype = torch.float32  # of several backward passes; the parameter may have a lower precision
 
     def _active(self, step: int) -> list[Unit]:
         return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]

@@ -1092,6 +1092,26 @@ def test_refuses_a_parameter_given_twice():
         MuonEq([dict(kind="matrix", params=[w], **MATRIX), dict(kind="adam", params=[w], **ADAM)])
 
 
+@pytest.mark.parametrize("grads", ["mean", "token_sum"])
+def test_a_later_group_is_one_of_the_first(grads):
+    """Groups added one by one, a parameter without elements among them, against all at construction."""
+    results = []
+    for later in (False, True):
+        shapes = ((3, 4, 6), (0, 4, 6), (4, 6)), ((5,), (7, 3))
+        params = [[leaf(randn(*shape, seed=len(shape), dtype=torch.bfloat16)) for shape in group] for group in shapes]
+        groups = [dict(MATRIX, kind="matrix", params=params[0], lr_mul=(1.0, 2.0)), dict(ADAM, kind="adam", params=params[1])]
+        opt = MuonEq(groups[: 1 if later else 2], grads=grads)
+        if later:
+            opt.add_param_group(groups[1])
+        for step in range(3):
+            for p in params[0] + params[1]:
+                p.grad = randn(*p.shape, seed=step, dtype=p.grad_dtype or p.dtype)
+            opt.step(tokens=7 if grads == "token_sum" else None)
+        results.append((opt.state_dict(), [unit.names for unit in opt.units]))
+    same_state(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1] == [["3", "4"], ["0", "2"]]
+
+
 def test_refuses_wrong_gradient_convention():
     w = leaf(randn(4, 6))
     with pytest.raises(ValueError, match="sum_of"):
@@ -1103,8 +1123,10 @@ def test_refuses_wrong_gradient_convention():
 def test_refuses_what_it_would_silently_ignore():
     w = leaf(randn(4, 6))
     opt = optimizer("matrix", [w], grads="token_sum")
-    with pytest.raises(ValueError, match="at construction"):
-        opt.add_param_group(dict(kind="matrix", params=[leaf(randn(4, 6))], **MATRIX))
+    for params in ([w], [("0", leaf(randn(4, 6)))]):
+        with pytest.raises(ValueError, match="appears twice"):
+            opt.add_param_group(dict(kind="matrix", params=params, **MATRIX))
+    assert len(opt.param_groups) == len(opt.units) == 1
     with pytest.raises(ValueError, match="tokens"):
         opt.step(tokens=0)
     with pytest.raises(ValueError, match="lr is at least 0"):
