@@ -1058,12 +1058,11 @@ class MuonEq(torch.optim.Optimizer):
         """Update the groups that are due. `tokens`: global token count behind the gradients (grads="token_sum")."""
         if (self.grads == "token_sum") != (tokens is not None) or tokens == 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
-        active = self._active(self.steps)
         self.steps += 1
         for unit in self.units:
             unit.tokens += 1 if tokens is None else tokens
         reducing = []
-        for unit in reversed(active):
+        for unit in reversed(self._active(self.steps - 1)):
             full = unit.stack([p.grad for p in unit.params]).float()
             reducing.append((unit, full, *(self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE))))
         gathering = []
