@@ -835,8 +835,7 @@ class Comm:
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
-    Both sums of "rowcol" come from the same u. The floor is relative (1e-8 of the mean sum), so the result does not
-    depend on the scale of u when the exponent is -1/2."""
+    Both sums of "rowcol" are of the same u. The floor, 1e-8 of their mean, leaves exponent -1/2 blind to the scale of u."""
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     sums = [torch.linalg.vector_norm(u, dim=dim, keepdim=True).square() for dim in dims]
     return math.prod(((x + 1e-8 * x.mean((-2, -1), keepdim=True) + TINY).pow(exponent) for x in sums), start=u)
@@ -978,13 +977,11 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tenso
 
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
-    `groups` are dicts with `kind`, `params` (tensors or (name, tensor) pairs) and any field of `FIELDS[kind]`; `lr`,
-    `momentum` and `weight_decay` are read at every step. Matrix parameters are (m, n) or banks (K, m, n), "row" is dim
-    -2; those of one shape in one group are processed as one stack. Each rank updates its share and all ranks receive
-    the result; without torch.distributed the one process does everything.
-    grads="mean": gradients are means and equal on all ranks (one process, or DDP).
-    grads="token_sum": gradients are sums over this rank's tokens; `step(tokens=n)` adds them over ranks and divides by
-    the global count n.
+    `groups` are dicts with `kind`, `params` (tensors or (name, tensor) pairs) and any field of `FIELDS[kind]`; `lr`, `momentum`
+    and `weight_decay` are read at every step. Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one
+    shape in one group are processed as one stack. Each rank updates its share, and all ranks receive the result.
+    grads="mean": gradients are means and equal on all ranks (one process, with or without torch.distributed, or DDP).
+    grads="token_sum": they are sums over this rank's tokens; `step(tokens=n)` divides their sum over ranks by the global n.
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
     decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
     copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as zero.
