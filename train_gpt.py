@@ -905,12 +905,10 @@ class Unit:
         for key, value in self.state.items():
             value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
 
-    def stack(self, tensors: Sequence[Tensor | None], tail: Sequence[int] | None = None) -> Tensor:
-        """The padded stack of one tensor per parameter (None: zeros), its entries (*tail); of a direct unit a view."""
-        tail = self.tail if tail is None else tail
-        parts = [torch.zeros(count, *tail, device=self.device) if t is None else t.detach().reshape(-1, *tail)
-                 for t, count in zip(tensors, self.counts)]  # fmt: skip
-        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(self.padding, *tail)])
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The padded stack of one tensor per parameter, or of one state of each; of a direct unit a view."""
+        parts = [t.detach().reshape(-1, *t.shape[t.ndim - len(self.tail) :]) for t in tensors]  # (K, m, n), (K, m, 1), (S,)
+        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(self.padding, *parts[0].shape[1:])])
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Update the owned chunk with fp32 `grad` * scale, send it to all ranks: the stack, the chunk, work to wait for."""
@@ -1060,7 +1058,8 @@ class MuonEq(torch.optim.Optimizer):
             unit.tokens += 1 if tokens is None else tokens
         reducing = []
         for unit in reversed(self._active(self.steps - 1)):
-            full = unit.stack([p.grad for p in unit.params]).float()
+            grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in unit.params]
+            full = unit.stack(grads).float()
             reducing.append((unit, full, *(self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE))))
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
@@ -1124,7 +1123,7 @@ class MuonEq(torch.optim.Optimizer):
                 raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
         for unit in self.units:
             for key, chunk in unit.state.items():
-                chunk.copy_(unit.stack([state[name][key] for name in unit.names], chunk.shape[1:])[unit.own])
+                chunk.copy_(unit.stack([state[name][key] for name in unit.names])[unit.own])
             unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
         for group, saved in zip(self.param_groups, state_dict["groups"]):
             group.update(saved)
