@@ -927,12 +927,11 @@ class Unit:
     def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,). torch's kernel takes one pass."""
         group, (beta1, beta2), mean = self.group, self.group["betas"], grad * scale
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        if group["weight_decay"]:
-            self.decay(weights, m.lerp(mean, 1 - beta1), torch.gt)  # the new m has the sign of the update
+        if group["weight_decay"]:  # the new first moment has the sign of the update
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
         count = torch.full((), float(self.updates), device=weights.device)  # torch.tensor would wait for the device
         fixed = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=0.0, amsgrad=False, maximize=False)
-        torch._fused_adamw_([weights], [mean], [m], [v], [], [count], lr=lr, **fixed)
+        torch._fused_adamw_([weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count], lr=lr, **fixed)
 
     def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
         """Decoupled decay; cautious: only where update and weight agree in sign (2510.12402)."""
