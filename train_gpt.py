@@ -979,10 +979,9 @@ class MuonEq(torch.optim.Optimizer):
     shape in one group are processed as one stack. Each rank updates its share, and all ranks receive the result.
     grads="mean": gradients are means and equal on all ranks (one process, with or without torch.distributed, or DDP).
     grads="token_sum": they are sums over this rank's tokens; `step(tokens=n)` divides their sum over ranks by the global n.
-    A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`,
-    decoupled decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master
-    copy; with "token_sum" their `.grad` is an fp32 sum. A missing gradient counts as zero.
-    ValueError for a field, shape or combination that does not exist."""
+    A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`, decoupled
+    decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master copy; their `.grad`
+    is an fp32 sum with "token_sum". No gradient counts as zero. ValueError for a field, shape or combination there is not."""
     FIELDS = {
         "matrix": {**vars(Matrix()), "momentum": 0.95, "work_dtype": torch.bfloat16, "every": 1},
         "adam": {"kind": "adam", **vars(Adam()), "betas": (0.9, 0.95), "eps": 1e-8, "every": 1},
