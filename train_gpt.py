@@ -892,8 +892,7 @@ class Unit:
         shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
         if self.group.get("normuon"):
             (m, n), axis = self.tail, self.group["normuon_axis"]
-            per_row = m >= n if axis == "auto" else axis == "row"
-            shapes["second_moment"] = (self.chunk, m, 1) if per_row else (self.chunk, 1, n)
+            shapes["second_moment"] = (self.chunk, m, 1) if axis == "row" or (axis == "auto" and m >= n) else (self.chunk, 1, n)
         if self.dtype != torch.float32:
             shapes["master"] = (self.chunk, *self.tail)
         self.state = {key: torch.zeros(shape, device=self.device) for key, shape in shapes.items()}  # fp32
