@@ -1104,8 +1104,7 @@ class MuonEq(torch.optim.Optimizer):
                 for name, p, part in zip(unit.names, unit.params, full[: unit.size].split(unit.counts)):
                     shape = p.shape[:-2] + part.shape[1:] if unit.matrix else p.shape
                     state.setdefault(name, {"updates": unit.updates})[key] = part.reshape(shape).clone()
-        scheduled = ("lr", "momentum", "weight_decay")
-        groups = [{key: group[key] for key in scheduled if key in group} for group in self.param_groups]
+        groups = [{key: g[key] for key in ("lr", "momentum", "weight_decay") if key in g} for g in self.param_groups]
         return {"step": self.steps, "state": state, "groups": groups}
 
     @torch.no_grad()
