@@ -1147,8 +1147,7 @@ def learning_rate_factor(schedule: Schedule, step: int) -> float:
 def loss_weights(schedule: Schedule, step: int) -> list[float]:
     """Weights of the next target (1) and of those 2, 3, ... tokens on; linear within a stage (record #53)."""
     stages = stages_until(schedule, step)
-    begins = [*stage_begins(schedule), total_steps(schedule)]
-    begin, end = begins[len(stages) - 1 : len(stages) + 1]
+    begin, end = [*stage_begins(schedule), total_steps(schedule)][len(stages) - 1 : len(stages) + 1]
     return [1.0, *(first + (last - first) * (step - begin) / (end - begin) for first, last in stages[-1].ahead)]
 
 def momentum_at(schedule: Schedule, step: int) -> float:
