@@ -1162,48 +1162,43 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 def source_sha256() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
-def manifest_of(folder: Path, data: Data) -> dict[str, Any]:
-    """The manifest beside the shards; ValueError when it is missing or describes another vocabulary."""
+def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
     hint = f"run `python data/{'fineweb' if data.corpus.startswith('fineweb') else data.corpus}.py` or set DATA_DIR"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        found = manifest["vocab_size"], manifest["document_start"], [file["sha256"] for file in manifest["files"].values()]
+        found = manifest["vocab_size"], manifest["document_start"]
+        digests = {folder / name: file["sha256"] for name, file in sorted(manifest["files"].items())}
     except FileNotFoundError:
         raise ValueError(f"no data: {folder / 'manifest.json'} is missing; {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / 'manifest.json'} is not a manifest of token shards; {hint}") from None
-    if found[:2] != (needed := (data.vocab_size, data.document_start)):
-        raise ValueError(f"{folder} has vocabulary and document start {found[:2]}, the track needs {needed}")
-    return manifest
-
-def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
-    paths = sorted(folder / name for name in manifest["files"] if f"{split}_" in name)
-    if not paths:
-        raise ValueError(f"{folder} holds no {split} shards")
-    return paths
+    if found != (needed := (data.vocab_size, data.document_start)):
+        raise ValueError(f"{folder} has vocabulary and document start {found}, the track needs {needed}")
+    training, validation = ([path for path in digests if split in path.name] for split in ("train_", "val_"))
+    if not training or not validation:
+        raise ValueError(f"{folder} holds no {'validation' if training else 'training'} shards")
+    return training, validation, digests
 
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
     Returns the sha256 of each file used, the most documents of a training and a validation row, the longest of the latter."""
-    data, manifest = track.data, manifest_of(folder, track.data)
-    packer, most = Packer(shard_paths(folder, manifest, "train"), data), 0
+    data, (training, validation, digests) = track.data, shards_of(folder, track.data)
+    packer, most = Packer(training, data), 0
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
         for _ in range(data.rows * stage.batch):
             most = max(most, sum(len(starts) for _, starts, _ in packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
-    validation = shard_paths(folder, manifest, "val")
-    digests = {}
-    for path in packer.paths[: last + 1 if epoch == 0 else None] + validation:
-        if len(tokens := read_shard(path)) and int(tokens.max()) >= data.vocab_size:
-            raise ValueError(f"{path} holds token {int(tokens.max())}, the vocabulary has {data.vocab_size}")
-        with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        if digests[path.name] != manifest["files"][path.name]["sha256"]:
+    used = training[: last + 1 if epoch == 0 else None] + validation
+    for path in used:
+        if (largest := int(read_shard(path).max(initial=0))) >= data.vocab_size:
+            raise ValueError(f"{path} holds token {largest}, the vocabulary has {data.vocab_size}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digests[path]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
-    rows = validation_rows(validation, data, track.evaluation.row_tokens, track.evaluation.tokens)
-    return {"digests": digests, "documents": most, "val_documents": max(len(lengths) for _, lengths in rows),
-            "val_longest": max(int(lengths.max()) for _, lengths in rows)}  # fmt: skip
+    lengths = [x for _, x in validation_rows(validation, data, track.evaluation.row_tokens, track.evaluation.tokens)]
+    return {"digests": {path.name: digests[path] for path in used}, "documents": most,
+            "val_documents": max(map(len, lengths)), "val_longest": max(int(x.max()) for x in lengths)}  # fmt: skip
 
 class Refusal(ValueError):
     """What all ranks refuse with the same sentence; rank 0 says it."""
@@ -1405,9 +1400,8 @@ class Trainer:
         data, evaluation = track.data, track.evaluation
         self.folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(track, self.folder))
-        manifest = manifest_of(self.folder, data)
-        self.train_paths = shard_paths(self.folder, manifest, "train")
-        rows = validation_rows(shard_paths(self.folder, manifest, "val"), data, evaluation.row_tokens, evaluation.tokens)
+        self.train_paths, validation, _ = shards_of(self.folder, data)
+        rows = validation_rows(validation, data, evaluation.row_tokens, evaluation.tokens)
         rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
         self.validation = [make_batch([row], data, documents) for row in rows]
         self.lap("data")

@@ -121,9 +121,8 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     fixed = train_gpt.Track(data, schedule=train_gpt.Schedule(stages=(train_gpt.Stage(0, (window, window)),)))
     steps = horizon // (data.rows * data.row_tokens)
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
-    manifest = train_gpt.manifest_of(folder, data)
-    rows = train_gpt.validation_rows(train_gpt.shard_paths(folder, manifest, "val"), data, track.evaluation.row_tokens,
-                                     track.evaluation.tokens)
+    training, stream, _ = train_gpt.shards_of(folder, data)
+    rows = train_gpt.validation_rows(stream, data, track.evaluation.row_tokens, track.evaluation.tokens)
     validation = [train_gpt.make_batch([row], data, max(len(lengths) for _, lengths in rows)) for row in rows]
     model = Baseline(track.model.padded_vocab)
     decay = [p for p in model.parameters() if p.ndim == 2]
@@ -132,7 +131,7 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
         [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True
     )
     forward = torch.compile(model, dynamic=False, fullgraph=True)
-    packer = train_gpt.Packer(train_gpt.shard_paths(folder, manifest, "train"), data)
+    packer = train_gpt.Packer(training, data)
     batches = train_gpt.training_steps(packer, fixed, 32, 0, 1)
 
     def validate() -> float:

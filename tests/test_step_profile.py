@@ -88,8 +88,7 @@ def test_model_operations_behind_mfu(profiled):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder))
         track, _ = train_gpt.parse_command_line(options())
-        manifest = train_gpt.manifest_of(folder / "shakespeare", track.data)
-        packer = train_gpt.Packer(train_gpt.shard_paths(folder / "shakespeare", manifest, "train"), track.data)
+        packer = train_gpt.Packer(train_gpt.shards_of(folder / "shakespeare", track.data)[0], track.data)
     offsets = next(train_gpt.training_steps(packer, track, 30, 0, 1, 17)).batch.offsets.numpy()
     pairs = step_profile.visible_pairs(offsets, 24) + step_profile.visible_pairs(2 * offsets, 32) / 2  # paired heads
     expected = (6 * products * 24 * 64 + 12 * 32 * pairs) / (found["step_ms"] / 1e3) / 1e9
