@@ -1362,27 +1362,21 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
 
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
-    def matrix(settings: Matrix, **params: nn.Parameter) -> dict:
-        if settings.kind == "adam":
-            return adam(track.hidden, *params)
-        return dict(params=list(params.items()), work_dtype=model.dtype, **dataclasses.asdict(settings))
-
-    def adam(settings: Adam, *names: str) -> dict:
-        return dict(kind="adam", params=[(name, getattr(model, name)) for name in names], **dataclasses.asdict(settings))
-
-    plain = dataclasses.replace(track.matrix, lr_mul=1.0)
-    return MuonEq(
-        [
-            matrix(plain, qk=model.qk, vo=model.vo),
-            matrix(track.matrix, mlp=model.mlp),
-            matrix(track.gate, gate=model.gate, value_gate=model.value_gate, smear_gate=model.smear_gate),
-            adam(track.embed, "embed"),
-            adam(track.value, "value_embed", "ngram_embed"),
-            adam(track.head, "lm_head"),
-            adam(track.scalar, "residual", "value_mix", "xsa", "skip", "smear", "backout"),
-        ],
-        grads="token_sum",
-    )
+    banks = dataclasses.replace(track.matrix, lr_mul=1.0), track.matrix, track.gate
+    qkvo, mlp, gate = (track.hidden if bank.kind == "adam" else bank for bank in banks)
+    groups = []
+    for settings, *names in (
+        (qkvo, "qk", "vo"),
+        (mlp, "mlp"),
+        (gate, "gate", "value_gate", "smear_gate"),
+        (track.embed, "embed"),
+        (track.value, "value_embed", "ngram_embed"),
+        (track.head, "lm_head"),
+        (track.scalar, "residual", "value_mix", "xsa", "skip", "smear", "backout"),
+    ):
+        own = {"work_dtype": model.dtype} if isinstance(settings, Matrix) else {"kind": "adam"}
+        groups.append({"params": [(name, getattr(model, name)) for name in names], **vars(settings), **own})
+    return MuonEq(groups, grads="token_sum")
 
 def process_age() -> float:
     """Seconds since this process was started, where the system says so."""
