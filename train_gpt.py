@@ -31,7 +31,6 @@ import json
 import math
 import mmap
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -1159,8 +1158,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 
 # 7. Run: data check, clock, log, checkpoints, warm-up, training and validation. --------------------------------------
 
-def source_sha256() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+SOURCE = Path(__file__).read_bytes()  # what runs, even if the file changes meanwhile
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
     """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
@@ -1259,7 +1257,7 @@ class Log:
 
     def open(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent / f"{source_sha256()}.py").write_bytes(Path(__file__).read_bytes())
+        (self.path.parent / f"{hashlib.sha256(SOURCE).hexdigest()}.py").write_bytes(SOURCE)
         self.file, size = open(self.path, "a+b"), 0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1338,17 +1336,14 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     """What a reader of the log must know about the machine."""
     def command(line: str) -> str:  # "" where there is no such command
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-
     on_cuda = device.type == "cuda"
-    cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or platform.processor() or platform.machine()
-    return {
-        "source_sha256": source_sha256(), "git_commit": command("git rev-parse HEAD"),
-        "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
-        "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
-        "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
+    return {"source_sha256": hashlib.sha256(SOURCE).hexdigest(), "git_commit": command("git rev-parse HEAD"),
+            "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
+            "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+            "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
+            "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
+            "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads()}  # fmt: skip
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
@@ -1414,7 +1409,7 @@ class Trainer:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
-                    "source": source_sha256(), "data": self.checked["digests"]}  # fmt: skip
+                    "source": self.environment["source_sha256"], "data": self.checked["digests"]}  # fmt: skip
         self.switches = {*stage_begins(track.schedule), self.untie}  # steps at which the model changes
         stages = track.schedule.stages
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in stages}
