@@ -29,7 +29,6 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import resource
 import shutil
@@ -1305,9 +1304,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path, key: dict) -> dict:
     """A checkpoint with this `key` (empty: with any); ValueError naming the file when it is anything else."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
-                raise ValueError("its checksum is wrong")
+        content = np.memmap(path, mode="r")  # bytes
+        if hashlib.sha256(content[:-32]).digest() != content[-32:].tobytes():
+            raise ValueError("its checksum is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if found["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is not {CHECKPOINT_FORMAT!r}")
