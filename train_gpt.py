@@ -1657,7 +1657,6 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
         raise ValueError(f"checkpoint {run.resume} is not of this train_gpt.py: {error}") from None
     data, longest, windows = track.data, track.evaluation.row_tokens, track.evaluation.windows
     model.set_rotary([stage.windows[1] for stage in stages_until(track.schedule, found["step"])])
-
     if run.evaluate:
         paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
         if (largest := max(int(read_shard(path).max(initial=0)) for path in paths)) >= data.vocab_size:
@@ -1675,13 +1674,11 @@ def use_checkpoint(run: Run, device: torch.device) -> float | str:
     tokens = [data.document_start, *(run.sample.encode() if as_bytes else encoding.encode_ordinary(run.sample))]
     generator, windows = torch.Generator().manual_seed(run.seed), [window_size(w) for w in windows] if model.fused else windows
     for _ in range(run.sample_tokens):
-        inputs = torch.tensor([tokens[-longest:]], dtype=torch.int32, device=device)
-        T = inputs.size(1)
-        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
+        T = min(len(tokens), longest)
+        inputs, offsets = (torch.tensor([x], dtype=torch.int32, device=device) for x in (tokens[-T:], [0, T]))
         x = model.stream(inputs, offsets, windows, T, lambda part, *args: part(*args))
-        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
-        chances = (logits / max(run.temperature, 1e-6)).softmax(0)
-        tokens.append(int(chances.multinomial(1, generator=generator)))
+        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu() / max(run.temperature, 1e-6)
+        tokens.append(int(logits.softmax(0).multinomial(1, generator=generator)))
         if tokens[-1] == data.document_start:
             break
     words = [token for token in tokens if token != data.document_start]
