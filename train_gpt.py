@@ -1158,6 +1158,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 # 7. Run: data check, clock, log, checkpoints, warm-up, training and validation. --------------------------------------
 
 SOURCE = Path(__file__).read_bytes()  # what runs, even if the file changes meanwhile
+CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
     """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
@@ -1279,8 +1280,6 @@ class Log:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
             self.file.write((json.dumps({"event": event, **finite}) + "\n").encode())
             self.file.flush()
-
-CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """All or nothing: written under another name with its sha256 at the end, flushed, then renamed. The last two stay."""
