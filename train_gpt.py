@@ -1321,11 +1321,10 @@ def load_checkpoint(path: Path, key: dict) -> dict:
 
 def newest_checkpoint(out: Path, key: dict) -> str:
     """The newest good checkpoint of unfinished runs of this track, seed and source, "" for none; others are named."""
-    paths = [path for path in out.glob("*/step_*.pt") if not (path.parent / "finished").exists()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(out.glob("*/step_*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            load_checkpoint(path, key)
-            return str(path)
+            if not (path.parent / "finished").exists() and load_checkpoint(path, key):
+                return str(path)
         except ValueError as error:
             print(f"train_gpt.py: not resumed from: {error}", file=sys.stderr)
     return ""
