@@ -1502,14 +1502,12 @@ class Trainer:
             self.optimizer.load_state_dict({**checkpoint["optimizer"], "groups": []})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(checkpoint["model"][name])
+        self.model.load_state_dict(checkpoint["model"])
         return {**checkpoint, "path": Path(path)}
 
     def save(self, path: Path, **progress: Any) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""
-        model, optimizer = {name: p.detach() for name, p in self.model.named_parameters()}, self.optimizer.state_dict()
+        model, optimizer = dict(self.model.state_dict()), self.optimizer.state_dict()
         model["embed"] = model["lm_head" if self.model.tied else "embed"]
         content = dict(key=self.key, train_time_s=self.clock.seconds, model=model, optimizer=optimizer, **progress)
         on_rank_0(self.comm, lambda: save_checkpoint(path, content))
