@@ -1419,12 +1419,11 @@ class Trainer:
         began, self.lapped = self.lapped, time.time()
         self.startup[name] = round(self.lapped - began, 3)
 
-    def enter(self, step: int) -> Stage:
+    def enter(self, step: int) -> None:
         """Set the model to the stage of a step."""
         stages = stages_until(self.track.schedule, step)
         self.model.set_rotary([stage.windows[1] for stage in stages])
         self.model.tied, self.stage = step < self.untie, stages[-1]
-        return self.stage
 
     @torch.no_grad()
     def part_ties(self) -> None:
@@ -1432,26 +1431,26 @@ class Trainer:
         self.model.embed.copy_(self.model.lm_head)
         self.optimizer.copy_state("lm_head", "embed")
 
-    def forward_backward(self, batch: Batch, stage: Stage, weights: Sequence[float]) -> Tensor:
+    def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total, weights = torch.zeros((), device=self.device), torch.tensor(weights).to(self.device, non_blocking=True)
-        for micro in zip(*(x.split(self.micro_rows[stage.batch]) for x in batch)):
+        for micro in zip(*(x.split(self.micro_rows[self.stage.batch]) for x in batch)):
             parts = (x.to(self.device, non_blocking=True) for x in micro)
             self.comm.calls += 1  # a sign of life for `watch`
-            losses = self.model(*parts, stage.windows, self.longest, len(weights) - 1)
+            losses = self.model(*parts, self.stage.windows, self.longest, len(weights) - 1)
             losses.backward(weights)
             total += losses[0].detach()
         return total
 
     def advance(self, step: int, batches: Iterator[Step]) -> tuple[Tensor, Step]:
-        """Do a step; this rank's summed loss and what the step has read. `enter` comes before the first one."""
+        """Do a step; this rank's summed loss and what the step has read. `enter` comes before one within a stage."""
         schedule = self.track.schedule
         if step == self.untie > 0:
             self.part_ties()
         if step in self.switches:
             self.enter(step)
         read = next(batches)
-        loss = self.forward_backward(read.batch, self.stage, loss_weights(schedule, step))
+        loss = self.forward_backward(read.batch, loss_weights(schedule, step))
         factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
         for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
             group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
@@ -1475,11 +1474,11 @@ class Trainer:
         self.model.init_weights(self.run.seed)
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
         for step in sorted(step for step in self.switches if step < total_steps(schedule)):
-            stage = self.enter(step)
-            batch = make_batch([row] * self.micro_rows[stage.batch], self.track.data, self.checked["documents"])
-            self.forward_backward(batch, stage, loss_weights(schedule, step))
+            self.enter(step)
+            batch = make_batch([row] * self.micro_rows[self.stage.batch], self.track.data, self.checked["documents"])
+            self.forward_backward(batch, loss_weights(schedule, step))
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
-            self.validate(stage.windows, self.validation[:1])
+            self.validate(self.stage.windows, self.validation[:1])
         self.validate(self.track.evaluation.windows, self.validation[:1])
         self.lap("graphs")
         for _ in range(self.period):

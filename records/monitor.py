@@ -109,9 +109,9 @@ class Monitor:
             self.warm_up()
             self.every, self.seconds = every, 0.0
 
-        def forward_backward(batch: train_gpt.Batch, stage: train_gpt.Stage, weights: Sequence[float]) -> Tensor:
-            self.batch, self.windows = batch, stage.windows
-            return self.forward_backward(batch, stage, weights)
+        def forward_backward(batch: train_gpt.Batch, weights: Sequence[float]) -> Tensor:
+            self.batch, self.windows = batch, trainer.stage.windows
+            return self.forward_backward(batch, weights)
         trainer.warm_up, trainer.forward_backward, trainer.optimizer.step = warm_up, forward_backward, self.monitored_step
 
     @contextlib.contextmanager

@@ -148,14 +148,15 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     track, clock, device = trainer.track, trainer.clock, trainer.device
     trainer.warm_up()
     last = track.schedule.steps - 1
-    stage, weights = trainer.enter(last), train_gpt.loss_weights(track.schedule, last)
+    trainer.enter(last)
+    stage, weights = trainer.stage, train_gpt.loss_weights(track.schedule, last)
     packer = train_gpt.Packer(trainer.train_paths, track.data)
     rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
     batches = train_gpt.training_steps(packer, track, documents, rank, world_size, last)
     batch, read, count, _ = next(batches)
 
     def forward_backward() -> None:
-        trainer.forward_backward(batch, stage, weights)
+        trainer.forward_backward(batch, weights)
 
     def step() -> None:
         forward_backward()

@@ -1016,10 +1016,10 @@ def test_stages_reach_the_model_and_the_optimizer(tmp_path: Path, monkeypatch: p
     """Rows, windows, loss weights, tied weights, rotary history, learning rate and decay of every step."""
     forward, step, rotary, seen = train_gpt.Trainer.forward_backward, train_gpt.MuonEq.step, train_gpt.GPT.set_rotary, []
 
-    def forward_backward(self: train_gpt.Trainer, batch: Any, stage: Any, weights: Any) -> torch.Tensor:
+    def forward_backward(self: train_gpt.Trainer, batch: Any, weights: Any) -> torch.Tensor:
         if self.clock.began:
-            seen.append([len(batch.inputs), stage.windows, [*weights], self.model.tied, self.model.history])
-        return forward(self, batch, stage, weights)
+            seen.append([len(batch.inputs), self.stage.windows, [*weights], self.model.tied, self.model.history])
+        return forward(self, batch, weights)
 
     def optimizer_step(self: train_gpt.MuonEq, *, tokens: int) -> None:
         if seen:
