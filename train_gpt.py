@@ -1383,10 +1383,10 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         self.startup, self.lapped = {}, time.time() - process_age()
         self.lap("imports and processes")
-        data, evaluation = track.data, track.evaluation
-        self.folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
-        self.checked = on_rank_0(comm, lambda: check_data(track, self.folder))
-        self.train_paths, validation, _ = shards_of(self.folder, data)
+        data, schedule, evaluation = track.data, track.schedule, track.evaluation
+        folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
+        self.checked = on_rank_0(comm, lambda: check_data(track, folder))
+        self.train_paths, validation, _ = shards_of(folder, data)
         rows = validation_rows(validation, data, evaluation.row_tokens, evaluation.tokens)
         rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
         self.validation = [make_batch([row], data, documents) for row in rows]
@@ -1398,20 +1398,21 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, track)
         self.base = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
-        # tied weights part where no gradients are kept
-        self.untie = -(-round(track.model.tied * track.schedule.steps) // self.period) * self.period
+        self.untie = math.ceil(round(track.model.tied * schedule.steps) / self.period) * self.period  # no gradients are kept
         self.model.low_memory = run.memory == "low"
         self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
         for name in GPT.COMPILED[self.compiled]:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
-                    "source": self.environment["source_sha256"], "data": self.checked["digests"]}  # fmt: skip
-        self.switches = {*stage_begins(track.schedule), self.untie}  # steps at which the model changes
-        stages = track.schedule.stages
-        self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in stages}
-        self.longest = max(stage.document_cut for stage in stages)
+                    "source": self.environment["source_sha256"], "data": [self.checked["digests"], dataclasses.asdict(data)]}  # fmt: skip
+        self.switches = {*stage_begins(schedule), self.untie}  # steps at which the model changes
+        self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in schedule.stages}
+        self.longest = max(stage.document_cut for stage in schedule.stages)
+        self.steps, self.done, self.tokens, self.position = total_steps(schedule), 0, 0, (0, 0, 0)  # of the packer
+        self.folder = Path(run.out) / f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         self.asked_to_stop = 0  # the signal that did
+        self.say = functools.partial(print, flush=True) if comm.rank == 0 else lambda _: None
         self.lap("model and optimizer")
 
     def lap(self, name: str) -> None:
@@ -1458,28 +1459,31 @@ class Trainer:
                 group["momentum"] = momentum
         self.optimizer.step(tokens=read.targets)
         self.optimizer.zero_grad()
+        self.done, self.tokens, self.position = step + 1, self.tokens + read.tokens, read.position
         return loss, read
 
     @torch.no_grad()
-    def validate(self, windows: tuple[int, int], batches: Sequence[Batch]) -> float:
-        """Summed loss of validation rows over all validation targets, nats per token, the same on all ranks."""
+    def validate(self, windows: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
+        """The `val` event, the same on all ranks; its loss is the sum over so many rows of each rank over all targets."""
         total, longest = torch.zeros(1, dtype=torch.float64, device=self.device), self.checked["val_longest"]
-        for batch in batches:
+        for batch in self.validation[:rows]:
             total += self.model(*(x.to(self.device) for x in batch), windows, longest).double()
-        return float(self.comm.all_reduce(total)) / self.track.evaluation.tokens
+        tokens = self.track.evaluation.tokens
+        loss = float(self.comm.all_reduce(total)) / tokens
+        return dict(step=self.done, val_loss=loss, val_tokens=tokens, train_time_s=self.clock.seconds, tokens=self.tokens)
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
         schedule, T = self.track.schedule, self.track.data.row_tokens
         self.model.init_weights(self.run.seed)
         row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
-        for step in sorted(step for step in self.switches if step < total_steps(schedule)):
+        for step in sorted(step for step in self.switches if step < self.steps):
             self.enter(step)
             batch = make_batch([row] * self.micro_rows[self.stage.batch], self.track.data, self.checked["documents"])
             self.forward_backward(batch, loss_weights(schedule, step))
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
-            self.validate(self.stage.windows, self.validation[:1])
-        self.validate(self.track.evaluation.windows, self.validation[:1])
+            self.validate(self.stage.windows, 1)
+        self.validate(self.track.evaluation.windows, 1)
         self.lap("graphs")
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
@@ -1489,34 +1493,63 @@ class Trainer:
         self.optimizer.reset()
         self.lap("optimizer")
 
-    def resume(self) -> dict | None:
-        """The checkpoint to go on from, loaded into model and optimizer."""
+    def resume(self) -> tuple[str, str]:
+        """Go on from the checkpoint of --resume; its path and the id of its run, empty where there is none."""
         run, key = self.run, {} if self.run.adopt and self.run.resume else self.key
         path = run.resume if run.resume != "" else on_rank_0(self.comm, lambda: newest_checkpoint(Path(run.out), key))
         if not path:
-            return None
+            return "", ""
         on_rank_0(self.comm, lambda: load_checkpoint(Path(path), key) and None)
-        checkpoint = load_checkpoint(Path(path), key)
+        found = load_checkpoint(Path(path), key)
+        if found["step"] > self.steps:
+            raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.steps} steps")
         try:  # the fields of the groups are the track's
-            self.optimizer.load_state_dict({**checkpoint["optimizer"], "groups": []})
+            self.optimizer.load_state_dict({**found["optimizer"], "groups": []})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
-        self.model.load_state_dict(checkpoint["model"])
-        return {**checkpoint, "path": Path(path)}
+        self.model.load_state_dict(found["model"])
+        self.done, self.tokens, self.clock.seconds = found["step"], found["tokens"], found["train_time_s"]
+        self.enter(self.done)
+        if found["key"]["data"] == self.key["data"]:
+            self.position = found["position"]
+        if found["key"] == self.key:  # else it is adopted, as the start of a new run
+            self.folder = self.folder.with_name(found["run_id"])
+        return path, found["run_id"]
 
-    def save(self, path: Path, **progress: Any) -> None:
+    def open_log(self, checkpoint: str, run_id: str, **graphs: Any) -> None:
+        """On rank 0: begin the log, or go on with that of the run whose `checkpoint` it is."""
+        run, dtype, own = self.run, self.key["dtype"], run_id == self.folder.name
+        self.check_disk()
+        if own:
+            os.utime(checkpoint)  # the newest now: what came after it is done again
+            (self.folder / "finished").unlink(missing_ok=True)
+        self.log.open(self.done)
+        if not self.log.events:
+            self.log.write("header", run_id=self.folder.name, track=run.track, settings=dataclasses.asdict(self.track),
+                           seed=run.seed, dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
+                           data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
+                           compiled=self.compiled, startup_s=self.startup, **graphs)  # fmt: skip
+        if own and ("checkpoint", self.done) not in self.log.events:
+            self.log.write("checkpoint", step=self.done)
+        if checkpoint:
+            self.log.write("resume", step=self.done, world_size=self.comm.world_size, run_id=run_id)
+
+    def save(self) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""
-        model, optimizer = dict(self.model.state_dict()), self.optimizer.state_dict()
+        self.check_finite(all(p.isfinite().all() for p in self.model.parameters()), "parameters")
+        model = dict(self.model.state_dict())
         model["embed"] = model["lm_head" if self.model.tied else "embed"]
-        content = dict(key=self.key, train_time_s=self.clock.seconds, model=model, optimizer=optimizer, **progress)
-        on_rank_0(self.comm, lambda: save_checkpoint(path, content))
+        content = dict(key=self.key, run_id=self.folder.name, step=self.done, position=self.position, tokens=self.tokens,
+                       train_time_s=self.clock.seconds, model=model, optimizer=self.optimizer.state_dict())  # fmt: skip
+        on_rank_0(self.comm, lambda: save_checkpoint(self.folder / f"step_{self.done:06d}.pt", content))
+        self.log.write("checkpoint", step=self.done)
 
-    def check_disk(self, out: Path, run_id: str) -> None:
+    def check_disk(self) -> None:
         """ValueError when two checkpoints and the one that is being written will not fit."""
         state = sum(value.nbytes for unit in self.optimizer.units for value in unit.state.values())
         need = 3 * (sum(p.nbytes for p in self.model.parameters()) + self.comm.world_size * state)
-        folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in (out / run_id).glob("step_*.pt"))
+        folder = next(path for path in self.folder.absolute().parents if path.is_dir())
+        free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in self.folder.glob("step_*.pt"))
         if self.run.checkpoint_every and free < need:
             raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, checkpoints take {need / 1e6:,.0f}; use another --out")
 
@@ -1526,114 +1559,77 @@ class Trainer:
             raise KeyboardInterrupt
         self.asked_to_stop = number
 
-    def refuse_nonfinite(self, step: int, what: str) -> None:
-        """Refusal that says in which step and for which parameters a gradient was first not finite. Collective."""
+    def check_finite(self, finite: bool, what: str) -> None:
+        """Else a Refusal that says in which step and for which parameters a gradient was first not finite. Collective."""
+        if finite:
+            return
         since = self.comm.all_reduce(self.optimizer.bad_since(), dist.ReduceOp.MIN).tolist()
-        names = [name for unit, at in zip(self.optimizer.units, since) if at == min(since) <= step for name in unit.names]
+        names = [name for unit, at in zip(self.optimizer.units, since) if at == min(since) <= self.done for name in unit.names]
         where = f"gradients of {', '.join(names)} since step {min(since):.0f}" if names else "no gradient before it"
-        raise Refusal(f"not finite at step {step}, {what}: {where}; the last checkpoint is kept")
+        raise Refusal(f"not finite at step {self.done}, {what}: {where}; the last checkpoint is kept")
+
+    def report(self, loss: Tensor, targets: int) -> bool:
+        """Log the loss of the last step; whether a rank was asked to stop. Collective."""
+        sums = torch.stack([loss, (self.optimizer.bad_since() <= self.done).any(), loss.new_tensor(self.asked_to_stop)])
+        loss_sum, bad, stops = self.comm.all_reduce(sums).tolist()
+        train_loss, seconds = loss_sum / targets, self.clock.now()
+        self.log.write("step", step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
+        self.check_finite(not bad and math.isfinite(train_loss), f"training loss {train_loss}")
+        if self.done % max(1, self.steps // 20) == 0 or self.done == self.steps:
+            speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
+            self.say(f"step {self.done}/{self.steps} loss {train_loss:.4f} {speed}")
+        return stops > 0
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
-        track, run, comm, clock, schedule = self.track, self.run, self.comm, self.clock, self.track.schedule
-        data, evaluation, steps = track.data, track.evaluation, total_steps(schedule)
-        chief, out, dtype = comm.rank == 0, Path(run.out), self.key["dtype"]
+        track, comm, clock, evaluation = self.track, self.comm, self.clock, self.track.evaluation
         self.warm_up()
         from torch._dynamo.utils import counters  # after the cache has its place
         graphs, misses = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
-        checkpoint = self.resume()
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
-        first, position, tokens = 0, (0, 0, 0), 0
-        if checkpoint:
-            first, tokens, clock.seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["train_time_s"]
-            run_id = checkpoint["run_id"] if checkpoint["key"] == self.key else run_id
-            its, mine = checkpoint["key"], self.key
-            same_rows = (its.get("data"), its.get("track", {}).get("data")) == (mine["data"], mine["track"]["data"])
-            position = tuple(checkpoint["position"]) if same_rows else position
-            if first > steps:
-                raise Refusal(f"checkpoint of step {first}: the schedule has only {steps} steps")
-        log = Log(out / f"{run_id}.jsonl")
-
-        def begin() -> None:
-            self.check_disk(out, run_id)
-            if checkpoint and run_id == checkpoint["run_id"]:
-                os.utime(checkpoint["path"])  # the newest now: what came after it is done again
-                (out / run_id / "finished").unlink(missing_ok=True)
-            log.open(first)
-        on_rank_0(comm, begin)
-        if not log.events:
-            log.write(
-                "header", run_id=run_id, track=run.track, settings=dataclasses.asdict(track), seed=run.seed,
-                dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
-                data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
-                compiled=self.compiled, graphs=graphs, startup_s=self.startup,
-                compile="cold" if misses else "warm" if graphs else "none",
-            )  # fmt: skip
-        if checkpoint:
-            if ("checkpoint", first) not in log.events and run_id == checkpoint["run_id"]:
-                log.write("checkpoint", step=first)
-            log.write("resume", step=first, world_size=comm.world_size, run_id=checkpoint["run_id"])
-            checkpoint = None  # its file was mapped until here
-        packer = Packer(self.train_paths, data, position)
-        batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, first)
-        say = functools.partial(print, flush=True) if chief else lambda _: None
+        cache, resumed = "cold" if misses else "warm" if graphs else "none", self.resume()
+        self.log = Log(self.folder.with_suffix(".jsonl"))
+        on_rank_0(comm, lambda: self.open_log(*resumed, graphs=graphs, compile=cache))
+        packer = Packer(self.train_paths, track.data, self.position)
+        batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, self.done)
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
-        self.enter(first)
         # a run that was killed between its last checkpoint and its end has only the end before it
-        val_loss = self.validate(evaluation.windows, self.validation) if first == steps else math.nan
-        due, stopping = False, False
+        val = self.validate(evaluation.windows) if self.done == self.steps else {}
+        every, stopping = self.run.checkpoint_every, False
         clock.start()
-        for step in range(first, steps):
+        for step in range(self.done, self.steps):
             loss, read = self.advance(step, batches)
-            tokens += read.tokens
-            done, last = step + 1, step + 1 == steps
-            if done % evaluation.log_every == 0 or done % evaluation.every == 0 or last:
-                bad = (self.optimizer.bad_since() <= done).any()
-                report = torch.stack([loss, bad, loss.new_tensor(self.asked_to_stop)])
-                loss_sum, bad, stops = comm.all_reduce(report).tolist()
-                train_loss, stopping = loss_sum / read.targets, stops > 0
-                log.write("step", step=done, train_loss=train_loss, train_time_s=clock.now(), tokens=tokens)
-                if bad or not math.isfinite(train_loss):
-                    self.refuse_nonfinite(done, f"training loss {train_loss}")
-                if done % max(1, steps // 20) == 0 or last:
-                    say(f"step {done}/{steps} loss {train_loss:.4f} {clock.now():.1f} s {tokens / clock.now():,.0f} tokens/s")
-            due = due or stopping or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0)
-            save = run.checkpoint_every > 0 if last else due and done % self.period == 0
-            if not (save or last or done % evaluation.every == 0):
+            done, last = step + 1, step + 1 == self.steps
+            validating = last or done % evaluation.every == 0
+            if validating or done % evaluation.log_every == 0:
+                stopping = self.report(loss, read.targets)
+            due = stopping or (every > 0 and done % every < self.period)  # saved when all groups are updated, and in the end
+            saving = every > 0 if last else due and done % self.period == 0
+            if not (validating or saving):
                 continue
             clock.stop()
-            if last or done % evaluation.every == 0:
-                val_loss = self.validate(evaluation.windows if last else self.stage.windows, self.validation)
-                log.write("val", step=done, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds,
-                          tokens=tokens)  # fmt: skip
-                say(f"step {done}/{steps} validation loss {val_loss:.4f} training time {clock.seconds:.2f} s")
-                if not math.isfinite(val_loss):
-                    self.refuse_nonfinite(done, f"validation loss {val_loss}")
-            if save:
-                due = False
-                if not all(p.isfinite().all() for p in self.model.parameters()):
-                    self.refuse_nonfinite(done, "parameters")
-                path = out / run_id / f"step_{done:06d}.pt"
-                self.save(path, run_id=run_id, step=done, position=list(read.position), tokens=tokens)
-                log.write("checkpoint", step=done)
-                if stopping and not last:
-                    say(f"stopped and saved at step {done}; the same command with --resume goes on")
-                    sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
+            if validating:
+                val = self.validate(evaluation.windows if last else self.stage.windows)
+                self.log.write("val", **val)
+                self.say(f"step {done}/{self.steps} validation loss {val['val_loss']:.4f} training time {clock.seconds:.2f} s")
+                self.check_finite(math.isfinite(val["val_loss"]), f"validation loss {val['val_loss']}")
+            if saving:
+                self.save()
+            if saving and stopping and not last:
+                self.say(f"stopped and saved at step {done}; the same command with --resume goes on")
+                sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
             clock.start()
         clock.stop()
-        final = dict(
-            step=steps, val_loss=val_loss, val_tokens=evaluation.tokens, train_time_s=clock.seconds, tokens=tokens,
-            target=evaluation.target, reached=val_loss <= evaluation.target,
-            compiles_in_timed_region=counters["stats"]["unique_graphs"] - graphs, peak_memory_bytes=peak_memory(self.device),
-        )  # fmt: skip
-        log.write("final", **final)
-        if chief and (out / run_id).is_dir():
-            (out / run_id / "finished").touch()
-        say(f"track {run.track}: validation loss {val_loss:.4f}, target {evaluation.target} "
-            f"{'reached' if final['reached'] else 'NOT reached'}, training time {clock.seconds:.2f} s, {steps} steps, "
-            f"{tokens} tokens, {comm.world_size} x {self.environment['device']}, log {log.path}")  # fmt: skip
+        reached, compiles = val["val_loss"] <= evaluation.target, counters["stats"]["unique_graphs"] - graphs
+        final = dict(**val, target=evaluation.target, reached=reached, compiles_in_timed_region=compiles,
+                     peak_memory_bytes=peak_memory(self.device))  # fmt: skip
+        self.log.write("final", **final)
+        if comm.rank == 0 and self.folder.is_dir():
+            (self.folder / "finished").touch()
+        self.say(f"track {self.run.track}: validation loss {val['val_loss']:.4f}, target {evaluation.target} "
+                 f"{'' if reached else 'NOT '}reached, training time {clock.seconds:.2f} s, {self.steps} steps, "
+                 f"{self.tokens} tokens, {comm.world_size} x {self.environment['device']}, log {self.log.path}")  # fmt: skip
         return final
 
 @torch.no_grad()
