@@ -1381,8 +1381,7 @@ class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
-        self.startup, self.lapped = {}, time.time() - process_age()
-        self.lap("imports and processes")
+        self.laps = {"": time.time() - process_age(), "imports and processes": time.time()}  # when each was done
         data, schedule, evaluation = track.data, track.schedule, track.evaluation
         folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(track, folder))
@@ -1390,7 +1389,7 @@ class Trainer:
         rows = validation_rows(validation, data, evaluation.row_tokens, evaluation.tokens)
         rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
         self.validation = [make_batch([row], data, documents) for row in rows]
-        self.lap("data")
+        self.laps["data"] = time.time()
         dtype = run.dtype if run.dtype != "auto" else "bfloat16" if supports(device, "bfloat16") else "float32"
         self.dtype = getattr(torch, dtype)
         self.attention = choose_attention(run.attention, device, self.dtype)
@@ -1413,12 +1412,7 @@ class Trainer:
         self.folder = Path(run.out) / f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         self.asked_to_stop = 0  # the signal that did
         self.say = functools.partial(print, flush=True) if comm.rank == 0 else lambda _: None
-        self.lap("model and optimizer")
-
-    def lap(self, name: str) -> None:
-        """Note the seconds since the last lap under `name`."""
-        began, self.lapped = self.lapped, time.time()
-        self.startup[name] = round(self.lapped - began, 3)
+        self.laps["model and optimizer"] = time.time()
 
     def enter(self, step: int) -> None:
         """Set the model to the stage of a step."""
@@ -1484,14 +1478,14 @@ class Trainer:
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
             self.validate(self.stage.windows, 1)
         self.validate(self.track.evaluation.windows, 1)
-        self.lap("graphs")
+        self.laps["graphs"] = time.time()
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.init_weights(self.run.seed)
         for p in self.model.parameters() if self.comm.world_size > 1 else ():
             dist.broadcast(p.detach(), src=0)
         self.optimizer.reset()
-        self.lap("optimizer")
+        self.laps["optimizer"] = time.time()
 
     def resume(self) -> tuple[str, str]:
         """Go on from the checkpoint of --resume; its path and the id of its run, empty where there is none."""
@@ -1525,10 +1519,11 @@ class Trainer:
             (self.folder / "finished").unlink(missing_ok=True)
         self.log.open(self.done)
         if not self.log.events:
+            startup = dict(zip([*self.laps][1:], np.diff([*self.laps.values()]).round(3).tolist()))
             self.log.write("header", run_id=self.folder.name, track=run.track, settings=dataclasses.asdict(self.track),
                            seed=run.seed, dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
                            data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
-                           compiled=self.compiled, startup_s=self.startup, **graphs)  # fmt: skip
+                           compiled=self.compiled, startup_s=startup, **graphs)  # fmt: skip
         if own and ("checkpoint", self.done) not in self.log.events:
             self.log.write("checkpoint", step=self.done)
         if checkpoint:
