@@ -1420,12 +1420,6 @@ class Trainer:
         self.model.set_rotary([stage.windows[1] for stage in stages])
         self.model.tied, self.stage = step < self.untie, stages[-1]
 
-    @torch.no_grad()
-    def part_ties(self) -> None:
-        """The embedding, tied to the head until now, goes on from there by itself (records #51, #53)."""
-        self.model.embed.copy_(self.model.lm_head)
-        self.optimizer.copy_state("lm_head", "embed")
-
     def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total, weights = torch.zeros((), device=self.device), torch.tensor(weights).to(self.device, non_blocking=True)
@@ -1440,8 +1434,9 @@ class Trainer:
     def advance(self, step: int, batches: Iterator[Step]) -> tuple[Tensor, Step]:
         """Do a step; this rank's summed loss and what the step has read. `enter` comes before one within a stage."""
         schedule = self.track.schedule
-        if step == self.untie > 0:
-            self.part_ties()
+        if step == self.untie > 0:  # the embedding, tied to the head until now, goes on by itself (records #51, #53)
+            self.model.embed.detach().copy_(self.model.lm_head.detach())
+            self.optimizer.copy_state("lm_head", "embed")
         if step in self.switches:
             self.enter(step)
         read = next(batches)

@@ -1046,16 +1046,17 @@ def test_stages_reach_the_model_and_the_optimizer(tmp_path: Path, monkeypatch: p
 
 
 def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, parted = train_gpt.Trainer.part_ties, []
+    original, parted = train_gpt.MuonEq.copy_state, []
 
-    def part_ties(self: train_gpt.Trainer) -> None:
-        assert not torch.equal(self.model.embed, self.model.lm_head)
-        original(self)
-        state = self.optimizer.state_dict()["state"]
+    def copy_state(self: train_gpt.MuonEq, source: str, target: str) -> None:
+        before = self.state_dict()["state"]  # of the embedding: never updated
+        original(self, source, target)
+        state, params = self.state_dict()["state"], {unit.names[0]: unit.params[0] for unit in self.units}
+        assert not any(x.any() for x in before["embed"].values() if isinstance(x, torch.Tensor))
         same = [torch.equal(state["embed"][key], state["lm_head"][key]) for key in ("exp_avg", "exp_avg_sq")]
-        parted.append((self.optimizer.steps, torch.equal(self.model.embed, self.model.lm_head), same))
+        parted.append((self.steps, torch.equal(params["embed"], params["lm_head"]), same))
 
-    monkeypatch.setattr(train_gpt.Trainer, "part_ties", part_ties)
+    monkeypatch.setattr(train_gpt.MuonEq, "copy_state", copy_state)
     params = train(options(out=tmp_path)).params
     assert parted == [(12, True, [True, True])] and not torch.equal(params["embed"], params["lm_head"])
     train(options(out=tmp_path, model__tied=0))
