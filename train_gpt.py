@@ -1397,7 +1397,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, track)
         self.base = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
-        self.untie = math.ceil(round(track.model.tied * schedule.steps) / self.period) * self.period  # no gradients are kept
+        self.untie = math.ceil(round(track.model.tied * schedule.steps) / self.period) * self.period  # where no gradients wait
         self.model.low_memory = run.memory == "low"
         self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
         for name in GPT.COMPILED[self.compiled]:
@@ -1441,11 +1441,9 @@ class Trainer:
             self.enter(step)
         read = next(batches)
         loss = self.forward_backward(read.batch, loss_weights(schedule, step))
-        factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
-        for group, (lr, weight_decay) in zip(self.optimizer.param_groups, self.base):
-            group["lr"], group["weight_decay"] = lr * factor, weight_decay * factor ** (schedule.decay_power - 1)
-            if "momentum" in group:
-                group["momentum"] = momentum
+        factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)  # Adam has its betas
+        for group, (lr, decay) in zip(self.optimizer.param_groups, self.base):
+            group.update(lr=lr * factor, weight_decay=decay * factor ** (schedule.decay_power - 1), momentum=momentum)
         self.optimizer.step(tokens=read.targets)
         self.optimizer.zero_grad()
         self.done, self.tokens, self.position = step + 1, self.tokens + read.tokens, read.position
