@@ -419,12 +419,12 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
 
 def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """The validation stream cut into rows of T tokens, in order and not aligned to documents; the last row is padded.
-    Ends after exactly so many counted `targets`, 0: with the stream; ValueError when there are fewer."""
+    Ends after exactly so many counted `targets`, 0: with the stream; Refusal when there are fewer."""
     stream = np.concatenate([read_shard(path) for path in paths])
     counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
     found = counted[-1] if len(counted) else 0
     if found < (wanted := targets or max(1, found)):
-        raise ValueError(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
+        raise Refusal(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
     stream = stream[: np.searchsorted(counted, wanted) + 2]
     rows = []
     for begin in range(0, len(stream) - 1, T):
@@ -1179,8 +1179,8 @@ def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Pa
     return training, validation, digests
 
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
-    """Read everything the run will read, before the clock; ValueError at the first thing that is wrong.
-    Returns the sha256 of each file used, the most documents of a training and a validation row, the longest of the latter."""
+    """Read every file that the run will read, before the clock; ValueError at the first thing that is wrong.
+    Returns the sha256 of each file used and the most documents of a training row."""
     data, (training, validation, digests) = track.data, shards_of(folder, track.data)
     packer, most = Packer(training, data), 0
     for step in range(total_steps(track.schedule)):
@@ -1194,9 +1194,7 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path} holds token {largest}, the vocabulary has {data.vocab_size}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != digests[path]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
-    lengths = [x for _, x in validation_rows(validation, data, track.evaluation.row_tokens, track.evaluation.tokens)]
-    return {"digests": {path.name: digests[path] for path in used}, "documents": most,
-            "val_documents": max(map(len, lengths)), "val_longest": max(int(x.max()) for x in lengths)}  # fmt: skip
+    return {"digests": {path.name: digests[path] for path in used}, "documents": most}
 
 class Refusal(ValueError):
     """What all ranks refuse with the same sentence; rank 0 says it."""
@@ -1387,8 +1385,8 @@ class Trainer:
         self.checked = on_rank_0(comm, lambda: check_data(track, folder))
         self.train_paths, validation, _ = shards_of(folder, data)
         rows = validation_rows(validation, data, evaluation.row_tokens, evaluation.tokens)
-        rows, documents = rows[comm.rank :: comm.world_size], self.checked["val_documents"]
-        self.validation = [make_batch([row], data, documents) for row in rows]
+        documents, self.val_longest = max(len(x) for _, x in rows), max(int(x.max()) for _, x in rows)  # of one row
+        self.validation = [make_batch([row], data, documents) for row in rows[comm.rank :: comm.world_size]]
         self.laps["data"] = time.time()
         dtype = run.dtype if run.dtype != "auto" else "bfloat16" if supports(device, "bfloat16") else "float32"
         self.dtype = getattr(torch, dtype)
@@ -1452,12 +1450,11 @@ class Trainer:
     @torch.no_grad()
     def validate(self, windows: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
         """The `val` event, the same on all ranks; its loss is the sum over so many rows of each rank over all targets."""
-        total, longest = torch.zeros(1, dtype=torch.float64, device=self.device), self.checked["val_longest"]
+        total, count = torch.zeros(1, dtype=torch.float64, device=self.device), self.track.evaluation.tokens
         for batch in self.validation[:rows]:
-            total += self.model(*(x.to(self.device) for x in batch), windows, longest).double()
-        tokens = self.track.evaluation.tokens
-        loss = float(self.comm.all_reduce(total)) / tokens
-        return dict(step=self.done, val_loss=loss, val_tokens=tokens, train_time_s=self.clock.seconds, tokens=self.tokens)
+            total += self.model(*(x.to(self.device) for x in batch), windows, self.val_longest).double()
+        loss = float(self.comm.all_reduce(total)) / count
+        return dict(step=self.done, val_loss=loss, val_tokens=count, train_time_s=self.clock.seconds, tokens=self.tokens)
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
