@@ -1406,7 +1406,7 @@ class Trainer:
         self.switches = {*stage_begins(schedule), self.untie}  # steps at which the model changes
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in schedule.stages}
         self.longest = max(stage.document_cut for stage in schedule.stages)
-        self.steps, self.done, self.tokens, self.position = total_steps(schedule), 0, 0, (0, 0, 0)  # of the packer
+        self.steps, self.done, self.tokens, self.position = total_steps(schedule), 0, 0, (0, 0, 0)  # position: the packer's
         self.folder = Path(run.out) / f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
         self.asked_to_stop = 0  # the signal that did
         self.say = functools.partial(print, flush=True) if comm.rank == 0 else lambda _: None
