@@ -1576,8 +1576,7 @@ class Trainer:
         on_rank_0(comm, lambda: self.open_log(*resumed, graphs=graphs, compile=cache))
         packer = Packer(self.train_paths, track.data, self.position)
         batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, self.done)
-        if self.compiled != "none":
-            torch.compiler.set_stance("fail_on_recompile")
+        torch.compiler.set_stance("fail_on_recompile")  # without effect where nothing is compiled
         gc.collect()
         # a run that was killed between its last checkpoint and its end has only the end before it
         val = self.validate(evaluation.windows) if self.done == self.steps else {}
