@@ -1157,8 +1157,12 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 
 # 7. Run: data check, clock, log, checkpoints, warm-up, training and validation. --------------------------------------
 
-SOURCE = Path(__file__).read_bytes()  # what runs, even if the file changes meanwhile
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
+
+@functools.cache
+def source() -> bytes:
+    """This file, read once: log, checkpoints and the copy beside the log agree even when it changes meanwhile."""
+    return Path(__file__).read_bytes()
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
     """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
@@ -1255,7 +1259,7 @@ class Log:
 
     def open(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent / f"{hashlib.sha256(SOURCE).hexdigest()}.py").write_bytes(SOURCE)
+        (self.path.parent / f"{hashlib.sha256(source()).hexdigest()}.py").write_bytes(source())
         self.file, size = open(self.path, "a+b"), 0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1333,7 +1337,7 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     on_cuda = device.type == "cuda"
     cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
-    return {"source_sha256": hashlib.sha256(SOURCE).hexdigest(), "git_commit": command("git rev-parse HEAD"),
+    return {"source_sha256": hashlib.sha256(source()).hexdigest(), "git_commit": command("git rev-parse HEAD"),
             "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
             "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
             "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
@@ -1402,7 +1406,8 @@ class Trainer:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
-                    "source": self.environment["source_sha256"], "data": [self.checked["digests"], dataclasses.asdict(data)]}  # fmt: skip
+                    "data": [self.checked["digests"], dataclasses.asdict(data)],
+                    "source": self.environment["source_sha256"]}  # fmt: skip
         self.switches = {*stage_begins(schedule), self.untie}  # steps at which the model changes
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in schedule.stages}
         self.longest = max(stage.document_cut for stage in schedule.stages)
