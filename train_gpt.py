@@ -286,12 +286,10 @@ TRACKS = {
         head=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
         scalar=Adam(lr=0.008, betas=(0.9, 0.99)),
         schedule=Schedule(steps=4700, extension=40, cooldown=0.7, decay_power=2.0, stages=(
-            Stage(0, (128, 384), 1, 4096, 1.0, ((0.5, 0.5), (0.25, 0.0))),
-            Stage(1 / 12, (384, 896), 2, 4096, 1.52, ((0.5, 0.0),)),
-            Stage(2 / 12, (640, 1408), 3, lr=1.73), Stage(3 / 12, (768, 1664), 4, lr=2.0),
-            Stage(4 / 12, (896, 1920), 4, lr=2.0), Stage(5 / 12, (1024, 2176), 4, lr=2.0),
-            Stage(6 / 12, (1152, 2432), 4, lr=2.0), Stage(7 / 12, (1280, 2688), 4, lr=2.0),
-            Stage(8 / 12, (1408, 2944), 4, lr=2.0))),
+            Stage(0, (128, 384), ahead=((0.5, 0.5), (0.25, 0.0))),
+            Stage(1 / 12, (384, 896), 2, lr=1.52, ahead=((0.5, 0.0),)),
+            Stage(2 / 12, (640, 1408), 3, lr=1.73),
+            *(Stage(i / 12, (384 + 128 * i, 896 + 256 * i), 4, lr=2.0) for i in range(3, 9)))),
         evaluation=Evaluation(target=2.92, windows=(1408, 3456)),
     ),
 }
