@@ -1672,13 +1672,6 @@ def help_text() -> str:
                 lines.append(f"  --{section + '.' + f.name:<32} {value}   {takes(f)}   {f.metadata['meaning']}")
     return "\n".join(lines)
 
-def literal(text: str) -> Any:
-    """What a text stands for as a Python literal, else the text."""
-    try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
     """Track and run options; ValueError names the nearest option for an unknown one."""
     known, values, words = {f.name: f for f in dataclasses.fields(Run)}, collections.defaultdict(dict), list(argv)
@@ -1696,7 +1689,10 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
         elif not text and name != "resume":
             raise ValueError(f"{option} needs a value")
         section, _, key = name.rpartition(".")
-        values[section][key] = text if known[name].type.startswith(("str", "Literal")) else literal(text)
+        values[section][key] = text
+        if not known[name].type.startswith(("str", "Literal")):
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                values[section][key] = ast.literal_eval(text.capitalize() if text.isalpha() else text)  # true is True
 
     def changed(settings: Settings, section: str) -> Settings:
         try:

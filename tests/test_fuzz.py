@@ -185,7 +185,7 @@ NAMES = [f"--{f.name}" for f in dataclasses.fields(train_gpt.Run)] + [
 ]
 ODD = ["--track", "tiny", "short", "true", "none", "row", "adam", "()", "((0, 1),)", "(0.9,)", "((1,2),(3,4))", "-1", "0", "1",
        "2", "3", "64", "1e400", "nan", "inf", "-inf", "1e-3", "999999999999999999999", "--", "=", "--=3", "", "[[0,1],[2]]",
-       "(1,)" * 9, "{}", "{1: 2}", "b'x'", "1j", "(1j, 2)", "('a', 'b')", "((True, False),)"]  # fmt: skip
+       "(1,)" * 9, "{}", "{1: 2}", "{[]: 1}", "b'x'", "1j", "(1j, 2)", "('a', 'b')", "((True, False),)"]  # fmt: skip
 WORDS = st.one_of(
     st.sampled_from(NAMES), st.sampled_from(ODD), st.integers().map(str), st.floats().map(str), st.text(max_size=8)
 )
