@@ -1710,15 +1710,14 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
 
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
-    name = run.device
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = "cpu" if run.track == "tiny" or accelerator is None else accelerator.type
-    if name != "cpu" and not (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == name):
-        raise ValueError(f"there is no device {name!r} here")
-    if name != "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
+    accelerator = torch.accelerator.current_accelerator(True)  # None where it cannot be used
+    if run.device == "cpu" or run.device == "auto" and (run.track == "tiny" or accelerator is None):
+        return torch.device("cpu")
+    if accelerator is None or run.device not in ("auto", accelerator.type):
+        raise ValueError(f"there is no device {run.device!r} here")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
         raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
-    return torch.device(name) if name == "cpu" else torch.device(name, local_rank)
+    return torch.device(accelerator.type, local_rank)
 
 def check_settings(track: Track, run: Run) -> None:
     """ValueError for settings that no run can have together."""
