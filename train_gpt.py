@@ -1721,11 +1721,10 @@ def device_of(run: Run, local_rank: int) -> torch.device:
 
 def check_settings(track: Track, run: Run) -> None:
     """ValueError for settings that no run can have together."""
-    data, model, schedule, evaluation = track.data, track.model, track.schedule, track.evaluation
-    stages, fp8 = schedule.stages, model.fp8_head
-    begins, windows = [stage.begin for stage in stages], [evaluation.windows, *(stage.windows for stage in stages)]
-    pointers = *(i for i, _ in model.value_tables), *sum(model.skips, ())
-    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *pointers]
+    data, model, stages, fp8 = track.data, track.model, track.schedule.stages, track.model.fp8_head
+    begins, windows = [stage.begin for stage in stages], [track.evaluation.windows, *(stage.windows for stage in stages)]
+    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *sum(model.skips, ()),
+              *(block for block, _ in model.value_tables), max(0, model.frozen), max(0, model.backout)]
     for good, sentence in (
         (begins[:1] == [0] and begins == sorted({*begins}), "schedule.stages begin at 0 and in rising order"),
         (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages), "batch and document cut are at least 1"),
@@ -1737,9 +1736,8 @@ def check_settings(track: Track, run: Run) -> None:
         (not fp8 or data.row_tokens % 16 == model.width % 16 == model.padded_vocab % 16 == 0,
          "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
         (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
-        (all(i in range(model.layers) for i in blocks), f"a block number is outside 0..{model.layers - 1}"),
+        (all(i in range(model.layers) for i in blocks), f"a block number, frozen or backout is outside 0..{model.layers - 1}"),
         (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
-        (max(model.backout, model.frozen) < model.layers, f"model.backout and model.frozen are blocks below {model.layers}"),
         (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
         (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
