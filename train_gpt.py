@@ -55,16 +55,15 @@ def field(default: Any, meaning: str, least: float = -math.inf) -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
 
 def fit(value: Any, kind: Any) -> Any:
-    """The value as a field of this type has it: whole numbers as floats, lists as tuples; TypeError when it does not fit."""
+    """The value as a field of this type has it: whole numbers as floats, lists as tuples; an error when it does not fit."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
         for one in args:
-            with contextlib.suppress(TypeError):
+            with contextlib.suppress(TypeError, ValueError):
                 return fit(value, one)
     elif origin is tuple and isinstance(value, (tuple, list)):
         kinds = args[:1] * len(value) if args[-1] is ... else args
-        if len(kinds) == len(value):
-            return tuple(map(fit, value, kinds))
+        return tuple(fit(*pair) for pair in zip(value, kinds, strict=True))
     elif kind is Stage and isinstance(value, (tuple, list)):
         return Stage(*map(fit, Stage(*value), get_type_hints(Stage).values()))
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
@@ -84,7 +83,7 @@ class Settings:
             value, least = getattr(self, f.name), f.metadata["least"]
             try:
                 object.__setattr__(self, f.name, fit(value, kind))
-            except TypeError:
+            except (TypeError, ValueError):
                 raise ValueError(f"{f.name} takes {takes(f)}, not {value!r}: {f.metadata['meaning']}") from None
             if least > -math.inf and value < least:
                 raise ValueError(f"{f.name} is at least {least}, not {value}")
