@@ -1666,9 +1666,8 @@ def help_text() -> str:
     for name, track in TRACKS.items():
         lines += ["", f"Track {name} (--section.field value):"]
         for section, part in vars(track).items():
-            for f in dataclasses.fields(part):
-                value = str(getattr(part, f.name)).replace(" ", "")
-                lines.append(f"  --{section + '.' + f.name:<32} {value}   {takes(f)}   {f.metadata['meaning']}")
+            lines += [f"  --{section + '.' + f.name:<32} {getattr(part, f.name)}   {takes(f)}   {f.metadata['meaning']}"
+                      for f in dataclasses.fields(part)]  # fmt: skip
     return "\n".join(lines)
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
