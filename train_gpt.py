@@ -1776,10 +1776,9 @@ def explanation(error: BaseException) -> str | None:
         return f"{error.strerror or text}: {error.filename}" if error.filename else text
     return None
 
-def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
+def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
     """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
-    argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
         return print(help_text())
     rank, local_rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -1792,9 +1791,8 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
         check_settings(track, run)
         micro_rows(track, run, world_size)
         if device.type == "cpu":
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(run.threads or max(1, cores // local))
+            torch.set_num_threads(run.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         else:
             torch.accelerator.set_device_index(local_rank)
         torch._dynamo.config.recompile_limit = 64
@@ -1838,4 +1836,4 @@ def main(argv: Sequence[str] | None = None, work: Callable[[Trainer], Any] = lam
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
