@@ -233,11 +233,9 @@ TRACKS = {
                     ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192))),
         matrix=Matrix(lr=0.04, normuon=True), gate=Matrix(equilibrate="none", normuon=True, normuon_axis="row"),
         embed=Adam(lr=0.6, every=1), value=Adam(lr=1.0, every=1), head=Adam(lr=0.008, every=1), scalar=Adam(lr=0.04, every=1),
-        schedule=Schedule(
-            steps=200, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
-            stages=(Stage(0, (64, 64)), Stage(1 / 3, (64, 64), 2, lr=1.5), Stage(2 / 3, (64, 64), 4, lr=2.0))),
-        evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(64, 64), log_every=2),
-    ),
+        schedule=Schedule(steps=200, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0, stages=(
+            Stage(0, (64, 64)), Stage(1 / 3, (64, 64), 2, lr=1.5), Stage(2 / 3, (64, 64), 4, lr=2.0))),
+        evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(64, 64), log_every=2)),
     # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89 without its gate
     # networks (#81, #85), head mixing (#85) and prefix loss (#88), so with about an eighth more steps.
     "short": Track(
@@ -258,8 +256,7 @@ TRACKS = {
             Stage(0, (128, 384), 1, 896, 1.0, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), 2, 2048, 1.52, ahead=((0.5, 0.0),)),
             Stage(2 / 3, (640, 1408), 3, 2048, 1.73),
-            Stage(1, (768, 1664), 3, 2048))),
-    ),
+            Stage(1, (768, 1664), 3, 2048)))),
     # GPT-2 medium class on the same data: the sizes and schedule of the public speedrun's medium track.
     "medium": Track(
         model=Model(padded_vocab=50304, width=1024, heads=8, layers=16, long_blocks=(0, 4, 11, 15), gate_inputs=16,
@@ -279,8 +276,7 @@ TRACKS = {
             Stage(1 / 12, (384, 896), 2, lr=1.52, ahead=((0.5, 0.0),)),
             Stage(2 / 12, (640, 1408), 3, lr=1.73),
             *(Stage(i / 12, (384 + 128 * i, 896 + 256 * i), 4, lr=2.0) for i in range(3, 9)))),
-        evaluation=Evaluation(target=2.92, windows=(1408, 3456)),
-    ),
+        evaluation=Evaluation(target=2.92, windows=(1408, 3456))),
 }
 
 # 2. Data: shards, packing of documents into rows, prefetch. ----------------------------------------------------------
