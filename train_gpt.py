@@ -296,35 +296,27 @@ def read_shard(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")
     return np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
 
-class Shard:
-    """Tokens and document index of one shard."""
-    def __init__(self, path: Path, start_token: int):
-        self.tokens, self.cut = read_shard(path), 0
-        self.starts = np.flatnonzero(self.tokens == start_token)
-        if len(self.starts) == 0:
-            raise ValueError(f"{path} holds no document start (token {start_token})")
-
-    def ends(self, cut: int) -> np.ndarray:
-        """Tokens before each document and after the last one, when `cut` tokens are kept of each."""
-        if cut != self.cut:
-            lengths = np.diff(self.starts, append=len(self.tokens))
-            self.cut, self._ends = cut, np.concatenate([[0], np.cumsum(np.minimum(lengths, cut))])
-        return self._ends
+def read_documents(path: Path, start_token: int) -> tuple[np.ndarray, list[int]]:
+    """Tokens of a shard, where its documents begin and where the last one ends."""
+    tokens = read_shard(path)
+    borders = [*np.flatnonzero(tokens == start_token).tolist(), len(tokens)]
+    if len(borders) == 1:
+        raise ValueError(f"{path} holds no document start (token {start_token})")
+    return tokens, borders
 
 class Batch(NamedTuple):
     inputs: Tensor  # (B, T) int32
     targets: Tensor  # (B, T) int64, -1 where nothing is predicted
     offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
 
-def make_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]], data: Data, documents: int) -> Batch:
-    """Rows of (T + 1 tokens, document lengths of the T inputs) as tensors; token -1 pads, M = `documents`."""
-    tokens = np.stack([row[0] for row in rows]).astype(np.int64)  # (B, T + 1)
+def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, documents: int) -> Batch:
+    """Rows of (T + 1 tokens, lengths of their documents) as tensors; token -1 pads, M = `documents`."""
+    tokens = np.stack([row for row, _ in rows]).astype(np.int64)  # (B, T + 1)
     targets = tokens[:, 1:].copy()
     if not data.predict_start:
         targets[targets == data.document_start] = -1
-    offsets = np.full((len(rows), documents + 1), tokens.shape[1] - 1, dtype=np.int32)
-    for row, (_, lengths) in zip(offsets, rows):
-        row[: len(lengths) + 1] = np.concatenate([[0], np.cumsum(lengths)])
+    lengths = np.stack([np.pad(lengths, (1, documents - len(lengths))) for _, lengths in rows])  # (B, M + 1)
+    offsets = lengths.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)  # the last token is a target only
     return Batch(*map(torch.from_numpy, (tokens[:, :-1].clip(min=0).astype(np.int32), targets, offsets)))
 
 class Packer:
@@ -336,43 +328,28 @@ class Packer:
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.loaded: dict[int, concurrent.futures.Future] = {}
 
-    def shard(self, current: int) -> Shard:
-        """A shard; the one after it is read in the background."""
+    def shard(self, current: int) -> tuple[np.ndarray, list[int]]:
+        """The documents of a shard; the one after it is read in the background."""
         start, wanted = self.data.document_start, (current, (current + 1) % len(self.paths))
-        self.loaded = {i: self.loaded.get(i) or self.pool.submit(Shard, self.paths[i], start) for i in wanted}
+        self.loaded = {i: self.loaded.get(i) or self.pool.submit(read_documents, self.paths[i], start) for i in wanted}
         return self.loaded[current].result()
 
-    def next_row(self, cut: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Where the T + 1 tokens of the next row stand, documents cut to `cut`: (tokens of a shard, starts, lengths)."""
-        found, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
+    def next_row(self, cut: int) -> list[np.ndarray]:
+        """The documents of the next row, each cut to `cut` tokens, T + 1 tokens in all."""
+        row, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
         while need:
             if epoch >= self.data.epochs:
                 raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
-            shard = self.shard(index)
-            ends = shard.ends(cut)
-            last = min(int(np.searchsorted(ends, ends[document] + need)), len(shard.starts))
-            if last > document:
-                lengths = np.diff(ends[document : last + 1])
-                lengths[-1] -= max(0, ends[last] - ends[document] - need)
-                found.append((shard.tokens, shard.starts[document:last], lengths))
-                need -= int(lengths.sum())
-            document = last
-            if document == len(shard.starts):
-                document, index = 0, index + 1
-                if index == len(self.paths):
-                    index, epoch = 0, epoch + 1
+            tokens, borders = self.shard(index)
+            while need and document < len(borders) - 1:
+                begin, end = borders[document : document + 2]
+                row.append(tokens[begin : min(end, begin + cut, begin + need)])
+                need, document = need - len(row[-1]), document + 1
+            if document == len(borders) - 1:
+                again, index = divmod(index + 1, len(self.paths))
+                epoch, document = epoch + again, 0
         self.position = epoch, index, document
-        return found
-
-def gather(places: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The T + 1 tokens of a row of the packer and the document lengths of its inputs (T in all)."""
-    tokens = []
-    for shard, starts, lengths in places:  # token j of document i is at starts[i] + j
-        shift = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        tokens.append(shard[shift + np.arange(len(shift))])
-    lengths = np.concatenate([lengths for _, _, lengths in places])
-    lengths[-1] -= 1  # the last token is a target only
-    return np.concatenate(tokens), lengths[lengths > 0]
+        return row
 
 class Step(NamedTuple):
     batch: Batch  # this rank's R / N rows
@@ -388,10 +365,11 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
         stage = stages_until(track.schedule, step)[-1]
         rows = [packer.next_row(stage.document_cut) for _ in range(data.rows * stage.batch)]
         share = len(rows) // world_size
-        batch = make_batch([gather(row) for row in rows[rank * share :][:share]], data, documents)
+        own = [(np.concatenate(row), [len(document) for document in row]) for row in rows[rank * share :][:share]]
+        batch = make_batch(own, data, documents)
         batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
         tokens = len(rows) * data.row_tokens
-        starts = sum(len(at) for row in rows for _, at, _ in row) - len(rows)  # the first of a row is not predicted
+        starts = sum(len(row) - 1 for row in rows)  # the first of a row is not predicted
         return Step(batch, tokens, tokens if data.predict_start else tokens - starts, packer.position)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -1173,7 +1151,7 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
         for _ in range(data.rows * stage.batch):
-            most = max(most, sum(len(starts) for _, starts, _ in packer.next_row(stage.document_cut)))
+            most = max(most, len(packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
     used = training[: last + 1 if epoch == 0 else None] + validation
     for path in used:

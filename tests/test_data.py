@@ -16,11 +16,10 @@ from train_gpt import (
     Evaluation,
     Packer,
     Schedule,
-    Shard,
     Track,
     check_data,
-    gather,
     make_batch,
+    read_documents,
     read_shard,
     training_steps,
     validation_rows,
@@ -178,12 +177,12 @@ def test_the_next_shard_is_read_ahead_and_fails_only_when_reached(tmp_path):
         packer.next_row(20)
 
 
-@pytest.mark.parametrize("documents,inputs", [([3, 2], [3, 1]), ([4, 1], [4])])  # the last one is a target only
-def test_a_row_that_ends_with_the_data(tmp_path, documents, inputs):
+@pytest.mark.parametrize("documents", ([3, 2], [4, 1]))
+def test_a_row_that_ends_with_the_data(tmp_path, documents):
     data = Data(document_start=START, rows=1, row_tokens=4, epochs=1)
     paths = write_shards(tmp_path, shards_of([documents]))
     packer = Packer(paths, data)
-    assert gather(packer.next_row(20))[1].tolist() == inputs
+    assert [len(document) for document in packer.next_row(20)] == documents
     assert packer.position == (1, 0, 0)
     with pytest.raises(ValueError, match="end after 1 epochs"):
         packer.next_row(20)
@@ -211,6 +210,8 @@ def test_batch_types_and_padding():
     assert inputs.tolist() == [[START, 7, START, 65535], [3, 4, 5, 0]]
     assert targets.tolist() == [[7, -1, 65535, 9], [4, 5, -1, -1]]
     assert offsets.tolist() == [[0, 2, 4, 4, 4], [0, 3, 4, 4, 4]]
+    for lengths, expected in (([3, 2], [0, 3, 4]), ([4, 1], [0, 4, 4])):  # of all five: the last one is a target only
+        assert make_batch([(rows[0][0], lengths)], data, 2).offsets.tolist() == [expected]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,4 +316,4 @@ def test_refused_shards(tmp_path, damage, message):
 def test_shard_without_a_document_start(tmp_path, tokens):
     path = write_shard(tmp_path / "train_000003.bin", tokens)
     with pytest.raises(ValueError, match="train_000003.bin holds no document start"):
-        Shard(Path(path), START)
+        read_documents(Path(path), START)
