@@ -382,7 +382,7 @@ def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0)
     """The validation stream cut into rows of T tokens, in order and not aligned to documents; the last row is padded.
     Ends after exactly so many counted `targets`, 0: with the stream; Refusal when there are fewer."""
     stream = np.concatenate([read_shard(path) for path in paths])
-    counted = np.cumsum(stream[1:] != data.document_start) if not data.predict_start else np.arange(1, len(stream))
+    counted = np.cumsum((stream[1:] != data.document_start) | data.predict_start)
     found = counted[-1] if len(counted) else 0
     if found < (wanted := targets or max(1, found)):
         raise Refusal(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
@@ -392,9 +392,8 @@ def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0)
         row = stream[begin : begin + T + 1]
         inputs = len(row) - 1
         starts = np.flatnonzero(row[:inputs] == data.document_start)
-        ends = np.unique(np.concatenate([starts, [inputs, T]]))
-        padded = np.pad(row.astype(np.int32), (0, T - inputs), constant_values=-1)
-        rows.append((padded, np.diff(ends, prepend=0)[ends > 0]))
+        lengths = np.diff(np.unique([0, *starts, inputs, T]))
+        rows.append((np.pad(row.astype(np.int32), (0, T - inputs), constant_values=-1), lengths))
     return rows
 
 # 3. Attention: causal, within a document, window W = own position and the W before it. -------------------------------
