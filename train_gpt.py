@@ -582,26 +582,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The start of a run, the same on every device: drawn on the CPU from `seed`."""
+        """The start of a run, the same on every device: drawn on the CPU from `seed`; zero where nothing else is said."""
         c, generator = self.config, torch.Generator().manual_seed(seed)
-
-        def uniform(p: Tensor, *stds: float) -> Tensor:  # the matrices take the stds in turns
-            bound = (3 / c.width) ** 0.5
-            x = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
-            return x * torch.tensor(stds).repeat(len(x) // len(stds))[:, None, None]
-
-        def normal(p: Tensor, std: float) -> Tensor:
-            return torch.randn(p.shape, generator=generator) * std
-        start = {
-            "qk": uniform(self.qk, c.up_std),
-            "vo": uniform(self.vo, c.up_std, c.o_std), "mlp": uniform(self.mlp, c.up_std, 0.0),
-            "embed": normal(self.embed, c.embed_std), "value_embed": normal(self.value_embed, c.value_std),
-            "lm_head": normal(self.lm_head, c.head_std),
-            "residual": torch.tensor([c.residual_start, 0.0]), "value_mix": torch.tensor([0.5, 0.5]),
-            "skip": torch.tensor(-1.5), "backout": torch.tensor(0.5 if c.backout >= 0 else 0.0),
-        }  # fmt: skip
+        uniform = {"qk": (c.up_std,), "vo": (c.up_std, c.o_std), "mlp": (c.up_std, 0.0)}  # stds, of the matrices in turns
+        normal = {"embed": c.embed_std, "value_embed": c.value_std, "lm_head": c.head_std}
+        constant = {"residual": (c.residual_start, 0.0), "value_mix": 0.5, "skip": -1.5, "backout": 0.5 * (c.backout >= 0)}
+        bound = (3 / c.width) ** 0.5  # of std D ** -0.5
         for name, p in self.named_parameters():
-            p.copy_(start.get(name, torch.tensor(0.0)).expand(p.shape))
+            if name in uniform:
+                stds = torch.tensor(uniform[name]).repeat(len(p) // len(uniform[name]))
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator) * stds[:, None, None])
+            elif name in normal:
+                p.copy_(torch.randn(p.shape, generator=generator) * normal[name])
+            else:
+                p.copy_(torch.tensor(constant.get(name, 0.0)))
 
     @torch.no_grad()
     def set_rotary(self, windows: Sequence[int]) -> None:
