@@ -628,13 +628,12 @@ class GPT(nn.Module):
         tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
         return x, Lookup.apply(self.value_embed, inputs + tables[:, None, None]).to(dtype)
 
-    def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, attention: tuple[Tensor, ...] | None,
-              mlp: Tensor, value: Tensor | None, layout: Layout | None, forms: Sequence[str]) -> Tensor:  # fmt: skip
-        """x (B, T, D) through a block, whose attention may `read` another stream.
-        `attention` is (q k v o, gate, value mix, value gate, xsa), `mlp` is (up, down), `forms` name what is on here."""
+    def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, mlp: Tensor, attention: tuple) -> Tensor:
+        """x (B, T, D) through a block, whose attention may `read` another stream: `mlp` is (up, down), `attention` what
+        the method of that name takes after x, or empty."""
         x = residual[0] * x + residual[1] * x0
-        if attention is not None:
-            x = x + self.attention(norm(x if read is None else read), *attention, value, layout, forms)
+        if attention:
+            x = x + self.attention(norm(x if read is None else read), *attention)
         return x + self.feed_forward(x, mlp)
 
     def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
@@ -642,6 +641,7 @@ class GPT(nn.Module):
 
     def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value_gate: Tensor | None, xsa: Tensor | None,
                   value: Tensor | None, layout: Layout, forms: Sequence[str]) -> Tensor:  # fmt: skip
+        """Of x (B, T, D) with qkvo (4 D, D); `value` is a value embedding (B, T, D), `forms` name what else is on here."""
         (B, T, D), H = x.shape, self.config.heads
         q, k, v = F.linear(x, qkvo[: 3 * D]).view(B, T, 3 * H, -1).chunk(3, 2)
         v = mix[0] * v
@@ -703,33 +703,29 @@ class GPT(nn.Module):
     def stream(self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable) -> Tensor:
         """Activations (B, T, D) before the last norm; `run` calls a block."""
         c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
-        forms = [tuple(form for form in ("xsa", "key_offset", "paired") if i in getattr(c, form)) for i in range(c.layers)]
-
-        def layout_of(long: bool, twice: int) -> Layout:
-            where, length, window = twice * offsets, twice * T, windows[long]
-            return fused_layout(where, length, window, twice * longest) if self.fused else self.layout(where, length, window)
-        kinds = {i: (i in c.long_blocks, 1 + ("paired" in forms[i])) for i in self.attention_blocks}
-        layouts = {kind: layout_of(*kind) for kind in sorted(set(kinds.values()))}  # of those that some block uses
-
+        kinds, layouts = {i: (i in c.long_blocks, 1 + (i in c.paired)) for i in self.attention_blocks}, {}
+        for long, twice in sorted(set(kinds.values())):  # those that some block uses
+            rows = twice * offsets, twice * T, windows[long]
+            layouts[long, twice] = fused_layout(*rows, twice * longest) if self.fused else self.layout(*rows)
         A = len(self.attention_blocks)
         qkvo = torch.cat([bank.to(dtype).view(A, 2 * D, D) for bank in (self.qk, self.vo)], 1)
         banks = qkvo, self.gate.to(dtype), self.value_mix.to(dtype), self.value_gate.to(dtype), self.xsa.to(dtype)
         attentions = iter(zip(*(bank.unbind(0) if len(bank) else [None] * A for bank in banks)))
         mlps, residuals = self.mlp.to(dtype).view(c.layers, 2, D, -1).unbind(0), self.residual.to(dtype).unbind(0)
-        skips = {target: (source, i) for i, (source, target) in enumerate(c.skips)}
         skip, tables = torch.sigmoid(self.skip).to(dtype).unbind(0), dict(c.value_tables)
         sources = {source for source, _ in c.skips} | {c.backout, c.frozen}
 
         x, values = self.embedding(inputs, offsets)
         x0, values, outputs = x.view_as(x), values.unbind(0), {}  # x twice would be another graph
         for i in range(c.layers):
-            if i in skips:
-                source, number = skips[i]
-                x = torch.addcmul(x, skip[number], outputs[source])
-            attention = next(attentions) if i in kinds else None
-            value = values[tables[i]] if i in tables and attention else None
-            read = outputs.get(c.frozen)  # record #77
-            x = run(self.block, x, x0, read, residuals[i], attention, mlps[i], value, layouts.get(kinds.get(i)), forms[i])
+            for number, (source, target) in enumerate(c.skips):
+                if target == i:
+                    x = torch.addcmul(x, skip[number], outputs[source])
+            attention, read = (), outputs.get(c.frozen)  # record #77
+            if i in kinds:
+                forms = tuple(form for form in ("xsa", "key_offset", "paired") if i in getattr(c, form))
+                attention = *next(attentions), values[tables[i]] if i in tables else None, layouts[kinds[i]], forms
+            x = run(self.block, x, x0, read, residuals[i], mlps[i], attention)
             if i in sources:
                 outputs[i] = x
         return torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout]) if c.backout >= 0 else x
