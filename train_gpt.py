@@ -508,34 +508,30 @@ class Lookup(torch.autograd.Function):
         total = grad.new_zeros(ctx.rows, grad.size(1)).scatter_add(0, index.reshape(-1, 1).long().expand_as(grad), grad)
         return total.to(ctx.dtype), None
 
+def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
+    return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+
+def fp8_product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
+    """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it. torch 2.11 cannot compile F.scaled_mm."""
+    scales = (torch.full((), divisor, device=a.device) for divisor in divisors)
+    return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
-    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32."""
-    @staticmethod
-    def quantize(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
-        return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
-
-    @staticmethod
-    def product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
-        """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it. torch 2.11 cannot compile F.scaled_mm."""
-        scales = (torch.full((), divisor, device=a.device) for divisor in divisors)
-        return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
-
+    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32, autograd makes it w's dtype."""
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, divisors: tuple[float, float, float]) -> Tensor:
-        cls, (of_x, of_w, _) = FP8Linear, divisors
-        x8, w8 = cls.quantize(x, of_x, torch.float8_e4m3fn), cls.quantize(w, of_w, torch.float8_e4m3fn)
+        of_x, of_w, _ = ctx.divisors = divisors
+        x8, w8 = to_fp8(x, of_x, torch.float8_e4m3fn), to_fp8(w, of_w, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, w8)
-        ctx.divisors, ctx.dtypes = divisors, (x.dtype, w.dtype)
-        return cls.product(x8, w8, (of_x, of_w), x.dtype, True)
+        return fp8_product(x8, w8, (of_x, of_w), x.dtype, True)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cls, (x8, w8), (of_x, of_w, of_g) = FP8Linear, ctx.saved_tensors, ctx.divisors
-        g8 = cls.quantize(grad, of_g, torch.float8_e5m2)
-        dx = cls.product(g8, w8.T.contiguous(), (of_g, of_w), ctx.dtypes[0], False)
-        dw = cls.product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False)
-        return dx, dw.to(ctx.dtypes[1]), None
+        (x8, w8), (of_x, of_w, of_g) = ctx.saved_tensors, ctx.divisors
+        g8 = to_fp8(grad, of_g, torch.float8_e5m2)
+        dx = fp8_product(g8, w8.T.contiguous(), (of_g, of_w), grad.dtype, False)
+        return dx, fp8_product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False), None
 
 class GPT(nn.Module):
     """The decoder of records #42 to #89. All sizes come from `model`; activations and `low_precision` have `dtype`."""
