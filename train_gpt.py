@@ -469,16 +469,13 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
     """Frequencies (d / 2,) in radians per token and softmax scale after a history of long windows.
     Half of the pairs do not rotate. At each window change YaRN (2309.00071) interpolates the slow frequencies and the
     softmax scale grows by 1 + 0.2 ln(new / old)."""
-    pairs = model.width // model.heads // 2
-    turning = pairs // 2
+    scale, turning = model.attention_scale, model.width // model.heads // 4
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
-    scale = model.attention_scale
     for old, new in zip(windows, windows[1:]):
-        if old != new:
-            keep = ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
-            frequencies = frequencies * (old / new + keep * (1 - old / new))
-            scale *= 1 + 0.2 * math.log(new / old)
-    return torch.cat([frequencies, frequencies.new_zeros(pairs - turning)]), scale
+        keep = ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (old / new + keep * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    return F.pad(frequencies, (0, turning)), scale
 
 def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Row of each n-gram in its table and a second hash, (B, T, len(ngrams)) each: the last n tokens within the document.
