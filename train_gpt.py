@@ -533,6 +533,7 @@ class FP8Linear(torch.autograd.Function):
 class GPT(nn.Module):
     """The decoder of records #42 to #89. All sizes come from `model`; activations and `low_precision` have `dtype`."""
     COMPILED = {"parts": ("layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
+    LOGITS_AT_ONCE = (32768, 4096)  # tokens, with memory normal and low
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
@@ -544,7 +545,6 @@ class GPT(nn.Module):
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device))
-
         self.qk = parameter(2 * A * model.qk_parts, D // model.qk_parts, D)  # q and k of each attention block, (out, in)
         self.vo = parameter(2 * A, D, D)
         self.mlp = parameter(2 * L, D, model.mlp_ratio * D)  # up as (in, out), down as (out, in)
@@ -618,7 +618,7 @@ class GPT(nn.Module):
             x = x + found.sum(-2).to(dtype)
         weight = ~starts[..., None] * self.smear * torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
         x = norm(x + weight.to(dtype) * x.roll(1, 1))  # of the token before, in its document (record #34)
-        tables = torch.arange(len(self.value_embed) // c.padded_vocab, device=inputs.device) * c.padded_vocab
+        tables = torch.arange(0, len(self.value_embed), c.padded_vocab, device=inputs.device)  # first rows
         return x, Lookup.apply(self.value_embed, inputs + tables[:, None, None]).to(dtype)
 
     def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, mlp: Tensor, attention: tuple) -> Tensor:
@@ -659,9 +659,6 @@ class GPT(nn.Module):
         y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
         return F.linear(y.reshape(B, T, D), qkvo[3 * D :])
 
-    def logits_at_once(self) -> int:  # tokens
-        return 4096 if self.low_memory else 32768
-
     def logits(self, x: Tensor) -> Tensor:
         """(n, V) fp32 of activations (n, D), the rows that pad the vocabulary included."""
         x, (A, B, C) = norm(x), self.config.softcap
@@ -689,8 +686,8 @@ class GPT(nn.Module):
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         run = again if self.low_memory and torch.is_grad_enabled() else lambda part, *args: part(*args)
         x = self.stream(inputs, offsets, windows, longest, run).flatten(0, 1)
-        further = [targets, *(F.pad(targets[:, k:], (0, k), value=-1) for k in range(1, 1 + ahead))]
-        parts = zip(*(part.split(self.logits_at_once()) for part in (x, torch.stack(further, -1).flatten(0, 1))))
+        further = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)], -1).flatten(0, 1)
+        parts = zip(*(whole.split(self.LOGITS_AT_ONCE[self.low_memory]) for whole in (x, further)))
         return torch.stack([run(self.loss, *part) for part in parts]).sum(0)
 
     def stream(self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable) -> Tensor:

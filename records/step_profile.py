@@ -119,7 +119,7 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
     work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
     found["MLP"] = (backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)), passes * c.layers, work, bytes_moved)
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
-    at_once = min(n, model.logits_at_once())
+    at_once = min(n, model.LOGITS_AT_ONCE[model.low_memory])
     call = backward(model.loss, leaf(at_once, D), targets.flatten()[:at_once, None])
     found["head and loss"] = (call, passes * (n // at_once), work * at_once / n, bytes_moved * at_once / n)
     tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
