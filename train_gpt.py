@@ -495,15 +495,14 @@ class Lookup(torch.autograd.Function):
     """Rows of a table (R, D) by an index (...). The backward is one scatter_add: inductor's own for F.embedding is slow."""
     @staticmethod
     def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows, ctx.dtype = len(table), table.dtype
+        ctx.save_for_backward(table, index)
         return F.embedding(index, table)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (index,), grad = ctx.saved_tensors, grad.float().flatten(0, -2)
-        total = grad.new_zeros(ctx.rows, grad.size(1)).scatter_add(0, index.reshape(-1, 1).long().expand_as(grad), grad)
-        return total.to(ctx.dtype), None
+        (table, index), grad = ctx.saved_tensors, grad.float().flatten(0, -2)
+        places = index.reshape(-1, 1).long().expand_as(grad)
+        return torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad), None
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
     return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
