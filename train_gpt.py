@@ -371,7 +371,6 @@ def training_steps(packer: Packer, track: Track, documents: int, rank: int, worl
         tokens = len(rows) * data.row_tokens
         starts = sum(len(row) - 1 for row in rows)  # the first of a row is not predicted
         return Step(batch, tokens, tokens if data.predict_start else tokens - starts, packer.position)
-
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, first)
         for step in itertools.count(first + 1):
@@ -456,9 +455,8 @@ def supports(device: torch.device, feature: str) -> bool:
         major, minor = torch.cuda.get_device_capability(device)
         fa4 = major in (9, 10) and torch.__version__ >= "2.13"  # its backward refuses windows before
         return {"fp8": (major, minor) >= (8, 9), "fa3": major == 9, "fa4": fa4}.get(feature, major >= 8)
-    if device.type == "cpu":
-        return feature == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return feature == "bfloat16"
+    slow = device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return feature == "bfloat16" and not slow
 
 # 4. Model: weights of one shape live in one bank. --------------------------------------------------------------------
 
@@ -466,9 +464,8 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
-    """Frequencies (d / 2,) in radians per token and softmax scale after a history of long windows.
-    Half of the pairs do not rotate. At each window change YaRN (2309.00071) interpolates the slow frequencies and the
-    softmax scale grows by 1 + 0.2 ln(new / old)."""
+    """Frequencies (d / 2,) in radians per token, half of them 0, and softmax scale after a history of long windows.
+    At each change YaRN (2309.00071) interpolates the slow frequencies and the scale grows by 1 + 0.2 ln(new / old)."""
     scale, turning = model.attention_scale, model.width // model.heads // 4
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
