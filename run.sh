@@ -44,7 +44,7 @@ if [ "$job" = test ]; then
   OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
 fi
 
-"$python" -c 'import torch, numpy' 2>/dev/null || die "$python has no torch and numpy: pip install -r requirements.txt"
+"$python" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ["torch", "numpy"])))' || die "$python has no torch and numpy: pip install -r requirements.txt"
 for word in "$@"; do
   if [ "$word" = --help ] || [ "$word" = -h ]; then exec "$python" train_gpt.py --help; fi
 done

@@ -852,7 +852,7 @@ COMPILED = dict(compile="parts", data__rows=1, model__layers=1, model__attention
 
 def test_compiled_run_is_cold_once_and_compiles_nothing_in_the_timed_region(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
-    environment |= dict(CACHE_DIR=str(tmp_path / "cache"), TORCHINDUCTOR_COMPILE_THREADS="1")
+    environment |= dict(CACHE_DIR=str(tmp_path / "cache"), TORCHINDUCTOR_COMPILE_THREADS="2")
     headers = []
     for name in ("cold", "warm"):
         argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path / name, **COMPILED)]

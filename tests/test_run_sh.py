@@ -98,7 +98,7 @@ FAKE = """#!/bin/sh
 echo "$@" | head -1 >> "$CALLS"
 case "$*" in
   *version_info*) exit ${FAKE_OLD:-0} ;;
-  *"import torch"*|*"import pytest"*) exit ${FAKE_BARE:-0} ;;
+  *find_spec*|*"import pytest"*) exit ${FAKE_BARE:-0} ;;
   "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip"*) exit ${FAKE_PIP:-0} ;;
   "- --track"*) echo "tiny ${FAKE_CORPUS:-shakespeare} 1" ;;
