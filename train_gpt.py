@@ -105,26 +105,26 @@ class Model(Settings):
     heads: int = field(3, "attention heads (H), each of width D / H", 1)
     layers: int = field(4, "blocks", 1)
     mlp_ratio: int = field(4, "hidden width of the MLP over D", 1)
-    attention_free: tuple[int, ...] = field((), "blocks without attention")
-    long_blocks: tuple[int, ...] = field((), "blocks with the long window")
+    attention_free: tuple[int, ...] = field((), "blocks without attention (#17)")
+    long_blocks: tuple[int, ...] = field((), "blocks with the long window (#20)")
     value_tables: tuple[tuple[int, int], ...] = field((), "(block, table): value embedding that a block adds to v (#14, #63)")
     value_gate_inputs: int = field(0, "leading channels of stream and value embedding that gate the latter; 0: no gate", 0)
-    xsa: tuple[int, ...] = field((), "blocks whose heads give up their component along the position's own value")
-    key_offset: tuple[int, ...] = field((), "blocks whose keys take their unrotated half from the position before")
-    paired: tuple[int, ...] = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys")
-    frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none")
+    xsa: tuple[int, ...] = field((), "blocks whose heads give up their component along the position's own value (#82)")
+    key_offset: tuple[int, ...] = field((), "blocks whose keys take their unrotated half from the position before (#49)")
+    paired: tuple[int, ...] = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys (#58)")
+    frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none (#77)")
     ngrams: tuple[tuple[int, int], ...] = field((), "(n, rows): hashed embeddings of the last n tokens, added to the token's")
     ngram_signs: int = field(0, "fixed patterns of signs, one of which an n-gram's second hash puts on its row; 0: none", 0)
     skips: tuple[tuple[int, int], ...] = field((), "(source, target): output of one block added before another (#11, #45)")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none (#40)")
-    gate_inputs: int = field(12, "leading channels that the attention and smear gates read", 1)
+    gate_inputs: int = field(12, "leading channels that the attention and smear gates read (#28, #34)", 1)
     rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
-    attention_scale: float = field(0.1, "softmax scale at the first window")
+    attention_scale: float = field(0.1, "softmax scale at the first window (#20, #31)")
     softcap: tuple[float, float, float] = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C) (#18, #54)")
     tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too (#51, #53)", 0)
     qk_parts: int = field(1, "row blocks of q and of k orthogonalised by themselves, such as pairs of heads (#80)", 1)
-    low_precision: tuple[str, ...] = field((), "parameters in the dtype of the activations; the optimizer has fp32 copies")
-    fp8_head: tuple[float, ...] = field((), "divisors of inputs, weights and gradients of a head in FP8; (): none")
+    low_precision: tuple[str, ...] = field((), "parameters in the activations' dtype, with fp32 copies in the optimizer (#57)")
+    fp8_head: tuple[float, ...] = field((), "divisors of inputs, weights and gradients of a head in FP8 (#19); (): none")
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
     o_std: float = field(0.0, "std of o at the start, times D ** -0.5 (#64)", 0)
     embed_std: float = field(1.0, "std of the embedding at the start", 0)
@@ -149,7 +149,7 @@ class Matrix(Settings):
     normuon_axis: Literal["auto", "row", "col"] = field("auto", "what has a mean square of its own; auto: the longer side")
     beta2: float = field(0.95, "decay of NorMuon's mean square")
     scale: Literal["spectral", "match_rms_adamw"] = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))")
-    lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns: (up, down) of the MLP")
+    lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns: (up, down) of the MLP (#42)")
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Settings):
@@ -158,28 +158,28 @@ class Adam(Settings):
     eps: float = field(1.5e-13, "added to the root of the second moment; gradients are means over tokens")
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
-    every: int = field(2, "steps between updates; gradients are kept in between", 1)
+    every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
 
 class Stage(NamedTuple):
     """What changes together (records #46, #72), from the step `begin` times the scheduled steps on (1: the extension)."""
     begin: float
     windows: tuple[int, int]  # (short, long), tokens
     batch: int = 1  # factor on the rows of a step
-    document_cut: int = 4096  # tokens kept of a document; the tail is dropped
+    document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
     lr: float = 1.0  # factor on the learning rates above their floor
     ahead: tuple[tuple[float, float], ...] = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Settings):
     steps: int = field(2245, "scheduled steps", 1)
-    extension: int = field(40, "further steps at the learning-rate floor", 0)
+    extension: int = field(40, "further steps at the learning-rate floor (#35)", 0)
     stages: tuple[Stage, ...] = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, ahead)")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
-    floor: float = field(0.1, "learning-rate factor at the end")
+    floor: float = field(0.1, "learning-rate factor at the end (#19)")
     decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power (#43: 2)", 1)
     momentum: tuple[float, float] = field((0.85, 0.95), "momentum at the ends of the run and between")
-    momentum_warmup: int = field(300, "steps over which the momentum rises")
-    momentum_cooldown: int = field(50, "last steps over which it falls again")
+    momentum_warmup: int = field(300, "steps over which the momentum rises (#9)")
+    momentum_cooldown: int = field(50, "last steps over which it falls again (#39)")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Settings):
@@ -464,8 +464,8 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
-    """Frequencies (d / 2,) in radians per token, half of them 0, and softmax scale after a history of long windows.
-    At each change YaRN (2309.00071) interpolates the slow frequencies and the scale grows by 1 + 0.2 ln(new / old)."""
+    """Frequencies (d / 2,) in radians per token, half of them 0 (#17), and softmax scale after a history of long windows.
+    At each change YaRN (2309.00071, #31) interpolates slow frequencies and the scale grows by 1 + 0.2 ln(new / old)."""
     scale, turning = model.attention_scale, model.width // model.heads // 4
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
@@ -625,7 +625,7 @@ class GPT(nn.Module):
             x = x + self.attention(norm(x if read is None else read), *attention)
         return x + self.feed_forward(x, mlp)
 
-    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:  # ReLU^2: 2109.08668
         return F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
 
     def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value_gate: Tensor | None, xsa: Tensor | None,
@@ -641,7 +641,7 @@ class GPT(nn.Module):
                 read = torch.cat([x[..., :n], value[..., :n]], -1)
                 weight = 2 * weight * torch.sigmoid(F.linear(read, value_gate))[..., None]
             v = v + weight * value.view_as(v)
-        q, k, keyed = norm(q), norm(k), v
+        q, k, keyed = norm(q), norm(k), v  # 2010.04245
         if "paired" in forms:  # two positions for each token, of half the heads (record #58)
             q, k, keyed = (z.reshape(B, 2 * T, H // 2, -1) for z in (q, k, v))
         q, k = self.rotate(q) * self.attention_scale, self.rotate(k)
