@@ -499,7 +499,7 @@ class Lookup(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (table, index), grad = ctx.saved_tensors, grad.float().flatten(0, -2)
         places = index.reshape(-1, 1).long().expand_as(grad)
-        return torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad), None
+        return torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad).to(table.dtype), None
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
     return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -511,7 +511,7 @@ def fp8_product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torc
 
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
-    e4m3 forward and e5m2 gradients; the gradient of w comes out in fp32, autograd makes it w's dtype."""
+    e4m3 forward and e5m2 gradients; the gradient of w, an fp32 parameter, comes out in fp32."""
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, divisors: tuple[float, float, float]) -> Tensor:
         of_x, of_w, _ = ctx.divisors = divisors
@@ -710,7 +710,7 @@ class GPT(nn.Module):
             attention, read = (), outputs.get(c.frozen)  # record #77
             if i in kinds:
                 forms = tuple(form for form in ("xsa", "key_offset", "paired") if i in getattr(c, form))
-                attention = *next(attentions), values[tables[i]] if i in tables else None, layouts[kinds[i]], forms
+                attention = *next(attentions), (values[tables[i]] if i in tables else None), layouts[kinds[i]], forms
             x = run(self.block, x, x0, read, residuals[i], mlps[i], attention)
             if i in sources:
                 outputs[i] = x
@@ -769,7 +769,7 @@ class Comm:
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
-    Both sums of "rowcol" are of the same u. The floor, 1e-8 of their mean, leaves exponent -1/2 blind to the scale of u."""
+    Both sums of "rowcol" come from the same u. With exponent -1/2 its scale has no effect: the floor is 1e-8 of their mean."""
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     sums = [torch.linalg.vector_norm(u, dim=dim, keepdim=True).square() for dim in dims]
     return math.prod(((x + 1e-8 * x.mean((-2, -1), keepdim=True) + TINY).pow(exponent) for x in sums), start=u)
@@ -914,7 +914,7 @@ class MuonEq(torch.optim.Optimizer):
     grads="token_sum": they are sums over this rank's tokens; `step(tokens=n)` divides their sum over ranks by the global n.
     A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`, decoupled
     decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master copy; their `.grad`
-    is an fp32 sum with "token_sum". No gradient counts as zero. ValueError for a field, shape or combination there is not."""
+    is an fp32 sum with "token_sum". A missing gradient counts as zero. ValueError for what does not exist or fit."""
     FIELDS = {
         "matrix": {**vars(Matrix()), "momentum": 0.95, "work_dtype": torch.bfloat16, "every": 1},
         "adam": {"kind": "adam", **vars(Adam()), "betas": (0.9, 0.95), "eps": 1e-8, "every": 1},
@@ -1319,7 +1319,7 @@ class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
-        self.laps = {"": time.time() - process_age(), "imports and processes": time.time()}  # when each was done
+        self.laps = {"": time.time() - process_age(), "imports and processes": time.time()}  # start, ends
         data, schedule, evaluation = track.data, track.schedule, track.evaluation
         folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(track, folder))
@@ -1342,8 +1342,7 @@ class Trainer:
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
         self.clock, self.environment = Clock(device), environment(device, comm)
         self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
-                    "data": [self.checked["digests"], dataclasses.asdict(data)],
-                    "source": self.environment["source_sha256"]}  # fmt: skip
+                    "source": self.environment["source_sha256"], "data": self.checked["digests"]}  # fmt: skip
         self.switches = {*stage_begins(schedule), self.untie}  # steps at which the model changes
         self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in schedule.stages}
         self.longest = max(stage.document_cut for stage in schedule.stages)
@@ -1371,7 +1370,7 @@ class Trainer:
         return total
 
     def advance(self, step: int, batches: Iterator[Step]) -> tuple[Tensor, Step]:
-        """Do a step; this rank's summed loss and what the step has read. `enter` comes before one within a stage."""
+        """Do a step; this rank's summed loss and what it has read. Within a stage the first one needs `enter` before."""
         schedule = self.track.schedule
         if step == self.untie > 0:  # the embedding, tied to the head until now, goes on by itself (records #51, #53)
             self.model.embed.detach().copy_(self.model.lm_head.detach())
@@ -1430,18 +1429,18 @@ class Trainer:
             raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.steps} steps")
         try:  # the fields of the groups are the track's
             self.optimizer.load_state_dict({**found["optimizer"], "groups": []})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.model.load_state_dict(found["model"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
-        self.model.load_state_dict(found["model"])
         self.done, self.tokens, self.clock.seconds = found["step"], found["tokens"], found["train_time_s"]
         self.enter(self.done)
-        if found["key"]["data"] == self.key["data"]:
+        if (found["key"]["data"], found["key"]["track"]["data"]) == (self.key["data"], self.key["track"]["data"]):
             self.position = found["position"]
         if found["key"] == self.key:  # else it is adopted, as the start of a new run
             self.folder = self.folder.with_name(found["run_id"])
         return path, found["run_id"]
 
-    def open_log(self, checkpoint: str, run_id: str, **graphs: Any) -> None:
+    def open_log(self, checkpoint: str, run_id: str, **compiling: Any) -> None:
         """On rank 0: begin the log, or go on with that of the run whose `checkpoint` it is."""
         run, dtype, own = self.run, self.key["dtype"], run_id == self.folder.name
         self.check_disk()
@@ -1454,7 +1453,7 @@ class Trainer:
             self.log.write("header", run_id=self.folder.name, track=run.track, settings=dataclasses.asdict(self.track),
                            seed=run.seed, dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
                            data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
-                           compiled=self.compiled, startup_s=startup, **graphs)  # fmt: skip
+                           compiled=self.compiled, startup_s=startup, **compiling)  # fmt: skip
         if own and ("checkpoint", self.done) not in self.log.events:
             self.log.write("checkpoint", step=self.done)
         if checkpoint:
@@ -1513,7 +1512,7 @@ class Trainer:
         from torch._dynamo.utils import counters  # after the cache has its place
         graphs, misses = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
         cache, resumed = "cold" if misses else "warm" if graphs else "none", self.resume()
-        self.log = Log(self.folder.with_suffix(".jsonl"))
+        self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
         on_rank_0(comm, lambda: self.open_log(*resumed, graphs=graphs, compile=cache))
         packer = Packer(self.train_paths, track.data, self.position)
         batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, self.done)
@@ -1529,7 +1528,7 @@ class Trainer:
             validating = last or done % evaluation.every == 0
             if validating or done % evaluation.log_every == 0:
                 stopping = self.report(loss, read.targets)
-            due = stopping or (every > 0 and done % every < self.period)  # saved when all groups are updated, and in the end
+            due = stopping or (every > 0 and done % every < self.period)  # all groups are updated in one of `period` steps
             saving = every > 0 if last else due and done % self.period == 0
             if not (validating or saving):
                 continue
@@ -1553,7 +1552,7 @@ class Trainer:
         if comm.rank == 0 and self.folder.is_dir():
             (self.folder / "finished").touch()
         self.say(f"track {self.run.track}: validation loss {val['val_loss']:.4f}, target {evaluation.target} "
-                 f"{'' if reached else 'NOT '}reached, training time {clock.seconds:.2f} s, {self.steps} steps, "
+                 f"{'' if reached else 'NOT '}reached, training time {val['train_time_s']:.2f} s, {self.steps} steps, "
                  f"{self.tokens} tokens, {comm.world_size} x {self.environment['device']}, log {self.log.path}")  # fmt: skip
         return final
 
@@ -1657,7 +1656,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
 
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
-    accelerator = torch.accelerator.current_accelerator(True)  # None where it cannot be used
+    accelerator = None if run.device == "cpu" else torch.accelerator.current_accelerator(True)  # None where there is none
     if run.device == "cpu" or run.device == "auto" and (run.track == "tiny" or accelerator is None):
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):

@@ -230,8 +230,7 @@ def watch(trainer: train_gpt.Trainer, every: int) -> dict[str, Any]:
     Original = train_gpt.Log
     with put(train_gpt, Log=Log):
         final = trainer.train()
-    if monitor.log:
-        seconds = final["train_time_s"] - monitor.began
+    if monitor.log and (seconds := final["train_time_s"] - monitor.began):  # 0: resumed at its end, nothing to add
         share = dict(monitor_s=monitor.seconds, train_time_s=seconds, share=monitor.seconds / seconds)
         monitor.log.write("overhead", step=final["step"], **share)
         print(f"monitor: {share['share']:.2%} of the training time, log {monitor.log.path}")
