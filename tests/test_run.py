@@ -494,6 +494,13 @@ def test_another_runs_checkpoint_can_be_adopted(
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_an_adopted_run_goes_on_in_its_data(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
+    """The seed is only that of the initial weights: from a checkpoint on, a run of another seed is the same run."""
+    (path,) = stopped.glob("*/step_000006.pt")
+    outcome = train(options(out=tmp_path, resume=path, adopt="true", seed=1))
+    assert outcome.losses == [loss for loss in reference.losses if loss[1] > 6]
+
+
 def test_an_adopted_checkpoint_must_fit(tmp_path: Path, stopped: Path, capsys: pytest.CaptureFixture) -> None:
     (path,) = stopped.glob("*/step_000006.pt")
     for change, words in (dict(model__width=64), "does not fit"), (dict(schedule__steps=3), "only 5 steps"):
