@@ -1096,9 +1096,10 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 
 @functools.cache
-def source() -> bytes:
-    """This file, read once: log, checkpoints and the copy beside the log agree even when it changes meanwhile."""
-    return Path(__file__).read_bytes()
+def source() -> tuple[bytes, str]:
+    """This file and its sha256, read once: log, checkpoints and the copy beside the log agree even if it changes meanwhile."""
+    content = Path(__file__).read_bytes()
+    return content, hashlib.sha256(content).hexdigest()
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
     """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
@@ -1195,7 +1196,8 @@ class Log:
 
     def open(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent / f"{hashlib.sha256(source()).hexdigest()}.py").write_bytes(source())
+        content, digest = source()
+        (self.path.parent / f"{digest}.py").write_bytes(content)
         self.file, size = open(self.path, "a+b"), 0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1273,7 +1275,7 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     on_cuda = device.type == "cuda"
     cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
-    return {"source_sha256": hashlib.sha256(source()).hexdigest(), "git_commit": command("git rev-parse HEAD"),
+    return {"source_sha256": source()[1], "git_commit": command("git rev-parse HEAD"),
             "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
             "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
             "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
