@@ -52,8 +52,11 @@ done
 # track, corpus and number of processes: the largest that divides the rows of a step
 plan=$("$python" - --track "$track" "$@" <<'PYTHON'
 import sys
-import torch
-import train_gpt
+try:
+    import torch
+    import train_gpt
+except (ImportError, OSError) as error:  # there, but broken
+    sys.exit(f"run.sh: {sys.executable} cannot import torch and numpy ({error}): pip install -r requirements.txt")
 try:
     track, run = train_gpt.parse_command_line(sys.argv[1:])
     on_cpu = train_gpt.device_of(run, 0).type == "cpu"

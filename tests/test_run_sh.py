@@ -81,6 +81,13 @@ def test_bad_options_are_refused_in_one_sentence(
     assert all(word in message for word in words), message
 
 
+def test_torch_that_is_there_but_broken_is_said_in_one_sentence(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is missing')")
+    broken = environment | {"PYTHONPATH": str(tmp_path)}
+    message = sentence(run([str(ROOT / "run.sh"), "--system", "tiny"], broken, tmp_path))
+    assert "libtorch.so is missing" in message and "requirements.txt" in message
+
+
 def test_failure_of_the_trainer_is_said_once(environment: dict[str, str], tmp_path: Path) -> None:
     argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=tmp_path / "out", evaluation__tokens=10**6)]
     assert "1000000" in sentence(run(argv, environment, tmp_path), "train_gpt.py")
