@@ -16,7 +16,8 @@ MODELS = {
     "42": Model(padded_vocab=64, width=48, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10), backout=7,
                 value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)), skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9))),
     "tiny": replace(TRACKS["tiny"].model, padded_vocab=64, width=32, heads=4, ngrams=((2, 97), (3, 64), (5, 128))),
-    "medium": replace(TRACKS["medium"].model, padded_vocab=64, width=64, ngrams=((2, 97),), skips=((3, 6), (1, 6))),
+    "medium": replace(TRACKS["medium"].model, padded_vocab=64, width=64, ngrams=((2, 97),), ngram_signs=7,
+                      skips=((3, 6), (1, 6))),
     "bare": Model(padded_vocab=64, width=32, heads=2, layers=3, mlp_ratio=2, softcap=(20.0, 1.0, 5.0)),
 }  # fmt: skip
 LONG = SHORT.schedule.stages[0].windows[1]
