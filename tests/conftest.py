@@ -1,11 +1,12 @@
-"""Puts the repository on the path and gives each process one thread, before anything imports torch."""
+"""Puts the repository, its data scripts and its tools on the path; one thread for each process, before torch is imported."""
 
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "data")]
 
 import pytest  # noqa: E402
 

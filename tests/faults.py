@@ -33,15 +33,15 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "data")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from helpers import ROOT, TIMEOUT, Outcome, events, finish, make_corpus, options, start, train  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train_gpt  # noqa: E402
+from helpers import ROOT, TIMEOUT, Outcome, events, finish, make_corpus, options, start, train  # noqa: E402
 
 SOURCE = str(ROOT / "train_gpt.py")
 CHECKPOINTS = dict(checkpoint_every=3)  # embed and head wait for every second step: saved at 4, 6, 10, 12, 16, 18

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import shards
 import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +50,6 @@ def options(**overrides: Any) -> list[str]:
 
 def make_corpus(data_dir: Path) -> Path:
     """Two training shards and a validation shard of a byte text that a small model can learn; returns their folder."""
-    sys.path.insert(0, str(ROOT / "data"))
-    import shards
-
     folder, files = data_dir / "shakespeare", {}
     random = np.random.default_rng(1)
     words = [bytes(random.integers(97, 123, random.integers(2, 8)).astype(np.uint8)) for _ in range(20)]

@@ -1,15 +1,10 @@
 """The benchmark's table says what its log says, and its baseline is a causal model."""
 
-import importlib.util
 
 import torch
-from helpers import ROOT
 
+import benchmark
 from train_gpt import Data, make_batch
-
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "records" / "benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
 
 MACHINE = {"event": "machine", "device": "abacus", "cpus": 2, "torch": "2.13.0", "bfloat16": []}
 

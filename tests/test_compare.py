@@ -1,4 +1,4 @@
-"""What records/compare.py promises: nothing is run twice or lost, the report follows from the results."""
+"""What tools/compare.py promises: nothing is run twice or lost, the report follows from the results."""
 
 import json
 import os
@@ -12,20 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import ROOT, make_corpus, options, train
 
+import compare
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import claims  # noqa: E402
-import compare  # noqa: E402
-import comparison  # noqa: E402
-import figures  # noqa: E402
-import in_turns  # noqa: E402
-import presets  # noqa: E402
-import runner  # noqa: E402
-import stats  # noqa: E402
-from logs import Point  # noqa: E402
+from helpers import ROOT, make_corpus, options, train
+from lib import claims, comparison, figures, in_turns, presets, runner, stats
+from lib.logs import Point
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -252,7 +244,7 @@ def test_a_torn_last_line_is_dropped_and_run_again(folder):
 
 def test_kill_9_loses_only_the_runs_under_way(folder):
     (folder / "table.json").write_text(json.dumps(TABLE | {"options": ["--wait", "0.005"]}))
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r}); import compare; from pathlib import Path; "
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import compare; from pathlib import Path; "
     code += f"compare.ROOT = Path({str(compare.ROOT)!r}); sys.exit(compare.main(['run', {str(folder)!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -582,7 +574,7 @@ def test_the_real_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     folder = tmp_path / "records" / "real"
     folder.mkdir(parents=True)
-    source, guide = (ROOT / "train_gpt.py").read_text(), (ROOT / "records" / "OPTIMIZERS.md").read_text()
+    source, guide = (ROOT / "train_gpt.py").read_text(), (ROOT / "tools" / "OPTIMIZERS.md").read_text()
     own = guide.split("```python\n")[1].split("```")[0]  # what the guide says that an optimizer of one's own takes
     assert own.count("\n") < 40 and source.count("\nclass Unit:") == 1
     (tmp_path / "train_gpt.py").write_text(source.replace("\nclass Unit:", f"\n{own}\n\nclass Unit:"))

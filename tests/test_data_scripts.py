@@ -21,12 +21,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))  # the scripts import shards.py from their own folder
-
-import fineweb  # noqa: E402
-import shakespeare  # noqa: E402
-import shards  # noqa: E402
+import fineweb
+import shakespeare
+import shards
+from helpers import ROOT
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -161,7 +159,7 @@ def test_check_shard(tmp_path: Path) -> None:
 
 def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DATA_DIR", raising=False)
-    assert shards.data_dir() == DATA
+    assert shards.data_dir() == ROOT / "data"
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert shards.data_dir() == tmp_path
 
@@ -628,7 +626,7 @@ def run_script(script: str, *arguments: str, **environment: str) -> subprocess.C
     """Run a script as a user does, from another folder."""
     dropped = [name for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")]
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return subprocess.run([sys.executable, str(DATA / script), *arguments], env={**kept, **environment},
+    return subprocess.run([sys.executable, str(ROOT / "data" / script), *arguments], env={**kept, **environment},
                           cwd=environment["DATA_DIR"], capture_output=True, text=True)  # fmt: skip
 
 

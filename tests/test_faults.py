@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
-from helpers import ROOT, events, finish, make_corpus, options, start, train
 
+import faults
 import train_gpt
+from helpers import ROOT, events, finish, make_corpus, options, start, train
 
 KILLS, SEED = 12, 0
 

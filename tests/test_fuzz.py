@@ -4,21 +4,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, events, make_corpus, options, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import logs  # noqa: E402
+from helpers import events, make_corpus, options, train
+from lib import logs
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+import train_gpt
 from helpers import options
 from test_attention import offsets_of
 from test_model import FP8, batch_of, build, gradients
-
-import train_gpt
 from train_gpt import GPT, TRACKS, FP8Linear, MuonEq, supports
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,21 +1,18 @@
-"""The values of records/monitor.py against NumPy and brute force; the run under it is the run without it."""
+"""The values of tools/monitor.py against NumPy and brute force; the run under it is the run without it."""
 
 import functools
 import json
 import math
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, events, make_corpus, options, train, train_with
 
+import monitor
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "records"))
-import monitor  # noqa: E402
-from logs import any_runs  # noqa: E402
+from helpers import events, make_corpus, options, train, train_with
+from lib.logs import any_runs
 
 CAUTIOUS = dict(embed__weight_decay=0.01, embed__cautious=True, value__weight_decay=0.01, value__cautious=True)
 EVERY = ["--every", "4"]
@@ -301,4 +298,4 @@ def test_refusals_and_help(capsys):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         monitor.main(["--help"])
-    assert "records/monitor.py [--every 25]" in capsys.readouterr().out
+    assert "tools/monitor.py [--every 25]" in capsys.readouterr().out

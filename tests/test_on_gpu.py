@@ -1,17 +1,13 @@
 """The script that measures on a GPU: its made-up tokens train, it names what failed or did not fit into its time."""
 
-import importlib.util
 import sys
 import time
 
 import pytest
-from helpers import ROOT, options
 
+import on_gpu
 import train_gpt
-
-spec = importlib.util.spec_from_file_location("on_gpu", ROOT / "records" / "on_gpu.py")
-on_gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(on_gpu)
+from helpers import options
 
 
 def test_made_up_tokens_are_enough_for_what_is_run(tmp_path):

@@ -1,4 +1,4 @@
-"""What records/record.py promises: logs that prove nothing are refused, statistics are right, nothing is lost."""
+"""What tools/record.py promises: logs that prove nothing are refused, statistics are right, nothing is lost."""
 
 import hashlib
 import json
@@ -12,17 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import record
+import train_gpt
 from helpers import ROOT, make_corpus, options
-
-sys.path.insert(0, str(ROOT / "records"))
-import claims  # noqa: E402
-import figures  # noqa: E402
-import logs  # noqa: E402
-import record  # noqa: E402
-import runner  # noqa: E402
-import stats  # noqa: E402
-
-import train_gpt  # noqa: E402
+from lib import claims, figures, logs, runner, stats
 
 RULES = train_gpt.TRACKS["tiny"].evaluation
 SOURCE = b"print('the source that was run')\n"
@@ -558,7 +552,7 @@ def test_until_decided_stops_when_time_and_loss_are_settled(tmp_path, scripts):
 
 def test_an_interrupt_keeps_what_is_finished_and_leaves_no_half_log(tmp_path, scripts):
     script = scripts("script", WAIT=0.02)
-    line = [sys.executable, str(ROOT / "records" / "record.py"), "--root", str(tmp_path / "records"), "run", "--name", "x",
+    line = [sys.executable, str(ROOT / "tools" / "record.py"), "--root", str(tmp_path / "records"), "run", "--name", "x",
             "--runs", "4", "--source", str(script)]  # fmt: skip
     process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -771,3 +765,9 @@ def test_every_record_of_the_repository_holds(capsys):
 def test_no_log_is_larger_than_promised():
     for path in (ROOT / "records").rglob("*.jsonl"):
         assert os.path.getsize(path) < 100_000 or path.name == "results.jsonl", path  # of a comparison: many runs
+
+
+def test_records_hold_evidence_and_no_program_but_the_sources_that_were_run():
+    root = ROOT / "records"
+    programs = {path for path in root.rglob("*.py") if "unfinished" not in path.parts}  # a run under way writes there
+    assert programs == set(root.glob("*/*/train_gpt.py")) != set()

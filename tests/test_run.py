@@ -24,9 +24,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, Outcome, events, finish, make_corpus, options, start, train, train_with
 
 import train_gpt
+from helpers import ROOT, SMALL, Outcome, events, finish, make_corpus, options, start, train, train_with
 
 TOLERANCE = 1e-6  # relative, of every loss; the same maths in another order of additions
 PARAMETERS = 1e-4  # relative, in the norm of each parameter after 20 steps

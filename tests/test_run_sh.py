@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT, events, make_corpus, options
 
 SHORT = dict(schedule__steps=5, schedule__extension=0, evaluation__every=100)

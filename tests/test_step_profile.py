@@ -1,18 +1,14 @@
 """The profile's operations against torch's own counter, its pairs against brute force, its table against its figures."""
 
-import importlib.util
 import os
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_corpus, options
 from torch.utils.flop_counter import FlopCounterMode
 
+import step_profile
 import train_gpt
-
-spec = importlib.util.spec_from_file_location("step_profile", ROOT / "records" / "step_profile.py")
-step_profile = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(step_profile)
+from helpers import make_corpus, options
 
 
 @pytest.mark.parametrize("window", (1, 3, 11, 12, 40))

@@ -12,11 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
-
-import shards  # noqa: E402
-import tokenize_text  # noqa: E402
+import shards
+import tokenize_text
+from helpers import ROOT
 
 TEXTS = [f"document {i}: " + "lorem ipsum \u00e9\u4e2d " * (i % 7) for i in range(120)]
 
@@ -176,7 +174,8 @@ def test_empty_documents_are_left_out(tmp_path: Path, data_dir: Path, capsys: py
 def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
     """In a process of its own; the printed command fits the trainer's options."""
     (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
-    command = [sys.executable, str(DATA / "tokenize_text.py"), "mine", "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2"]
+    script = str(ROOT / "data" / "tokenize_text.py")
+    command = [sys.executable, script, "mine", "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DATA_DIR": str(data_dir)})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     validated = sum(map(len, documents(data_dir / "mine", "val")))

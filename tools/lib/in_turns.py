@@ -1,6 +1,6 @@
 """Training times of two settings of one script, in turns in one process, so that what the machine does meanwhile meets both.
 
-    python records/in_turns.py --out FOLDER SCRIPT ROUNDS A B      A and B: options of the script, as JSON lists
+    python tools/lib/in_turns.py --out FOLDER SCRIPT ROUNDS A B      A and B: options of the script, as JSON lists
 
 Prints a JSON object as its last line: the machine, and "seconds", those of A's rounds and of B's. Both go through their whole
 schedules, a ROUNDS-th of the steps at a time, the order swapped from round to round: all that is inside the clock of a run, but
@@ -57,4 +57,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose stats.py and logs.py are not for the compared script to find
     main(sys.argv[1:])

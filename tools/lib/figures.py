@@ -10,7 +10,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from logs import Run, any_runs
+
+from .logs import Run, any_runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,8 +1,8 @@
 """Comparisons of variants from one small table: which is better, by how much, how surely.
 
-    python records/compare.py run FOLDER [--workers N] [--only VARIANT ...]     what FOLDER/table.json asks for; goes on
-    python records/compare.py time FOLDER [--rounds N] [--only VARIANT ...]     what variants cost in time
-    python records/compare.py report FOLDER [--check]                           FOLDER/report.md and its figures
+    python tools/compare.py run FOLDER [--workers N] [--only VARIANT ...]     what FOLDER/table.json asks for; goes on
+    python tools/compare.py time FOLDER [--rounds N] [--only VARIANT ...]     what variants cost in time
+    python tools/compare.py report FOLDER [--check]                           FOLDER/report.md and its figures
 
 table.json:
     {"title": "What the parts are worth", "track": "tiny", "options": ["--schedule.steps", "130"],
@@ -12,7 +12,7 @@ table.json:
                   "Muon": {"preset": "muon", "against": "full",
                            "grid": {"--matrix.lr": [0.02, 0.04, 0.08]}}}}
 
-A variant's options follow those of its "preset" (records/presets.py: the field's optimizers), which follow those of the table.
+A variant's options follow those of its "preset" (lib/presets.py: the field's optimizers), which follow those of the table.
 
 Every variant, or every value of its `grid`, is run with `seeds` seeds, then with `finalist_seeds` (0) further ones: of a grid
 only the value with the lowest mean of the final validation losses, which is then judged by the further ones alone, since the
@@ -33,7 +33,7 @@ for each finished run; the report follows from it and the table alone. --workers
 i-th GPU; then the report has no times, since runs beside each other slow each other.
 
 Runs that follow each other differ in time by much more than most variants do. `time` therefore trains each variant and its
-reference in turns in one process (in_turns.py), N rounds (40) of both schedules, and each reference against itself, which
+reference in turns in one process (lib/in_turns.py), N rounds (40) of both schedules, and each reference against itself, which
 shows how far such a ratio can be trusted; FOLDER/times.jsonl gets a line for each pair, and the report their ratios.
 """
 
@@ -54,12 +54,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import in_turns
-from claims import ROOT, sha256, write
-from comparison import HEADER, Job, Variant, add, best, planned, read_results, read_table, read_times, report
-from logs import Point, Run, read_log
-from runner import alone, exit_status, positive, run_script
 from tqdm import tqdm
+
+from lib import in_turns
+from lib.claims import ROOT, sha256, write
+from lib.comparison import HEADER, Job, Variant, add, best, planned, read_results, read_table, read_times, report
+from lib.logs import Point, Run, read_log
+from lib.runner import alone, exit_status, positive, run_script
 
 POINTS = 60  # of a training curve in results.jsonl, at most
 

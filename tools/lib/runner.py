@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import ROOT, read_runs, sha256, write
-from logs import Run, different_settings, flat, read_log, text_of
 from tqdm import tqdm
+
+from .claims import ROOT, read_runs, sha256, write
+from .logs import Run, different_settings, flat, read_log, text_of
 
 # the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
 # (a preexec_fn would do the same, but not safely beside other threads)

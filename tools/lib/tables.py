@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import record_folders
-from logs import differing, flat, read_log, text_of
+from .claims import record_folders
+from .logs import differing, flat, read_log, text_of
 
 
 def number(value: float | None, digits: int = 4) -> str:

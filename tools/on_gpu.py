@@ -1,7 +1,7 @@
 """Everything that needs a GPU, checked and measured in one go of at most nine minutes.
 
-    python records/on_gpu.py OUT                      track short on one GPU
-    python records/on_gpu.py OUT --attention fa3      any option of train_gpt.py may follow
+    python tools/on_gpu.py OUT                      track short on one GPU
+    python tools/on_gpu.py OUT --attention fa3      any option of train_gpt.py may follow
 
 Runs one after the other: the tests that need a GPU; a start with an empty compile cache and one with a full one; the
 profile of a step, plain, with --memory low, compiled as a whole and on other attention kernels where there are any.
@@ -29,7 +29,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import shards  # noqa: E402
-
 import train_gpt  # noqa: E402
 
 SECONDS = 520
@@ -101,7 +100,7 @@ def measure(measurements: Measurements, options: list[str]) -> None:
 
     def profile(name: str, *more: str) -> None:
         place = out / file_name(f"profile, {name}", ".json")
-        command = [python, "records/step_profile.py", *options, *short, *more, "--json", str(place)]
+        command = [python, "tools/step_profile.py", *options, *short, *more, "--json", str(place)]
         if measurements.run(f"profile, {name}", command, 60, **cache):
             results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
 

@@ -1,12 +1,12 @@
 """Records that verify themselves: run a script several times, compare two, check a claim, draw tables and figures.
 
-    python records/record.py run --track tiny --name NAME --runs 5 [--source FILE] [-- --matrix.lr 0.02 ...]
-    python records/record.py ab --baseline DIR_OR_FILE --candidate DIR_OR_FILE --pairs 5 [--until-decided]
-    python records/record.py verify [DIR ...]         does each folder prove its claim? none: every record
-    python records/record.py plan --sd 0.003 --margin 0.004 --power 0.9
-    python records/record.py table [--check]          the tables of README.md and records/README.md
-    python records/record.py plot curves|leading|history ...
-    python records/record.py import DIR               statistics of logs of the public speedrun
+    python tools/record.py run --track tiny --name NAME --runs 5 [--source FILE] [-- --matrix.lr 0.02 ...]
+    python tools/record.py ab --baseline DIR_OR_FILE --candidate DIR_OR_FILE --pairs 5 [--until-decided]
+    python tools/record.py verify [DIR ...]         does each folder prove its claim? none: every record
+    python tools/record.py plan --sd 0.003 --margin 0.004 --power 0.9
+    python tools/record.py table [--check]          the tables of README.md and records/README.md
+    python tools/record.py plot curves|leading|history ...
+    python tools/record.py import DIR               statistics of logs of the public speedrun
 
 A record is a folder records/<track>/<date>_<name>/ with train_gpt.py as run, runs/*.jsonl, pairs.jsonl when it was timed
 against another, a README.md that says what changed, and result.json, which this tool computes from the logs.
@@ -24,12 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import stats
-from claims import ROOT, read_pairs, record_folders, verify, write, write_result
-from logs import Run, public_runs
-from runner import Record, alone, exit_status, new_record, positive
-from tables import chance, claim, history, number, title, with_tables
 from tqdm import tqdm
+
+from lib import stats
+from lib.claims import ROOT, read_pairs, record_folders, verify, write, write_result
+from lib.logs import Run, public_runs
+from lib.runner import Record, alone, exit_status, new_record, positive
+from lib.tables import chance, claim, history, number, title, with_tables
 
 
 def command_run(a: argparse.Namespace) -> int:
@@ -203,7 +204,7 @@ def command_table(a: argparse.Namespace) -> int:
 
 
 def command_plot(a: argparse.Namespace) -> int:
-    import figures
+    from lib import figures
 
     if a.kind == "history":
         if len(a.runs) != 1:

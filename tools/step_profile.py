@@ -1,8 +1,8 @@
 """Where the time of a training step goes: each part alone beside the floor that the machine's own rates set.
 
-    python records/step_profile.py --track short                    any option of train_gpt.py may follow
-    python records/step_profile.py --trace trace.json               also a trace of three steps, for chrome://tracing
-    torchrun --standalone --nproc_per_node=8 records/step_profile.py --track short
+    python tools/step_profile.py --track short                    any option of train_gpt.py may follow
+    python tools/step_profile.py --trace trace.json               also a trace of three steps, for chrome://tracing
+    torchrun --standalone --nproc_per_node=8 tools/step_profile.py --track short
 
 The parts run forward and backward on rows of the training data, compiled as in training, in the windows of the
 schedule's last stage; the first rows of a step stand for all. The floor of a part is its arithmetic over the rate of a

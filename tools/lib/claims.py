@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import stats
-from logs import Run, different_settings, differing, flat, read_log
+from . import stats
+from .logs import Run, different_settings, differing, flat, read_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rules(track: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Benchmarks: time to target beside a plain GPT with AdamW, the optimizer step, the loader. Not a timed test.
 
-    python records/benchmark.py                    everything; appends to records/benchmarks/<date>_<machine>.jsonl
-    python records/benchmark.py target [--pairs 3] [--lr LR]
-    python records/benchmark.py grid               learning rates of the baseline (not timed)
-    python records/benchmark.py optimizer | loader
-    python records/benchmark.py table FILE...      the table of a log, nothing is run
+    python tools/benchmark.py                    everything; appends to records/benchmarks/<date>_<machine>.jsonl
+    python tools/benchmark.py target [--pairs 3] [--lr LR]
+    python tools/benchmark.py grid               learning rates of the baseline (not timed)
+    python tools/benchmark.py optimizer | loader
+    python tools/benchmark.py table FILE...      the table of a log, nothing is run
 
 The baseline is a plain pre-norm GPT in good faith: 4 layers x 256, 4 heads, rotary, GELU, AdamW, the loader, window,
 precision, compiler and threads of the track `tiny`, its own batch size and schedule, stopped at the first validation

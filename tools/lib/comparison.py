@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import figures
 import numpy as np
-import stats
-from claims import write
-from logs import Point, Run, is_number
-from presets import PRESETS
-from tables import chance, number
+
+from . import figures, stats
+from .claims import write
+from .logs import Point, Run, is_number
+from .presets import PRESETS
+from .tables import chance, number
 
 VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
 TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict,

@@ -149,7 +149,7 @@ def any_runs(path: Path) -> list[Run]:
     if path.is_file():
         return [read_log(path) if path.suffix == ".jsonl" else read_public_log(path)]
     folder = path / "runs" if (path / "runs").is_dir() else path
-    logs = [log for log in sorted(folder.glob("*.jsonl")) if not log.name.endswith(".monitor.jsonl")]  # of records/monitor.py
+    logs = [log for log in sorted(folder.glob("*.jsonl")) if not log.name.endswith(".monitor.jsonl")]  # of tools/monitor.py
     runs = [read_log(log) for log in logs] or public_runs(path)[0]
     finished = [run for run in runs if run.final]
     if not finished:

@@ -1,7 +1,7 @@
 """A run seen from inside: norms, singular values and attention logits, in a log beside the run's own.
 
-    python records/monitor.py [--every 25]                         any option of train_gpt.py may follow
-    torchrun --standalone --nproc_per_node=8 records/monitor.py
+    python tools/monitor.py [--every 25]                         any option of train_gpt.py may follow
+    torchrun --standalone --nproc_per_node=8 tools/monitor.py
 
 Trains as train_gpt.py does, to the same losses bit for bit, and writes logs/<run_id>.monitor.jsonl: a line for every K-th
 step, the same for any number of processes up to rounding, and in the end the seconds that the monitor itself took. They
