@@ -109,8 +109,7 @@ case "$*" in
   *find_spec*|*"import pytest"*) exit ${FAKE_BARE:-0} ;;
   "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip"*) exit ${FAKE_PIP:-0} ;;
-  "- --track"*) echo "tiny ${FAKE_CORPUS:-shakespeare} 1" ;;
-  data/*) exit ${FAKE_DATA:-0} ;;
+  tools/launch.py*) exit ${FAKE_LAUNCH:-0} ;;
 esac
 """
 
@@ -120,9 +119,6 @@ def copy(tmp_path: Path) -> Path:
     """run.sh and its requirements alone in a folder, with the stand-in."""
     for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "data").mkdir()
-    for name in ("shakespeare.py", "fineweb.py"):
-        (tmp_path / "data" / name).touch()
     (tmp_path / "fake").write_text(FAKE)
     (tmp_path / "fake").chmod(0o755)
     return tmp_path
@@ -132,8 +128,7 @@ def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.Comple
     """Run the copy of run.sh; what its Python was asked to do, checks of versions and packages left out."""
     calls = copy / "calls"
     calls.write_text("")
-    environment = dict(PATH="/usr/local/bin:/usr/bin:/bin", PYTHON=str(copy / "fake"), CALLS=str(calls))
-    environment |= dict(DATA_DIR=str(copy / "corpora")) | settings
+    environment = dict(PATH="/usr/local/bin:/usr/bin:/bin", PYTHON=str(copy / "fake"), CALLS=str(calls)) | settings
     done = run([str(copy / "run.sh"), *argv], environment, copy)
     return done, [line for line in calls.read_text().splitlines() if not line.startswith("-c ")]
 
@@ -153,8 +148,7 @@ def test_missing_python_or_packages_are_said_in_one_sentence(copy: Path, argv: l
 def test_environment_is_made_once_and_used(copy: Path) -> None:
     done, calls = calls_of(copy, "tiny")
     assert done.returncode == 0, done.stderr
-    assert calls[:2] == ["-m venv .venv", "-m pip install --quiet -r requirements.txt"]
-    assert calls[-1].startswith("- 1 train_gpt.py --track tiny")
+    assert calls == ["-m venv .venv", "-m pip install --quiet -r requirements.txt", "tools/launch.py --track tiny"]
     _, calls = calls_of(copy, "tiny")
     assert not any("venv" in call or "pip" in call for call in calls)
     _, calls = calls_of(copy, "test", "-x")  # the tests need more packages, then training needs no further ones
@@ -169,26 +163,23 @@ def test_environment_is_made_once_and_used(copy: Path) -> None:
 def test_interrupted_installation_is_repeated(copy: Path) -> None:
     done, calls = calls_of(copy, "tiny", FAKE_PIP="1")
     assert done.returncode != 0 and "could not install requirements.txt" in done.stderr
-    assert not any(call.startswith("- ") for call in calls)  # nothing was trained
+    assert not any("launch" in call for call in calls)  # nothing was trained
     done, calls = calls_of(copy, "tiny")
     assert done.returncode == 0 and "-m pip install --quiet -r requirements.txt" in calls
 
 
-@pytest.mark.parametrize("corpus, script", [("shakespeare", "data/shakespeare.py"), ("fineweb10B", "data/fineweb.py")])
-def test_data_is_made_only_where_it_is_missing(copy: Path, corpus: str, script: str) -> None:
-    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus)
-    assert done.returncode == 0 and calls[1] == script and len(calls) == 3
-    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus, FAKE_DATA="1")
-    assert done.returncode != 0 and calls[-1] == script  # no training without data
-    (copy / "corpora" / corpus).mkdir(parents=True)
-    (copy / "corpora" / corpus / "manifest.json").write_text("{}")
-    done, calls = calls_of(copy, "--system", FAKE_CORPUS=corpus)
-    assert done.returncode == 0 and len(calls) == 2
+@pytest.mark.parametrize("argv, words", [
+    ([], "--track auto"),
+    (["short"], "--track short"),
+    (["train"], "--track auto"),
+    (["--seed", "3"], "--track auto --seed 3"),
+    (["tiny", "--model.skips", "((0, 1),)"], "--track tiny --model.skips ((0, 1),)"),
+])  # fmt: skip
+def test_words_and_status_pass_through(copy: Path, argv: list[str], words: str) -> None:
+    done, calls = calls_of(copy, "--system", *argv, FAKE_LAUNCH="7")
+    assert (calls, done.returncode, done.stderr) == ([f"tools/launch.py {words}"], 7, "")
 
 
-@pytest.mark.parametrize("argv, track", [([], "auto"), (["short"], "short"), (["train"], "auto"), (["--seed", "3"], "auto")])
-def test_words_reach_the_trainer(copy: Path, argv: list[str], track: str) -> None:
-    _, calls = calls_of(copy, "--system", *argv)
-    rest = " --seed 3" if "--seed" in argv else ""
-    assert calls[0] == f"- --track {track}{rest}"
-    assert calls[-1] == f"- 1 train_gpt.py --track tiny{rest}"  # what the first call made of it
+def test_help_of_the_trainer_starts_nothing(copy: Path) -> None:
+    _, calls = calls_of(copy, "--system", "short", "--seed", "3", "--help")
+    assert calls == ["train_gpt.py --help"]

@@ -1,0 +1,246 @@
+"""The launcher: which track, corpus and processes a command line comes to, when data is made, how a run may end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+import launch
+import train_gpt
+from helpers import ROOT, make_corpus, options
+from launch import Plan
+
+DEVICE = dict(short=torch.device("cuda", 0), tiny=torch.device("cpu"))
+
+
+def said(capfd: pytest.CaptureFixture) -> str:
+    """The one sentence on stderr."""
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("run.sh: ") and err.count("\n") == 1, err
+    return err.removeprefix("run.sh: ").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.mark.parametrize("rows, devices, processes", [
+    (8, 1, 1), (8, 2, 2), (8, 3, 2), (8, 7, 4), (8, 8, 8), (8, 9, 8), (12, 5, 4), (12, 11, 6), (7, 6, 1),
+])  # fmt: skip
+def test_processes_are_the_most_that_divide_the_rows(rows: int, devices: int, processes: int) -> None:
+    assert launch.processes_for(rows, devices) == processes
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes believe that this machine has so many GPUs."""
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(train_gpt, "device_of", lambda run, local_rank: DEVICE[run.track])
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+    return pretend
+
+
+def test_every_device_gets_a_process_and_idle_ones_are_said(gpus: Callable, capfd: pytest.CaptureFixture) -> None:
+    gpus(8)
+    assert launch.plan(["--track", "short"]) == Plan("short", "fineweb10B", 8)
+    assert capfd.readouterr().err == ""
+    gpus(7)
+    rows = train_gpt.TRACKS["short"].data.rows
+    assert launch.plan(["--track", "short"]).processes == 4
+    assert said(capfd) == f"using 4 of 7 devices, a step has {rows} rows"
+
+
+def test_the_cpu_has_one_process_whatever_devices_there_are(gpus: Callable, capfd: pytest.CaptureFixture) -> None:
+    gpus(8)
+    assert launch.plan(["--track", "tiny"]) == Plan("tiny", "shakespeare", 1)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_auto_is_resolved_and_the_last_word_counts() -> None:
+    assert launch.plan(["--track", "auto"]) == Plan("tiny", "shakespeare", 1)
+    assert launch.plan(["--track", "short", "--track", "tiny", "--data.corpus", "mine"]) == Plan("tiny", "mine", 1)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--track", "tony"], "unknown track 'tony'"),
+    (["--matrix.lrr", "1"], "the nearest is --matrix.lr"),
+    (["--device", "abacus"], "no device 'abacus'"),
+    (["--schedule.stages", "((0.5, (16, 24)),)"], "schedule.stages begin at 0"),
+])  # fmt: skip
+def test_what_the_trainer_refuses_is_refused_before_anything_starts(
+    words: list[str], sentence: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "make_data", None)
+    monkeypatch.setattr(launch, "start", None)
+    assert launch.main(words) == 1 and sentence in said(capfd)
+
+
+def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "train_gpt", None)  # an import raises ImportError
+    assert launch.main([]) == 1
+    sentence = said(capfd)
+    assert sys.executable in sentence and "pip install -r requirements.txt" in sentence
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+MAKER = """import os, pathlib, sys
+print("made by", pathlib.Path(__file__).name)
+if {status}: sys.exit({status})
+folder = pathlib.Path(os.environ["DATA_DIR"], "{corpus}")
+folder.mkdir(parents=True)
+(folder / "manifest.json").write_text("{{}}")
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the repository, with the scripts that make two corpora; training always succeeds."""
+    (tmp_path / "data").mkdir()
+    for corpus, script in (("shakespeare", "shakespeare.py"), ("fineweb10B", "fineweb.py")):
+        (tmp_path / "data" / script).write_text(MAKER.format(corpus=corpus, status=0))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "corpora"))
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "plan", lambda words: Plan("tiny", words[-1], 1))
+    monkeypatch.setattr(launch, "start", lambda processes, words: 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("corpus, script", [("shakespeare", "shakespeare.py"), ("fineweb10B", "fineweb.py")])
+def test_data_is_made_only_where_it_is_missing(
+    repository: Path, corpus: str, script: str, capfd: pytest.CaptureFixture
+) -> None:
+    assert launch.main([corpus]) == 0 and capfd.readouterr() == (f"made by {script}\n", "")
+    assert launch.main([corpus]) == 0 and capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_trained_without_data(
+    repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "start", None)
+    (repository / "data" / "shakespeare.py").write_text(MAKER.format(corpus="shakespeare", status=3))
+    assert launch.main(["shakespeare"]) == 1
+    assert capfd.readouterr() == ("made by shakespeare.py\n", "")  # which says itself what was wrong
+    assert launch.main(["mine"]) == 1
+    wanted = f"no data for the corpus mine in {repository / 'corpora'} and no data/mine.py that makes it"
+    assert wanted in said(capfd)
+
+
+def test_without_data_dir_the_data_lies_in_data(
+    repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "data" / "mine").mkdir()
+    (repository / "data" / "mine" / "manifest.json").touch()
+    monkeypatch.chdir(repository)
+    for setting in (None, ""):
+        monkeypatch.delenv("DATA_DIR") if setting is None else monkeypatch.setenv("DATA_DIR", setting)
+        assert launch.main(["mine"]) == 0
+        assert launch.main(["yours"]) == 1 and "yours in data and no data/yours.py" in said(capfd)
+
+
+def test_an_interrupted_data_script_has_the_last_word(
+    repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "start", None)
+    (repository / "data" / "shakespeare.py").write_text(
+        "import os, signal, sys, time\n"
+        "try:\n    os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5); sys.exit('interrupted; the same command starts again')\n"
+    )
+    assert launch.main(["shakespeare"]) == 1
+    assert capfd.readouterr() == ("", "interrupted; the same command starts again\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@pytest.fixture
+def torchrun_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """Puts something else into torchrun's place; returns the words that it will have got."""
+    def put(error: BaseException | None = None) -> list[str]:
+        got: list[str] = []
+
+        def main(words: list[str]) -> None:
+            got.extend(words)
+            if error:
+                raise error
+
+        monkeypatch.setattr(torchrun, "main", main)
+        return got
+
+    monkeypatch.setattr(launch, "make_data", lambda corpus: True)
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)
+    return put
+
+
+def test_all_processes_take_the_track_that_was_planned(torchrun_does: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torchrun_does()
+    monkeypatch.setattr(launch, "plan", lambda words: Plan("short", "fineweb10B", 4))
+    assert launch.main(["--track", "auto", "--resume"]) == 0
+    trainer = str(ROOT / "train_gpt.py")
+    wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track", "short"]
+    assert words == wanted
+    track, run = train_gpt.parse_command_line(["--track", "auto", "--resume", "--track", "tiny"])
+    assert (run.track, run.resume) == ("tiny", "") and track == train_gpt.TRACKS["tiny"]
+
+
+def failure(exitcode: int, timestamp: int) -> Any:
+    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message="", local_rank=0, pid=1, error_file="")
+
+
+@pytest.mark.parametrize("exitcodes, status, lines", [
+    ([1, 3], 1, []),  # the rank has said what is wrong
+    ([0], 1, []),
+    ([-9], -9, ["rank 0 was ended by SIGKILL"]),
+    ([2, -15, -15], 2, ["rank 1 was ended by SIGTERM", "rank 2 was ended by SIGTERM"]),
+])  # fmt: skip
+def test_the_status_is_that_of_the_first_failure(
+    torchrun_does: Callable, capfd: pytest.CaptureFixture, exitcodes: list[int], status: int, lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    failures = {rank: failure(code, rank) for rank, code in enumerate(exitcodes)}
+    monkeypatch.setattr(ChildFailedError, "format_msg", lambda self: "")
+    torchrun_does(ChildFailedError("train_gpt.py", failures))
+    assert launch.main(["--track", "tiny"]) == status
+    assert capfd.readouterr().err == "".join(f"run.sh: {line}\n" for line in lines)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SignalException("", signal.SIGHUP)])
+def test_an_interrupt_is_no_error(torchrun_does: Callable, capfd: pytest.CaptureFixture, error: BaseException) -> None:
+    torchrun_does(error)
+    assert launch.main(["--track", "tiny"]) == 130
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_launcher_ends_the_run_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    make_corpus(tmp_path)
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"DATA_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    words = options(out=tmp_path / "out", schedule__steps=20_000, schedule__extension=0, data__epochs=2000)
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), *words]
+    run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if "step" in line and "loss" in line:
+            break
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in out + err, err
+    (log,) = (tmp_path / "out").glob("*.jsonl")
+    assert "checkpoint" in {json.loads(line)["event"] for line in log.read_text().splitlines()}
