@@ -60,7 +60,8 @@ class Fault:
     where: float = 0.0  # share of its length
 
 
-# --- inside the disturbed process
+# --------------------------------------------------------------------------------------------------
+# Inside the disturbed process
 
 
 class LineCounter:
@@ -167,7 +168,8 @@ def child(rank: int, world_size: int, port: int, argv: list[str], folder: Path, 
     torch.save((outcome, dict(entered.counts) if count else None), folder / f"result_{rank}")
 
 
-# --- outside
+# --------------------------------------------------------------------------------------------------
+# Outside
 
 
 def supervise(processes: list[Any]) -> list[int]:
@@ -385,7 +387,8 @@ def kill(args: argparse.Namespace) -> int:
     return int(any(r.flaws or r.bits for r in results))
 
 
-# --- a file system that is really full
+# --------------------------------------------------------------------------------------------------
+# A file system that is really full
 
 
 def disk(args: argparse.Namespace) -> int:
@@ -423,7 +426,8 @@ def disk(args: argparse.Namespace) -> int:
     return int(failures > 0)
 
 
-# --- whole runs under torchrun
+# --------------------------------------------------------------------------------------------------
+# Whole runs under torchrun
 
 
 def workers(parent: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""Shared by the tests of whole runs: a small learnable corpus, a small model, runs in this process or in several."""
+"""Shared by the tests of whole runs: a small learnable corpus, a small model, runs in one process or in several."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 import shards
@@ -41,6 +43,10 @@ SMALL = {
     "evaluation.log_every": 1, "evaluation.target": 5.0,
 }  # fmt: skip
 
+STEPS = int(SMALL["schedule.steps"] + SMALL["schedule.extension"])
+TOLERANCE = 1e-6  # relative, of every loss; the same maths in another order of additions
+PARAMETERS = 1e-4  # relative, in the norm of each parameter after 20 steps
+
 
 def options(**overrides: Any) -> list[str]:
     """The command line of a small run; `data__rows=6` stands for --data.rows 6, None removes an option."""
@@ -61,6 +67,26 @@ def make_corpus(data_dir: Path) -> Path:
         files[name] = shards.write_shard(folder / name, np.array(tokens))
     shards.write_manifest(folder, "shakespeare", 257, 256, files)
     return folder
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def patch_shard(folder: Path, name: str, position: int, value: int, resign: bool = False) -> None:
+    """Overwrite an int32 of the header (position < 256) or the token at position - 256."""
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if position < 256:
+        content[4 * position : 4 * position + 4] = value.to_bytes(4, "little")
+    else:
+        content[1024 + 2 * (position - 256) : 1026 + 2 * (position - 256)] = value.to_bytes(2, "little")
+    path.write_bytes(content)
+    if resign:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files[name]["sha256"] = hashlib.sha256(content).hexdigest()
+        edit_manifest(folder, files=files)
 
 
 def events(log: Path) -> list[dict[str, Any]]:
@@ -123,6 +149,35 @@ def train(argv: list[str], main: Callable[[list[str]], Any] = train_gpt.main) ->
                 log.file.close()
     outcome.log = logs[0].path
     return outcome
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one sentence with which a command line is refused, without the program's name."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(argv)
+    assert stop.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert error.startswith("train_gpt.py: ") and error.endswith("\n") and error.count("\n") == 1, error
+    return error.removeprefix("train_gpt.py: ").strip()
+
+
+def check_close(outcome: Outcome, expected: Outcome) -> None:
+    """The same losses and parameters up to rounding."""
+    assert [loss[:2] for loss in outcome.losses] == [loss[:2] for loss in expected.losses]
+    for (event, step, loss), (_, _, other) in zip(outcome.losses, expected.losses):
+        assert loss == pytest.approx(other, rel=TOLERANCE, abs=0), f"{event} at step {step}"
+    for name, p in expected.params.items():
+        difference = (outcome.params[name].double() - p.double()).norm() / p.double().norm().clamp_min(1e-30)
+        assert difference <= PARAMETERS, f"{name} differs by {difference:.1e}"
+
+
+def check_equal(outcome: Outcome, expected: Outcome) -> None:
+    """The same losses and parameters bit for bit, each step logged once."""
+    assert outcome.losses == expected.losses
+    assert outcome.params.keys() == expected.params.keys()
+    for name, p in expected.params.items():
+        assert torch.equal(outcome.params[name], p), name
 
 
 def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict, folder: Path,

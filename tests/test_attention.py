@@ -108,13 +108,13 @@ def flash_on_cpu():
 
 
 @pytest.mark.parametrize("name,window", CASES)
-def test_blocked_form(name, window):
+def test_blocked_form_is_the_definition(name, window):
     T, rows = ROWS[name]
     compare(rows, T, window, fused=False)
 
 
 @pytest.mark.parametrize("name,window", CASES)
-def test_fused_form(flash_on_cpu, name, window):
+def test_fused_form_is_the_definition(flash_on_cpu, name, window):
     T, rows = ROWS[name]
     compare(rows, T, window, fused=True)
 

@@ -19,7 +19,7 @@ from helpers import ROOT, make_corpus, options, train
 from lib import claims, comparison, figures, in_turns, presets, runner, stats
 from lib.logs import Point
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
 
 
@@ -58,7 +58,7 @@ def test_holm_by_hand():
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparisons of a script that only writes logs: its loss is 1.5, plus --shift, plus log2(--lr / 0.04)^2 / 100, plus noise
 
 FAKE = """
@@ -346,7 +346,7 @@ def test_workers_share_the_cores_and_give_no_times(folder, monkeypatch):
     assert "no times" in text and "median" not in text and "ratio" not in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report
 
 
@@ -564,7 +564,7 @@ def test_a_variant_that_learns_faster_needs_fewer_steps():
     assert comparison.steps_apart([line(0.01)] * 2, [line(0.01)]) == pytest.approx(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The real script, and the comparisons of this repository
 
 
@@ -596,7 +596,7 @@ def test_the_real_script(tmp_path, monkeypatch, capsys):
     assert compare.main(["report", str(folder)]) == 0 and "1 diverged" in (folder / "report.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Times in turns
 
 

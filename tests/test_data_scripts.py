@@ -49,7 +49,8 @@ def sentence(caught: pytest.ExceptionInfo[SystemExit], script: str) -> str:
     return message
 
 
-# --- shards.py
+# --------------------------------------------------------------------------------------------------
+# shards.py
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
@@ -145,7 +146,7 @@ def test_manifest_refusals(tmp_path: Path, text: str | None, says: str) -> None:
         shards.read_manifest(tmp_path)
 
 
-def test_check_shard(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_its_manifests_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "val_000000.bin"
     entry = shards.write_shard(path, np.array([5, 6, 7]))
     shards.check_shard(path, entry, full=True)
@@ -157,14 +158,15 @@ def test_check_shard(tmp_path: Path) -> None:
         shards.check_shard(path, entry, full=True)
 
 
-def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_dir_is_the_environments_or_beside_the_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DATA_DIR", raising=False)
     assert shards.data_dir() == ROOT / "data"
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert shards.data_dir() == tmp_path
 
 
-# --- shakespeare.py
+# --------------------------------------------------------------------------------------------------
+# shakespeare.py
 
 
 def reference_cut(text: bytes, limit: int) -> list[bytes]:
@@ -187,7 +189,7 @@ def reference_cut(text: bytes, limit: int) -> list[bytes]:
 
 
 @given(st.text(alphabet="ab \t\n", max_size=80).map(str.encode), st.integers(1, 30))
-def test_cut(text: bytes, limit: int) -> None:
+def test_cut_loses_no_byte_and_keeps_paragraphs(text: bytes, limit: int) -> None:
     documents = shakespeare.cut(text, limit)
     assert b"".join(documents) == text  # no byte is lost
     assert all(1 <= len(document) <= limit for document in documents)
@@ -246,7 +248,7 @@ def documents_of(path: Path) -> list[bytes]:
     return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
-def test_build(tmp_path: Path) -> None:
+def test_build_puts_whole_works_on_one_side(tmp_path: Path) -> None:
     archive, out = make_archive(tmp_path), tmp_path / "out"
     counts = shakespeare.build(archive, out, sha256(archive.read_bytes()))
     assert sorted(contents(out)) == ["manifest.json", "train_000001.bin", "val_000000.bin"]
@@ -400,7 +402,8 @@ def test_the_real_corpus() -> None:
     assert max(map(len, train)) <= 4096
 
 
-# --- fineweb.py
+# --------------------------------------------------------------------------------------------------
+# fineweb.py
 
 HUB = {f"fineweb_{name}.bin": shard_bytes([50256, *range(length)]) for name, length in
        [("val_000000", 11), ("train_000001", 12), ("train_000002", 13), ("train_000003", 14)]}  # fmt: skip
@@ -454,7 +457,7 @@ def check_corpus(folder: Path, *names: str) -> None:
         name: {"sha256": sha256(HUB[name]), "tokens": (len(HUB[name]) - 1024) // 2} for name in names}}  # fmt: skip
 
 
-def test_fetch(hub: StandInHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_downloads_nothing_twice(hub: StandInHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fineweb.main(["2"])
     check_corpus(folder, VAL, TRAIN_1, TRAIN_2)
     assert hub.downloads == [VAL, TRAIN_1, TRAIN_2]
@@ -644,6 +647,6 @@ def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str
 
 
 @pytest.mark.parametrize("script, says", [("fineweb.py", "1..103, default 9"), ("shakespeare.py", "Macbeth")])
-def test_help(tmp_path: Path, script: str, says: str) -> None:
+def test_help_is_said_without_doing_anything(tmp_path: Path, script: str, says: str) -> None:
     done = run_script(script, "--help", DATA_DIR=str(tmp_path))
     assert done.returncode == 0 and "usage:" in done.stdout and contents(tmp_path) == {}

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,11 @@ import torch
 
 import faults
 import train_gpt
-from helpers import ROOT, events, finish, make_corpus, options, start, train
+from helpers import ROOT, events, finish, options, start, train
 
 KILLS, SEED = 12, 0
 
-
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("data")
-    make_corpus(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_DIR", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-            patch.delenv(name, raising=False)
-        yield folder
+pytestmark = pytest.mark.usefixtures("data_dir")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,8 @@ def test_faults_are_spread_over_a_run(bench: faults.Bench) -> None:
     assert len(places) > 50
 
 
-# --- signals
+# --------------------------------------------------------------------------------------------------
+# Signals
 
 
 def signalled(argv: list[str], number: int, at: int, twice: bool) -> None:
@@ -94,7 +85,8 @@ def test_a_signal_at_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None
     assert events(next(tmp_path.glob("*.jsonl")))[-1]["event"] == "final"
 
 
-# --- a rank that fails
+# --------------------------------------------------------------------------------------------------
+# A rank that fails
 
 
 def failing(rank: int, port: int, argv: list[str], folder: Path, how: str) -> None:
@@ -167,7 +159,8 @@ def test_a_gradient_that_is_not_finite_is_located_on_any_rank(tmp_path: Path) ->
     assert "gradients of lm_head since step" in sentence
 
 
-# --- under torchrun
+# --------------------------------------------------------------------------------------------------
+# Under torchrun
 
 LONG = dict(data__epochs=40, schedule__steps=300, schedule__extension=0, evaluation__every=100)
 

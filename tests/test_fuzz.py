@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from helpers import events, make_corpus, options, train
+from helpers import events, options, train
 from lib import logs
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run_folder(data_dir: Path) -> Path:
     """A run with its shards, its log and its checkpoints."""
-    folder = tmp_path_factory.mktemp("run")
-    make_corpus(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_DIR", str(folder))
-        train(options(out=folder / "logs", checkpoint_every=2, schedule__steps=4, schedule__extension=0))
-        yield folder
+    train(options(out=data_dir / "logs", checkpoint_every=2, schedule__steps=4, schedule__extension=0))
+    return data_dir
 
 
 def bytes_near(content: bytes) -> st.SearchStrategy[bytes]:
@@ -62,12 +57,13 @@ def one_sentence(error: ValueError, name: str) -> None:
     assert name in str(error) and "\n" not in str(error) and len(str(error)) < 600, error
 
 
-# --- shards and manifest
+# --------------------------------------------------------------------------------------------------
+# Shards and manifest
 
 
 @QUICK
 @given(data=st.data(), name=st.sampled_from(["train_000001.bin", "val_000000.bin", "manifest.json"]), sign=st.booleans())
-def test_shards_and_manifest(run_folder: Path, tmp_path: Path, data: st.DataObject, name: str, sign: bool) -> None:
+def test_changed_shards_are_refused_or_read_as_what_they_hold(run_folder: Path, tmp_path: Path, data: st.DataObject, name: str, sign: bool) -> None:
     """Changed shards are refused, also when the manifest has been made to agree, or read as what they hold."""
     folder = tmp_path / "corpus"
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,7 +89,8 @@ def test_shards_and_manifest(run_folder: Path, tmp_path: Path, data: st.DataObje
         assert tokens.tobytes() == changed[1024:] and int(tokens.max()) < 257
 
 
-# --- checkpoints
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def checkpoint(run_folder: Path) -> Path:
@@ -102,7 +99,7 @@ def checkpoint(run_folder: Path) -> Path:
 
 @QUICK
 @given(data=st.data(), part=st.sampled_from(["begin", "end", "anywhere"]), sign=st.booleans())
-def test_checkpoint(run_folder: Path, tmp_path: Path, data: st.DataObject, part: str, sign: bool) -> None:
+def test_a_changed_checkpoint_is_refused_by_name(run_folder: Path, tmp_path: Path, data: st.DataObject, part: str, sign: bool) -> None:
     """A changed file is refused by name; one whose checksum was made to agree at least gives no traceback."""
     good = checkpoint(run_folder).read_bytes()
     content, digest = good[:-32], good[-32:]
@@ -128,7 +125,7 @@ CONTENT = st.recursive(
 
 @QUICK
 @given(value=CONTENT)
-def test_checkpoint_of_another_format(run_folder: Path, tmp_path: Path, value: object) -> None:
+def test_a_checkpoint_of_another_format_is_refused_by_name(run_folder: Path, tmp_path: Path, value: object) -> None:
     """Well-formed files that say they are something else."""
     content = torch.load(checkpoint(run_folder), weights_only=True)
     path = tmp_path / "step_000002.pt"
@@ -138,12 +135,13 @@ def test_checkpoint_of_another_format(run_folder: Path, tmp_path: Path, value: o
     one_sentence(error.value, str(path))
 
 
-# --- logs
+# --------------------------------------------------------------------------------------------------
+# Logs
 
 
 @QUICK
 @given(data=st.data())
-def test_log_of_a_resumed_run(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_changed_log_is_refused_by_name_or_goes_on_in_whole_lines(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Opened to go on from step 2, a changed log is refused by name or holds whole lines up to that step."""
     (original,) = (run_folder / "logs").glob("*.jsonl")
     path = tmp_path / "run.jsonl"
@@ -163,7 +161,7 @@ def test_log_of_a_resumed_run(run_folder: Path, tmp_path: Path, data: st.DataObj
 
 @QUICK
 @given(data=st.data())
-def test_log_reader_of_the_records(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_the_records_read_a_changed_log_or_refuse_it_by_name(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
     (original,) = (run_folder / "logs").glob("*.jsonl")
     path = tmp_path / "run.jsonl"
     path.write_bytes(data.draw(bytes_near(original.read_bytes())))
@@ -175,7 +173,8 @@ def test_log_reader_of_the_records(run_folder: Path, tmp_path: Path, data: st.Da
     assert run.header["event"] == "header"
 
 
-# --- the command line
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 NAMES = [f"--{f.name}" for f in dataclasses.fields(train_gpt.Run)] + [
     f"--{section}.{f.name}" for section, part in vars(train_gpt.TRACKS["tiny"]).items() for f in dataclasses.fields(part)
@@ -190,7 +189,7 @@ WORDS = st.one_of(
 
 @settings(QUICK, max_examples=400)
 @given(words=st.lists(st.one_of(WORDS, st.tuples(st.sampled_from(NAMES), WORDS).map("=".join)), max_size=8))
-def test_command_line(words: list[str]) -> None:
+def test_any_words_are_parsed_or_refused_in_one_sentence(words: list[str]) -> None:
     try:
         track, run = train_gpt.parse_command_line(words)
         train_gpt.check_settings(track, run)
@@ -213,7 +212,7 @@ TRIED = [name for name in NAMES if "." in name and name not in ("--data.corpus",
 
 @settings(QUICK, max_examples=120)
 @given(changes=st.lists(st.tuples(st.sampled_from(TRIED), SMALL_VALUES), min_size=1, max_size=2))
-def test_whole_runs(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[tuple[str, str]]) -> None:
+def test_any_settings_train_to_the_end_or_are_refused_in_one_sentence(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[tuple[str, str]]) -> None:
     """One setting or two changed at random: the run ends well, or with one sentence and without a `final` line."""
     out = tmp_path / "logs"
     shutil.rmtree(out, ignore_errors=True)

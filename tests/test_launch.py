@@ -1,7 +1,6 @@
 """The launcher: which track, corpus and processes a command line comes to, when data is made, how a run may end."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import launch
 import train_gpt
-from helpers import ROOT, make_corpus, options
+from helpers import ROOT, options
 from launch import Plan
 
 DEVICE = dict(short=torch.device("cuda", 0), tiny=torch.device("cpu"))
@@ -31,7 +30,7 @@ def said(capfd: pytest.CaptureFixture) -> str:
     return err.removeprefix("run.sh: ").strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The plan
 
 
@@ -95,7 +94,7 @@ def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert sys.executable in sentence and "pip install -r requirements.txt" in sentence
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The data
 
 MAKER = """import os, pathlib, sys
@@ -165,7 +164,7 @@ def test_an_interrupted_data_script_has_the_last_word(
     assert capfd.readouterr() == ("", "interrupted; the same command starts again\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -228,14 +227,12 @@ def test_an_interrupt_is_no_error(torchrun_does: Callable, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_launcher_ends_the_run_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
-    make_corpus(tmp_path)
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"DATA_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+def test_a_signal_to_the_launcher_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, data_dir: Path, number: signal.Signals
+) -> None:
     words = options(out=tmp_path / "out", schedule__steps=20_000, schedule__extension=0, data__epochs=2000)
     command = [sys.executable, str(ROOT / "tools" / "launch.py"), *words]
-    run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
         if "step" in line and "loss" in line:
             break

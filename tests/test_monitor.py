@@ -11,7 +11,7 @@ import torch
 
 import monitor
 import train_gpt
-from helpers import events, make_corpus, options, train, train_with
+from helpers import events, options, train, train_with
 from lib.logs import any_runs
 
 CAUTIOUS = dict(embed__weight_decay=0.01, embed__cautious=True, value__weight_decay=0.01, value__cautious=True)
@@ -20,13 +20,10 @@ PROBE = 40  # tokens at least; twice the long window are 48, which end no docume
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_corpus(folder)
+def few_probed_tokens(data_dir):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_DIR", str(folder))
         patch.setattr(monitor, "PROBE", PROBE)
-        yield folder
+        yield
 
 
 def log_of(outcome):

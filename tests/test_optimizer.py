@@ -1,7 +1,8 @@
 """MuonEq in one process, against the published formulas written independently in float64.
 
 The matrix reference never forms a Gram matrix: it applies the scalar polynomial to the singular values of an SVD.
-Every test passes the fields it depends on, so a changed default breaks only `test_defaults`.
+Every test passes the fields it depends on, so a changed default breaks only the test
+of the documented defaults.
 """
 
 import io
@@ -52,9 +53,8 @@ POLAR_EXPRESS = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # References
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def triples(method, steps):
@@ -130,9 +130,8 @@ def adam_reference(p, grads, **fields):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Helpers
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -194,9 +193,8 @@ def same_state(a, b):
                 assert value == other, (name, key)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The references themselves
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -223,16 +221,15 @@ def test_reference_adam_equals_torch():
         torch.testing.assert_close(w.detach(), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Muon
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, 5, 7])
 @pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
-def test_muon(method, steps, nesterov, shape):
+def test_muon_follows_the_published_formulas(method, steps, nesterov, shape):
     p, grads = randn(*shape), gradients(shape, 4)
     fields = dict(orthogonalize=method, steps=steps, nesterov=nesterov)
     close(trajectory("matrix", p, grads, **fields), matrix_reference(p, grads, **fields))
@@ -377,16 +374,15 @@ def test_orthogonal_input_does_not_diverge(bound):
             assert 0.84 <= s[0] <= 1.16
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MuonEq
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("bound", ["frobenius", "spc"])
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 @pytest.mark.parametrize("mode", EQUILIBRATE)
-def test_muoneq(mode, exponent, bound, shape):
+def test_muoneq_follows_the_published_formulas(mode, exponent, bound, shape):
     scales = torch.logspace(-1, 1, shape[0])[:, None] * torch.logspace(0.7, -0.7, shape[1])
     p, grads = randn(*shape), [g * scales for g in gradients(shape, 3)]
     fields = dict(equilibrate=mode, equilibrate_exponent=exponent, norm_bound=bound)
@@ -447,14 +443,13 @@ def test_scale_invariance(mode, normuon, bound, factor):
         close(scaled, trajectory("matrix", p, grads, **fields), atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # NorMuon
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("axis", ["auto", "row", "col"])
-def test_normuon(axis, shape):
+def test_normuon_follows_the_published_formulas(axis, shape):
     p, grads = randn(*shape), gradients(shape, 4)
     fields = dict(normuon=True, normuon_axis=axis, beta2=0.8)
     close(trajectory("matrix", p, grads, **fields), matrix_reference(p, grads, **fields), atol=1e-5)
@@ -511,9 +506,8 @@ def test_everything_composed(shape):
     close(trajectory("matrix", p, grads, **fields), matrix_reference(p, grads, **fields), atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stacks and banks
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["bank", "list"])
@@ -577,9 +571,8 @@ def test_memory_layout_does_not_matter(kind):
         assert w.data_ptr() == pointer
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decay
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cautious", [False, True])
@@ -629,9 +622,8 @@ def test_hyperparameters_are_read_at_every_step():
         torch.testing.assert_close(w - before, 2 * (half - before), rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Adam
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.1])
@@ -662,9 +654,8 @@ def test_adam_with_tiny_gradients():
     close(trajectory("adam", p, grads, **fields), adam_reference(p, grads, **fields), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Zero and missing gradients
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
@@ -710,9 +701,8 @@ def test_missing_gradient_counts_as_zero(kind):
     same_state(results[0][1], results[1][1])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step: gradients, periods, tokens, schedulers
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shapes", [[(2, 4, 6)], [(4, 6)], [(2, 4, 6), (4, 6)]], ids=["bank", "matrix", "list"])
@@ -750,7 +740,7 @@ def test_momentum_survives_without_nesterov(dtype, work, mode):
 
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
 @pytest.mark.parametrize("every", [2, 3])
-def test_every(every, kind):
+def test_a_group_waits_for_every_kth_step_and_keeps_its_gradients(every, kind):
     """Updated at calls k, 2k, ...; in between weights and gradients stay, also through the class's zero_grad."""
     slow, fast = leaf(randn(5, 6)), leaf(randn(4))
     fields = dict(MATRIX if kind == "matrix" else ADAM, every=every)
@@ -840,7 +830,7 @@ def test_token_sum_equals_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copy_state(dtype):
+def test_copied_state_goes_on_as_the_source_would(dtype):
     """A parameter goes on as another one would: moments, count of updates and weights (its fp32 copy included)."""
     source, target = leaf(randn(5, 6)), leaf(randn(5, 6).to(dtype))
     opt = MuonEq([dict(kind="adam", params=[(name, p)], **ADAM) for name, p in (("source", source), ("target", target))])
@@ -875,9 +865,8 @@ def test_torch_lr_scheduler():
                 scheduler.step()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Low-precision parameters
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
@@ -921,9 +910,8 @@ def test_mixed_dtypes_in_one_group():
             close([state[str(i)]["master"] if i % 2 else p.detach()], [expected], atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # State
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def mixed_groups(params):
@@ -1032,12 +1020,11 @@ def test_names_and_indices():
     assert {name: "momentum" in entry for name, entry in state.items()} == {"0": False, "1": False, "2": True}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Construction
-# ---------------------------------------------------------------------------------------------------------------
 
 
-def test_defaults():
+def test_a_group_that_says_only_its_rate_gets_the_documented_defaults():
     opt = MuonEq([
         dict(kind="matrix", params=[leaf(randn(4, 6))], lr=0.1),
         dict(kind="adam", params=[leaf(randn(3))], lr=0.2),
@@ -1070,7 +1057,7 @@ W, B = (4, 6), (3,)
     ([dict(kind="adam", shapes=[B, B], lr=0.1, names=("same", "same"))], "same"),
     ([dict(kind=k, shapes=[W], lr=0.1, names=("same",)) for k in ("matrix", "adam")], "same"),
 ])  # fmt: skip
-def test_refusals(groups, message):
+def test_impossible_groups_are_refused_in_one_sentence(groups, message):
     built = []
     for group in groups:
         group = dict(group)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, events, make_corpus, options
+from helpers import ROOT, events, options
 
 SHORT = dict(schedule__steps=5, schedule__extension=0, evaluation__every=100)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    data_dir = tmp_path_factory.mktemp("data")
-    make_corpus(data_dir)
-    keep = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return keep | dict(PYTHON=sys.executable, DATA_DIR=str(data_dir), OMP_NUM_THREADS="1", CACHE_DIR=str(data_dir / "cache"))
+def environment(data_dir: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    return kept | dict(PYTHON=sys.executable, CACHE_DIR=str(data_dir / "cache"))
 
 
 def run(argv: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
@@ -32,7 +30,8 @@ def sentence(done: subprocess.CompletedProcess, program: str = "run.sh") -> str:
     return done.stderr
 
 
-# --- training
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,8 @@ def test_help_needs_no_python(environment: dict[str, str], tmp_path: Path) -> No
     assert done.returncode == 0 and "./run.sh" in done.stdout and "--system" in done.stdout and done.stderr == ""
 
 
-# --- Python, packages and data, with a stand-in for Python that notes how it is called
+# --------------------------------------------------------------------------------------------------
+# Python, packages and data, with a stand-in for Python that notes how it is called
 
 FAKE = """#!/bin/sh
 echo "$@" | head -1 >> "$CALLS"

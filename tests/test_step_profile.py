@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import step_profile
 import train_gpt
-from helpers import make_corpus, options
+from helpers import options
 
 
 @pytest.mark.parametrize("window", (1, 3, 11, 12, 40))
@@ -20,10 +20,8 @@ def test_visible_pairs(window):
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory):
-    """The profile of a small run, and the products that torch counts in its parts."""
-    folder = tmp_path_factory.mktemp("profile")
-    make_corpus(folder)
+def profiled(data_dir):
+    """The profile of a small run, the products that torch counts in its parts, and the folder of both."""
     counted = {}
 
     def work(trainer):
@@ -34,7 +32,7 @@ def profiled(tmp_path_factory):
             return parts
 
         original, step_profile.parts_of = step_profile.parts_of, remember
-        found = step_profile.profile(trainer, str(folder / "trace.json"))
+        found = step_profile.profile(trainer, str(data_dir / "trace.json"))
         for name, (call, often, *_) in parts.items():
             with FlopCounterMode(display=False) as counter:
                 call()
@@ -45,11 +43,10 @@ def profiled(tmp_path_factory):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_DIR", str(folder))
         patch.setattr(step_profile, "ROUNDS", 1)
         patch.setattr(step_profile, "ceilings", lambda *_: (1e9, 2e9))
-        argv = options(out=folder / "out", embed__every=1, head__every=1, scalar__every=1)
-        return train_gpt.main(argv, work), counted, folder
+        argv = options(out=data_dir / "out", embed__every=1, head__every=1, scalar__every=1)
+        return train_gpt.main(argv, work), counted, data_dir
 
 
 def test_operations_are_those_that_torch_counts(profiled):
@@ -81,10 +78,8 @@ def test_model_operations_behind_mfu(profiled):
     """6 operations per token and parameter of a product, 12 D per visible pair, by hand from the settings."""
     found, _, folder = profiled
     products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 264 * 32
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_DIR", str(folder))
-        track, _ = train_gpt.parse_command_line(options())
-        packer = train_gpt.Packer(train_gpt.shards_of(folder / "shakespeare", track.data)[0], track.data)
+    track, _ = train_gpt.parse_command_line(options())
+    packer = train_gpt.Packer(train_gpt.shards_of(folder / "shakespeare", track.data)[0], track.data)
     offsets = next(train_gpt.training_steps(packer, track, 30, 0, 1, 17)).batch.offsets.numpy()
     pairs = step_profile.visible_pairs(offsets, 24) + step_profile.visible_pairs(2 * offsets, 32) / 2  # paired heads
     expected = (6 * products * 24 * 64 + 12 * 32 * pairs) / (found["step_ms"] / 1e3) / 1e9

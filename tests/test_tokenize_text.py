@@ -152,7 +152,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, data_dir: Path, cut: bool)
     assert not list(data_dir.rglob("*"))
 
 
-def test_refusals(tmp_path: Path, data_dir: Path) -> None:
+def test_what_cannot_be_tokenized_is_refused_in_one_sentence(tmp_path: Path, data_dir: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("one document only")
     assert "0 validate" in run("mine", source, "--tokenizer", "bytes") or "0 documents would train" in run(

@@ -47,7 +47,7 @@ HORIZON = 9_000_000  # tokens over which the learning rate warms up, stays and f
 VALIDATE_EVERY = 100  # steps, in the last 40 % of the horizon
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The baseline
 
 
@@ -163,7 +163,7 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     return dict(lr=lr, seed=seed, steps=step + 1, tokens=tokens, train_time_s=seconds, val_loss=losses[-1][1], reached=reached)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measurements; each returns events for the log
 
 
@@ -282,7 +282,7 @@ def measure_loader() -> Iterator[dict]:
                 yield {"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 

@@ -86,7 +86,8 @@ def measure(measurements: Measurements, options: list[str]) -> None:
     out, results = measurements.out, measurements.results
     python, cache = sys.executable, {"CACHE_DIR": str(out / "cache")}
     shutil.rmtree(out / "cache", ignore_errors=True)
-    measurements.run("tests", [python, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_attention.py"], 60, 150)
+    tests = ["tests/test_kernels_on_gpu.py", "tests/test_attention.py"]
+    measurements.run("tests", [python, "-m", "pytest", "-q", *tests], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
 
     def start(name: str) -> None:

@@ -1,0 +1,256 @@
+"""Bad data, bad options and a run that goes wrong end early, in one clear sentence."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import train_gpt
+from helpers import edit_manifest, events, options, patch_shard, refusal, train
+
+pytestmark = pytest.mark.usefixtures("data_dir")
+
+# --------------------------------------------------------------------------------------------------
+# Refusals of bad data
+
+
+def cut(folder: Path, name: str, size: int) -> None:
+    os.truncate(folder / name, size)
+
+
+BAD_DATA = {  # name: what happens to the folder, words of the sentence
+    "no folder": (shutil.rmtree, ["shakespeare", "data/shakespeare.py", "DATA_DIR"]),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), ["manifest.json", "data/shakespeare.py"]),
+    "manifest is no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
+    "manifest is no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), ["manifest.json"]),
+    "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
+    "manifest without files": (lambda f: (f / "manifest.json").write_text('{"vocab_size": 257}'), ["manifest.json"]),
+    "manifest without sha256": (lambda f: edit_manifest(f, files={n: {} for n in os.listdir(f)}), ["manifest.json"]),
+    "manifest with no shards": (lambda f: edit_manifest(f, files={}), ["train"]),
+    "wrong vocabulary": (lambda f: edit_manifest(f, vocab_size=256), ["256", "257"]),
+    "wrong document start": (lambda f: edit_manifest(f, document_start=0), ["256"]),
+    "missing training shard": (lambda f: (f / "train_000001.bin").unlink(), ["train_000001.bin", "missing"]),
+    "missing second shard": (lambda f: (f / "train_000002.bin").unlink(), ["train_000002.bin", "missing"]),
+    "missing validation shard": (lambda f: (f / "val_000000.bin").unlink(), ["val_000000.bin", "missing"]),
+    "truncated shard": (lambda f: cut(f, "train_000001.bin", 20000), ["train_000001.bin", "truncated"]),
+    "truncated second shard": (lambda f: cut(f, "train_000002.bin", 20001), ["train_000002.bin", "truncated"]),
+    "truncated header": (lambda f: cut(f, "val_000000.bin", 100), ["val_000000.bin"]),
+    "empty shard": (lambda f: cut(f, "train_000001.bin", 0), ["train_000001.bin"]),
+    "wrong magic": (lambda f: patch_shard(f, "train_000001.bin", 0, 7), ["train_000001.bin", "20240520"]),
+    "wrong version": (lambda f: patch_shard(f, "val_000000.bin", 1, 2), ["val_000000.bin", "20240520, 2), not"]),
+    "sha256 mismatch": (lambda f: patch_shard(f, "train_000002.bin", 266, 3), ["train_000002.bin", "sha256"]),
+    "foreign token": (lambda f: patch_shard(f, "train_000001.bin", 266, 257, True), ["train_000001.bin", "257"]),
+    "foreign validation token": (lambda f: patch_shard(f, "val_000000.bin", 266, 65535, True), ["val_000000.bin", "65535"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    shutil.copytree(data_dir / "shakespeare", tmp_path / "shakespeare")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    damage, words = BAD_DATA[name]
+    damage(tmp_path / "shakespeare")
+    message = refusal(options(out=tmp_path / "out"), capsys)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_unused_shards_may_be_missing(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(data_dir / "shakespeare", tmp_path / "shakespeare")
+    (tmp_path / "shakespeare/train_000002.bin").unlink()
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    outcome = train(options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0))
+    assert outcome.lines[0]["data"].keys() == {"train_000001.bin", "val_000000.bin"}
+
+
+def test_every_training_token_may_be_used_but_no_more(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """The longest schedule that the shards allow runs to its end; one step more is refused before anything starts."""
+
+    def enough(steps: int) -> bool:
+        track, _ = train_gpt.parse_command_line(options(schedule__steps=steps, schedule__extension=0))
+        try:
+            return bool(train_gpt.check_data(track, data_dir / "shakespeare"))
+        except ValueError:
+            return False
+
+    most = next(steps for steps in range(20, 100) if not enough(steps + 1))
+    changes = dict(schedule__extension=0, micro_rows=12)
+    assert train(options(out=tmp_path / "most", schedule__steps=most, **changes)).final["step"] == most
+    assert "tokens" in refusal(options(out=tmp_path / "more", schedule__steps=most + 1, **changes), capsys)
+    assert not (tmp_path / "more").exists()
+
+
+BAD_OPTIONS = {  # name: (command line or overrides, words of the sentence)
+    "too few training tokens": (dict(schedule__steps=500), ["train", "tokens"]),
+    "too few validation tokens": (dict(evaluation__tokens=10**6), ["validation", "1000000"]),
+    "micro_rows": (dict(micro_rows=5), ["micro_rows 5", "12"]),
+    "micro_rows too large": (dict(micro_rows=24), ["micro_rows 24", "12"]),
+    "unknown option": (["--matrix.equilibrated", "row"], ["--matrix.equilibrated", "--matrix.equilibrate"]),
+    "unknown section": (["--matrx.lr", "1"], ["--matrx.lr", "--matrix.lr"]),
+    "unknown run option": (["--sed", "1"], ["--sed", "--seed"]),
+    "unknown track": (dict(track="huge"), ["huge", "tiny", "short"]),
+    "int": (dict(data__rows="many"), ["--data.rows", "int", "many"]),
+    "int is no float": (dict(data__rows="12.0"), ["--data.rows", "int", "12.0"]),
+    "int is no bool": (dict(seed="true"), ["--seed", "int", "True"]),
+    "float": (dict(matrix__lr="fast"), ["--matrix.lr", "float", "fast"]),
+    "bool": (dict(matrix__nesterov="1"), ["--matrix.nesterov", "bool", "1"]),
+    "tuple": (dict(schedule__momentum="0.9"), ["--schedule.momentum", "tuple", "0.9"]),
+    "code": (dict(matrix__lr="__import__('os').getpid()"), ["--matrix.lr", "float"]),
+    "missing value": (["--seed"], ["--seed", "value"]),
+    "missing value before another": (["--seed", "--out", "x"], ["--seed", "value"]),
+    "no option": (["tiny"], ["tiny", "--track"]),
+    "choice": (dict(matrix__equilibrate="rows"), ["equilibrate", "rowcol", "rows"]),
+    "device": (dict(device="abacus"), ["abacus"]),
+    "other corpus": (dict(data__corpus="nowhere"), ["nowhere", "manifest.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    change, words = BAD_OPTIONS[name]
+    base = options(out=tmp_path / "out", **(change if isinstance(change, dict) else {}))
+    message = refusal(base if isinstance(change, dict) else base + change, capsys)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=-5", "schedule.steps=0",
+          "evaluation.log_every=0", "evaluation.every=0", "evaluation.tokens=0", "evaluation.row_tokens=0"]  # fmt: skip
+IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
+    "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
+    "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
+    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages", "schedule.stages=((0,16),)": "(short, long window)",
+    "schedule.stages=((0.5,(8,8)),)": "begin at 0", "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising",
+    "schedule.stages=((0,(8,8),0),)": "at least 1", "schedule.stages=((0,(8,8),1,96.5),)": "document cut",
+    "schedule.stages=((0,(8,8),1,96,'a'),)": "takes", "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
+    "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
+    "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap", "model.paired=(5,)": "block number",
+    "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts", "model.value_gate_inputs=33": "value_gate_inputs",
+    "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
+    "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
+    "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
+    "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every",
+    "model.ngrams=((2,0),)": "ngrams", "gate.lr_mul=()": "lr_mul", "gate.lr_mul=((0,1),)": "lr_mul",
+    "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
+    "model.fp8_head=(0.0,1.0,1.0)": "fp8_head", "model.fp8_head=(1.0,1.0,1.0)": "multiples of 16",
+    "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", IMPOSSIBLE)
+def test_impossible_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, setting: str) -> None:
+    def alarm(*_: Any) -> None:
+        raise AssertionError(f"{setting} hangs")
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(5)
+    try:
+        message = refusal([*options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0), f"--{setting}"], capsys)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert IMPOSSIBLE[setting] in message, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_impossible_world_size_lists_the_allowed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, rank: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as stop:
+        train(options(out=tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and not (tmp_path / "out").exists()
+    if rank == 0:
+        assert error.startswith("train_gpt.py: 5 processes") and "[1, 2, 3, 4, 6, 12]" in error and error.count("\n") == 1
+    else:
+        assert error == ""
+
+
+def test_unusable_output_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("x")
+    assert str(tmp_path / "file") in refusal(options(out=tmp_path / "file"), capsys)
+
+
+# --------------------------------------------------------------------------------------------------
+# A run that goes wrong
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("step", [0, 9])
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, step: int, log_every: int
+) -> None:
+    original = train_gpt.learning_rate_factor
+    monkeypatch.setattr(train_gpt, "learning_rate_factor", lambda s, at: math.nan if at == step else original(s, at))
+    changes = dict(checkpoint_every=2, evaluation__log_every=log_every, evaluation__every=100)
+    message = refusal(options(out=tmp_path, **changes), capsys)
+    assert message.startswith("not finite at step") and "the last checkpoint is kept" in message
+    lines = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
+    assert lines[-1]["event"] != "final" and not list(tmp_path.rglob("finished"))
+    checkpoints = sorted(tmp_path.rglob("*.pt"))
+    assert [path.name for path in checkpoints[-1:]] == ["step_000008.pt"] * (step == 9)
+    for path in checkpoints:
+        content = torch.load(path, weights_only=True)
+        assert all(p.isfinite().all() for p in content["model"].values()), path.name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name, step, log_every", [("lm_head", 9, 4), ("mlp", 9, 1), ("skip", 5, 100), ("embed", 1, 7)])
+def test_a_gradient_that_is_not_finite_is_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    name: str, step: int, log_every: int, value: float,
+) -> None:  # fmt: skip
+    """The step and the group, although it is seen only with the next log line or validation (every 7 steps)."""
+    original, calls = train_gpt.Trainer.forward_backward, []
+
+    def forward_backward(self: train_gpt.Trainer, *args: Any) -> torch.Tensor:
+        loss = original(self, *args)
+        if self.clock.began:
+            calls.append(1)
+            if len(calls) == step:
+                getattr(self.model, name).grad.view(-1)[1 if name != "skip" else 0] = value
+        return loss
+
+    monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
+    changes = dict(evaluation__log_every=log_every, head__every=1, embed__every=1, checkpoint_every=2, model__tied=0)
+    message = refusal(options(out=tmp_path, **changes), capsys)
+    others = {"skip": "residual, value_mix, xsa, skip, smear, backout"}.get(name, name)  # small tensors share a unit
+    assert f": gradients of {others} since step {step};" in message
+    assert len(calls) <= min(-(-step // log_every) * log_every, -(-step // 7) * 7)
+    for path in tmp_path.rglob("*.pt"):
+        assert all(p.isfinite().all() for p in torch.load(path, weights_only=True)["model"].values()), path.name
+
+
+def test_log_of_a_non_finite_loss_is_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_gpt, "learning_rate_factor", lambda *_: math.nan)
+    refusal(options(out=tmp_path), capsys)
+    events(next(tmp_path.glob("*.jsonl")))
+
+
+def test_huge_learning_rate_stops_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "below 1e30, not 1e+39" in refusal(options(out=tmp_path, matrix__lr="1e39"), capsys)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                                   MemoryError()], ids=["device", "cpu", "numpy"])  # fmt: skip
+def test_too_little_memory_names_the_knob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    monkeypatch.setattr(train_gpt.GPT, "forward", mock.Mock(side_effect=error))
+    message = refusal(options(out=tmp_path / "out", micro_rows=3), capsys)
+    assert "memory" in message and "micro_rows" in message
