@@ -462,6 +462,47 @@ def test_curves_and_leading_steps_are_those_of_the_runs(finished, monkeypatch):
         assert len(smoothed) > 20 and smoothed[:, 1] == pytest.approx(ahead, abs=2e-3)  # losses have five decimals there
 
 
+def dots(axis) -> dict[str, tuple[float, float, float, bool]]:
+    """label: (low, middle, high, filled) of a figure of differences."""
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    return {labels[place]: (*bars.lines[2][0].get_segments()[0][:, 0][[0]], *bars.lines[0].get_xdata(),
+                            *bars.lines[2][0].get_segments()[0][:, 0][[1]],
+                            bars.lines[0].get_markerfacecolor() != "white")
+            for place, bars in enumerate(axis.containers)}  # fmt: skip
+
+
+def test_a_dot_of_a_difference_has_its_interval_and_is_filled_where_p_is_small(folder, finished, monkeypatch):
+    drawn, names = {}, ("ref", "lower", "noisy")
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.update({out.name: figure}))
+    shifts = {"ref": [0.0] * 6, "lower": [-0.02, -0.021, -0.019, -0.02, -0.022, -0.018],
+              "noisy": [-0.03, 0.05, 0.01, -0.02, 0.04, -0.01]}  # fmt: skip
+    variants = {name: {"options": ["--x", name], **({"against": "ref"} if name != "ref" else {})} for name in names}
+    table = {"title": "Dots", "track": "tiny", "seeds": 6, "variants": variants, "pairs": True}
+    (folder / "table.json").write_text(json.dumps(table))
+    losses = {name: dict(enumerate(1.5 + 0.01 * seed + d for seed, d in enumerate(shifts[name]))) for name in names}
+    (folder / "results.jsonl").write_text(rows_like(results(finished)[0], losses))
+    assert compare.main(["report", str(folder)]) == 0
+    (axis,), (best,) = drawn["differences.png"].axes, drawn["best.png"].axes
+    found = dots(axis)
+    assert [*found] == ["noisy (n = 6)", "lower (n = 6)"]  # the lowest on top
+    for name, filled in (("lower", True), ("noisy", False)):
+        ab = stats.paired(list(losses[name].values()), list(losses["ref"].values()))
+        assert found[f"{name} (n = 6)"] == pytest.approx((ab["low"], ab["difference"], ab["high"], filled))
+    assert "minus that of ref" in drawn["differences.png"].get_suptitle() and axis.get_xscale() == "linear"
+    assert "minus that of lower" in drawn["best.png"].get_suptitle()
+    above = dots(best)
+    assert above["ref (n = 6)"][1] == pytest.approx(0.02) and above["ref (n = 6)"][3] and not above["noisy (n = 6)"][3]
+    # one large effect beside small ones: not linear; two references: each named
+    losses |= {"huge": {seed: 3.0 + 0.01 * seed + 0.001 * (seed % 2) for seed in range(6)}}
+    variants |= {"huge": {"options": ["--x", "huge"], "against": "lower"}}
+    (folder / "table.json").write_text(json.dumps(table))
+    (folder / "results.jsonl").write_text(rows_like(results(finished)[0], losses))
+    assert compare.main(["report", str(folder)]) == 0
+    (axis,) = drawn["differences.png"].axes
+    assert axis.get_xscale() == "symlog" and "the reference's" in drawn["differences.png"].get_suptitle()
+    assert [*dots(axis)] == ["huge against lower (n = 6)", "noisy against ref (n = 6)", "lower against ref (n = 6)"]
+
+
 def rows_like(line: dict, losses: dict[str, dict[int, float | None]]) -> str:
     """results.jsonl with these final losses of variants whose options are `--x NAME`."""
     lines = [line | {"variant": name, "value": None, "seed": seed, "options": ["--track", "tiny", "--x", name],
@@ -524,7 +565,7 @@ def test_a_report_is_the_same_bit_for_bit_and_checked(finished, capsys):
     (folder / "table.json").write_text(json.dumps(TABLE | {"pairs": True, "curves": True}))
     assert compare.main(["report", str(folder)]) == 0
     made = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".md", ".png")}
-    assert made.keys() == {"report.md", "differences.png", "curves.png", "grids.png"}
+    assert made.keys() == {"report.md", "differences.png", "best.png", "curves.png", "grids.png"}
     assert b"matplotlib" not in made["grids.png"].lower()
     for name in made:
         (folder / name).unlink()

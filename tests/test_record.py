@@ -732,6 +732,28 @@ def test_smoothing_is_a_running_mean():
     assert np.allclose(figures.smooth(x, 2), [4, 3, 4, 3]) and np.allclose(figures.smooth(x, 1), x)
 
 
+def test_figures_name_records_by_their_titles(folder, challenger, tmp_path, monkeypatch):
+    drawn: list = []
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
+    root = ["--root", str(folder.parents[1])]
+    for kind in ("curves", "leading"):
+        words = [kind, str(challenger), str(folder / "runs"), "--loss", "train", "--out", str(tmp_path / "x.png")]
+        assert record.main([*root, "plot", *words]) == 0
+    curves, leading = drawn
+    names = [text.get_text() for text in curves.legends[0].texts]
+    assert names == ["The record faster (n = 6)", "The record base (n = 6)"]
+    assert [axis.get_xlabel() for axis in curves.axes] == ["training tokens", "steps", "training time (s)"]
+    assert curves.axes[0].lines[0].get_xdata()[-1] == 409_600
+    for axis in leading.axes:
+        assert axis.get_xlabel() == "steps of The record faster" and "The record base" in axis.get_ylabel()
+    assert figures.name_of(next((folder / "runs").iterdir())).startswith("20260101-")
+    for log in (challenger / "runs").glob("*.jsonl"):
+        log.write_text(log.read_text().replace('"tokens": 409600', '"tokens": 1230000'))
+    assert record.main([*root, "plot", "curves", *words[1:]]) == 0
+    axis = drawn[-1].axes[0]
+    assert axis.get_xlabel() == "training tokens (millions)" and axis.lines[0].get_xdata()[-1] == pytest.approx(1.23)
+
+
 def test_figures_are_written_whole(folder, challenger, tmp_path, capsys):
     public_log(tmp_path / "public" / "a.txt", 3.278, 86.0)
     root = ["--root", str(folder.parents[1])]

@@ -316,6 +316,17 @@ def pair_rows(order: Sequence[str], every: dict[tuple[str, str], dict[str, Any]]
     return rows
 
 
+def above_the_lowest(order: Sequence[str], runs: dict[str, dict[int, dict]],
+                     every: dict[tuple[str, str], dict[str, Any]]) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The difference of each variant to the first of `order`, with the p of the table of pairs."""
+    found = {}
+    for name in order[1:]:
+        if sides := shared(runs[name], runs[order[0]]):
+            p = every[order[0], name].get("holm")
+            found[name] = difference(sides) | {"pairs": len(sides[0]), "holm": p}
+    return found
+
+
 def grid_rows(v: Variant, results: Results, value: float | None) -> list[str]:
     rows = []
     for x in v.values:
@@ -401,8 +412,11 @@ def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Resu
         lines += ["", f"## Against {name}" if name else "## References", "", table_row(names), table_row(["---"] * len(names))]
         rows = [(v, runs[v.name], values[v.name], found[v.name]) for v in variants if v.against == name]
         lines += [variant_row(*row, timed, len(goals)) for row in rows]
-    if shown := {f"{v.name} against {v.against}": found[v.name] for v in variants if found[v.name]}:
-        figures.differences(shown, out / "differences.png")
+    if shown := {v: found[v.name] for v in variants if found[v.name]}:
+        references = {v.against for v in shown}
+        one, than = len(references) == 1, f"that of {min(references)}" if len(references) == 1 else "the reference's"
+        labels = {v.name if one else f"{v.name} against {v.against}": ab for v, ab in shown.items()}
+        figures.differences(labels, out / "differences.png", than)
         lines += ["", "![differences of the validation loss](differences.png)"]
     if every:
         lines += ["", "## Every pair", "",
@@ -410,6 +424,9 @@ def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Resu
                   "chance of even one bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to",
                   "be equal.", "",
                   *pair_rows(order, every)]  # fmt: skip
+        if behind := above_the_lowest(order, runs, every):
+            figures.differences(behind, out / "best.png", f"that of {order[0]}")
+            lines += ["", f"![every variant minus {order[0]}, which has the lowest mean](best.png)"]
     if table.get("curves") and order:
         sides = {name: [*runs[name].values()] for name in order}
         trained = {name: training_curve(side, side[0]["final"]["step"]) for name, side in sides.items()}

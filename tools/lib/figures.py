@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,29 @@ import matplotlib
 import numpy as np
 
 from .logs import Run, any_runs
+from .tables import title
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.dates import ConciseDateFormatter  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 SIZE = 100  # dots per inch
 AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time (s)"}
+MILLION = 1e6
 
 
 def name_of(path: Path) -> str:
+    """A record's title, else the name of the log or folder."""
     path = path.resolve()
-    return path.stem if path.is_file() else path.parent.name if path.name == "runs" else path.name
+    if path.is_file():
+        return path.stem
+    folder = path.parent if path.name == "runs" else path
+    return title(folder) if (folder / "runs").is_dir() else folder.name
+
+
+def wrapped(text: str, width: int = 46) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -87,22 +99,27 @@ def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
     sets = {path: any_runs(path) for path in paths}
     found = {path: mean_curve(runs, loss, span) for path, runs in sets.items()}
     axes_wanted = [axis for axis in AXES if all(axis in curve for curve in found.values())]
-    figure, axes = plt.subplots(1, len(axes_wanted), figsize=(5 * len(axes_wanted), 4.5), sharey=True, squeeze=False)
+    units = dict.fromkeys(axes_wanted, 1.0)
+    if "tokens" in units and max(curve["tokens"].max() for curve in found.values()) >= MILLION:
+        units["tokens"] = MILLION
+    size = 5 * len(axes_wanted), 4.5 + 0.25 * -(-len(found) // 3)
+    figure, axes = plt.subplots(1, len(axes_wanted), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for path, curve in found.items():
         for axis, x in zip(axes[0], axes_wanted):
             label = f"{name_of(path)} (n = {len(sets[path])})"
-            (line,) = axis.plot(curve[x], curve["loss"], label=label, marker="." if len(curve[x]) < 30 else None)
+            at = curve[x] / units[x]
+            (line,) = axis.plot(at, curve["loss"], label=label, marker="." if len(at) < 30 else None)
             band = curve["loss"] - curve["sd"], curve["loss"] + curve["sd"]
-            axis.fill_between(curve[x], *band, color=line.get_color(), alpha=0.2)
+            axis.fill_between(at, *band, color=line.get_color(), alpha=0.2)
     for axis, x in zip(axes[0], axes_wanted):
-        axis.set(xlabel=AXES[x])
+        axis.set(xlabel=AXES[x] + (" (millions)" if units[x] == MILLION else ""))
         axis.grid(alpha=0.3)
     show_end(axes[0][0], [curve["loss"] for curve in found.values()], 0.2)
     axes[0][0].set_ylabel("nats per token")
-    axes[0][-1].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(axes_wanted), fontsize=9, frameon=False)
     devices = sorted({run.header.get("device", "") for runs in sets.values() for run in runs} - {""})
-    figure.suptitle(f"{said(loss, span)}; band: one sd over seeds; {', '.join(devices)}", fontsize=10)
-    figure.tight_layout()
+    figure.suptitle(f"{said(loss, span).capitalize()}; band: one sd over seeds; {', '.join(devices)}", fontsize=10)
     save(figure, out)
 
 
@@ -131,71 +148,88 @@ def leading(a: Path, b: Path, loss: str, span: int, out: Path) -> None:
     steps, lead = steps[steps > 0], lead[steps > 0]  # the first validation of a public log comes before the first step
     if not len(steps):
         raise ValueError(f"{a} and {b} have no loss in common")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
+    names = name_of(a), name_of(b)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     axes[0].plot(steps, lead, marker="." if len(steps) < 30 else None)
     axes[0].axhline(0, color="black", linewidth=0.8)
-    axes[0].set(xlabel=f"steps of A: {name_of(a)}", ylabel="further steps that B needs for the same loss")
+    axes[0].set_ylabel(wrapped(f"further steps of {names[1]} to the same loss"))
     axes[1].plot(steps, (steps + lead) / steps, marker="." if len(steps) < 30 else None)
     axes[1].axhline(1, color="black", linewidth=0.8)
-    axes[1].set(xlabel=f"steps of A: {name_of(a)}", ylabel="steps of B over steps of A")
+    axes[1].set_ylabel(wrapped(f"steps of {names[1]} over steps of {names[0]}"))
     for axis in axes:
+        axis.set_xlabel(wrapped(f"steps of {names[0]}"))
         axis.grid(alpha=0.3)
-    figure.suptitle(f"leading steps of A over B: {name_of(b)}; mean of {len(runs[0])} and {len(runs[1])} runs\n"
-                    f"{said(loss, span)}", fontsize=10)  # fmt: skip
-    figure.tight_layout()
+    heading = f"How many steps {names[1]} needs to come as low as {names[0]}"
+    figure.suptitle(f"{wrapped(heading, 90)}\n{said(loss, span)}, of {len(runs[0])} runs of {names[0]} "
+                    f"and {len(runs[1])} of {names[1]}", fontsize=10)  # fmt: skip
     save(figure, out)
 
 
 def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path) -> None:
     """Training time of a track's records against the date of their first run, one line for each machine."""
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     lines: dict[str, list[tuple]] = defaultdict(list)
     for result in results:
         when = datetime.datetime.strptime(result["first_run"], "%Y%m%d-%H%M%S")
         for device, seconds in result["train_time_s"].items():
             lines[f"{result['world_size']} x {device}"].append((when, seconds["median"], titles[result["name"]]))
+    spread = max(s for points in lines.values() for _, s, _ in points)
+    spread /= min(s for points in lines.values() for _, s, _ in points)
     for device, points in lines.items():
         times, seconds, names = zip(*points)
         axis.step(times, seconds, where="post", marker="o", label=device)
         for number, (x, y, name) in enumerate(points, 1):
-            late = x > times[0] + (times[-1] - times[0]) / 2  # its text goes to the left, below the line
-            axis.annotate(f" {number}: {name}, {y:.1f} s ", (x, y), fontsize=8, ha="right" if late else "left",
-                          va="top" if late else "bottom")  # fmt: skip
+            late = x > times[0] + (times[-1] - times[0]) / 2  # its text goes to the left
+            near = number > 1 and seconds[number - 2] / y < spread**0.05  # there the text of the one before stands
+            below = late or near
+            axis.annotate(f"{number}: {wrapped(name, 40)}, {y:.1f} s", (x, y), (-8 if late else 8, -5 if below else 4),
+                          textcoords="offset points", fontsize=9, ha="right" if late else "left",
+                          va="top" if below else "bottom",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
     axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
+    axis.xaxis.set_major_formatter(ConciseDateFormatter(axis.xaxis.get_major_locator()))
     axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    figure.suptitle(f"records of track {results[0]['track']}, target {results[0]['target']}", fontsize=10)
-    figure.autofmt_xdate()
-    figure.tight_layout()
+    axis.legend(fontsize=9)
+    figure.suptitle(f"Records of the track {results[0]['track']}: time to {results[0]['target']} nats per token", fontsize=11)
     save(figure, out)
 
 
-def differences(found: dict[str, dict[str, Any]], out: Path) -> None:
+def differences(found: dict[str, dict[str, Any]], out: Path, than: str = "the reference's") -> None:
     """Results of `stats.paired` by label: a dot each, lowest on top, with its interval where there is one.
 
-    The axis is linear up to 0.01 nats and logarithmic beyond, so that one large effect does not hide the small ones.
+    A filled dot has p (Holm) below 0.05. Where a linear axis would hide the small ones behind a large one, it is linear up to
+    0.01 nats and logarithmic beyond.
     """
     ordered = sorted(found.items(), key=lambda item: -item[1]["difference"])
-    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.35 * len(ordered)))
+    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.3 * len(ordered)), layout="constrained")
+    intervals = []
     for place, (_, ab) in enumerate(ordered):
-        ends = [[ab["difference"] - ab["low"]], [ab["high"] - ab["difference"]]] if ab["p"] is not None else None
-        axis.errorbar([ab["difference"]], [place], xerr=ends, fmt="o", capsize=3, color="C0")
-    axis.set_yticks(range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=8)
-    axis.set(xlabel="nats per token")
-    axis.set_xscale("symlog", linthresh=0.01, linscale=2)
-    largest = max(abs(ab[key]) for _, ab in ordered for key in (("low", "high") if ab["p"] is not None else ("difference",)))
-    ticks = [x for x in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if x <= largest] or [largest]
-    axis.set_xticks([*(-x for x in ticks), 0, *ticks], [f"{x:g}" for x in (*(-x for x in ticks), 0, *ticks)], rotation=60)
-    axis.set_xticks([], minor=True)
-    axis.set_title("final validation loss minus the reference's, 95% interval", fontsize=10)
+        middle, known = ab["difference"], ab["p"] is not None
+        low, high = (ab["low"], ab["high"]) if known else (middle, middle)
+        filled = ab.get("holm") is not None and ab["holm"] < 0.05
+        axis.errorbar([middle], [place], xerr=[[middle - low], [high - middle]] if known else None, fmt="o", capsize=3,
+                      color="C0", markerfacecolor="C0" if filled else "white")  # fmt: skip
+        intervals.append((low, high))
+    axis.set_yticks(range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=9)
+    axis.set_xlabel("nats per token")
+    lowest, highest = min(low for low, _ in intervals), max(high for _, high in intervals)
+    width = float(np.median([high - low for low, high in intervals]))
+    if width < 0.03 * (highest - lowest):
+        largest = max(-lowest, highest)
+        sizes = [x for x in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if x <= largest] or [largest]
+        ticks = [x for x in (*(-x for x in reversed(sizes)), 0, *sizes) if lowest <= x <= highest or x == 0]
+        axis.set_xscale("symlog", linthresh=0.01, linscale=1.2)
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=90)
+        axis.set_xticks([], minor=True)
+    if lowest - (highest - lowest) <= 0 <= highest + (highest - lowest):
+        axis.axvline(0, color="black", linewidth=0.8)
+    figure.suptitle(f"Final validation loss minus {than}, 95% interval; filled: p (Holm) below 0.05", fontsize=10)
     axis.margins(y=0.6 / len(ordered))
-    axis.axvline(0, color="black", linewidth=0.8)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
     save(figure, out)
 
 
@@ -205,7 +239,7 @@ def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]
     One panel for each option. A cross at the top marks a value at which a run diverged, a ring the best one.
     """
     options = list(dict.fromkeys(option for option, *_ in curves))
-    figure, axes = plt.subplots(1, len(options), figsize=(1 + 5 * len(options), 4.5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(options), figsize=(1 + 5 * len(options), 4.5), squeeze=False)
     for axis, wanted in zip(axes[0], options):
         for _, label, best, losses in (curve for curve in curves if curve[0] == wanted):
             good = {x: y for x, y in losses.items() if y and np.isfinite(y).all()}
@@ -217,13 +251,12 @@ def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]
             if best in good:
                 axis.plot([best], [mean[best]], "o", markersize=11, fillstyle="none", color=line.get_color())
         ticks = sorted({x for option, *_, losses in curves if option == wanted for x in losses})
-        axis.set(xlabel=wanted, xscale="log")
+        axis.set(xlabel=wanted, ylabel="final validation loss (nats per token)", xscale="log")
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("final validation loss (nats per token)")
-    figure.suptitle("mean and sd over seeds; ring: the best value; cross: a run diverged", fontsize=10)
+    figure.suptitle("Mean and sd over seeds; ring: the best value; cross: a run diverged", fontsize=10)
     figure.tight_layout()
     save(figure, out)
 
