@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -402,6 +403,7 @@ def test_pairs_on_two_machines_are_refused(challenger):
 FAKE = """
 import hashlib, json, os, random, sys, time
 from pathlib import Path
+from typing import Any
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 seed, out = int(given["--seed"]), Path(given["--out"])
 NAME, SPEED, COMPILES, FAIL, WAIT = "", 1.0, "", "", 0.0
@@ -666,12 +668,23 @@ def test_import_keeps_different_scripts_apart(tmp_path, capsys):
 
 
 def readmes(folder: Path) -> list[Path]:
+    """The page of the repository and that of the records, each with every kind of table but the tried runs'."""
     root = folder.parents[1]
     paths = [root.parent / "README.md", root / "README.md"]
     for path in paths:
-        blocks = "<!-- begin records -->\n<!-- end records -->\n\n<!-- begin steps --><!-- end steps -->"
+        blocks = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n\n" for name in ("summary", "records", "steps"))
         path.write_text(f"# Before\n\n{blocks}\n\nAfter.\n")
     return paths
+
+
+def block(path: Path, name: str) -> str:
+    return path.read_text().partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the lines of a table that begin with a number."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [cells for cells in lines if cells[0].isdigit()]
 
 
 def test_tables_are_reproducible_and_checked(folder, challenger, capsys):
@@ -683,7 +696,7 @@ def test_tables_are_reproducible_and_checked(folder, challenger, capsys):
     assert record.main([*root, "table", "--check"]) == 0
     text = paths[0].read_text()
     assert text.startswith("# Before") and text.endswith("After.\n")
-    rows = [line for line in text.splitlines() if line.startswith("| 1 |") or line.startswith("| 2 |")]
+    rows = [line for line in block(paths[0], "records").splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert f"| 1 | [The record base](records/tiny/{BASE}) | 100 | 409,600 | 1.4883, 6," in rows[0]
     assert "70.3 s on 1 x abacus" in rows[0] and rows[0].endswith("| - |")
     assert "(records/tiny/2026-01-02_faster)" in rows[1] and "66.0 s on 1 x abacus" in rows[1] and "| 0.937, " in rows[1]
@@ -695,19 +708,97 @@ def test_tables_are_reproducible_and_checked(folder, challenger, capsys):
     assert record.main([*root, "table", "--check"]) == 1 and "stale: README.md" in capsys.readouterr().out
 
 
-def test_what_was_tried_is_listed_beside_the_nearest_record(folder, challenger):
-    (path, _), root = readmes(folder), folder.parents[1]
-    path.write_text("<!-- begin tried --><!-- end tried -->")
-    lines = log_lines(7, 1.51, 70.0)
-    lines[0]["settings"]["matrix"] |= {"lr": 0.05, "normuon": False}
-    (root / "tiny" / "tried").mkdir()
-    (root / "tiny" / "tried" / "faster-rate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert record.main(["--root", str(root), "table"]) == 0
-    assert "| faster-rate | 100 | 409,600 | 1.5100 | 2 | `matrix.lr 0.05`, `matrix.normuon False` |" in path.read_text()
-    for log in (folder / "runs").glob("*.jsonl"):  # the first record comes to have the same rate
-        log.write_text(log.read_text().replace('"lr": 0.03', '"lr": 0.05'))
-    assert record.main(["--root", str(root), "table"]) == 0
-    assert "| faster-rate | 100 | 409,600 | 1.5100 | 1 | `matrix.normuon False` |" in path.read_text()
+def test_the_summary_names_a_machine_once_and_says_how_much_faster(folder, challenger):
+    (path, _), root = readmes(folder), ["--root", str(folder.parents[1])]
+    assert record.main([*root, "table"]) == 0
+    text = block(path, "summary")
+    assert "target 1.5 nats per token, median training times on 1 x abacus:" in text
+    assert rows_of(text) == [
+        ["1", f"[The record base](records/tiny/{BASE})", "2026-01-01", "100", "1.4883", "70.3 s", "-"],
+        ["2", "[The record faster](records/tiny/2026-01-02_faster)", "2026-01-01", "100", "1.4873", "66.0 s", "1.07 x"]]
+    for log in (folder / "runs").glob("*.jsonl"):
+        log.write_text(log.read_text().replace("abacus", "another machine"))
+    claims.write_result(folder)
+    assert record.main([*root, "table"]) == 0
+    text = block(path, "summary")
+    assert "nats per token:" in text and "| 70.3 s on 1 x another machine |" in text and "| 66.0 s on 1 x abacus |" in text
+
+
+def test_each_track_has_a_page_with_its_own_tables(folder, challenger, capsys):
+    root, other = folder.parents[1], write_record(folder.parents[1] / "wide" / BASE, LOSSES, SECONDS)
+    for log in (other / "runs").glob("*.jsonl"):
+        log.write_text(log.read_text().replace('"track": "tiny"', '"track": "wide"'))
+    claims.write_result(other)
+    paths = [*readmes(folder), root / "tiny" / "README.md", root / "wide" / "README.md"]
+    words = ["--root", str(root), "table"]
+    assert record.main([*words, "--check"]) == 1 and not paths[2].exists()
+    assert "records/tiny/README.md, records/wide/README.md" in capsys.readouterr().out
+    assert record.main(words) == 0 and record.main([*words, "--check"]) == 0
+    assert "Track `tiny`" in block(paths[1], "steps") and "Track `wide`" in block(paths[1], "steps")
+    for path, mine, its in ((paths[2], "tiny", "wide"), (paths[3], "wide", "tiny")):
+        text = path.read_text()
+        assert text.startswith(f"# Track `{mine}`") and f"Track `{mine}`, model" in text and its not in text
+        assert f"]({BASE})" in text
+    (root / "wide" / "tried").mkdir()
+    assert record.main([*words, "--check"]) == 1 and "records/wide/tried/README.md" in capsys.readouterr().out
+    paths[1].unlink()
+    assert record.main(words) == 1 and f"{paths[1]} is missing" in capsys.readouterr().err
+
+
+def tried_run(folder: Path, name: str, seed: int, loss: float, **changed: Any) -> None:
+    """A log in tried/; `changed`: settings as section__name."""
+    lines = log_lines(seed, loss, 70.0)
+    for key, value in changed.items():
+        section, _, field = key.partition("__")
+        lines[0]["settings"][section][field] = value
+    lines[0]["run_id"] = lines[0]["run_id"].replace("20260101", "20260103")  # after both records
+    (folder.parent / "tried").mkdir(exist_ok=True)
+    (folder.parent / "tried" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tried_rows(folder: Path) -> list[list[str]]:
+    """name, nearest, its loss, what differs"""
+    readmes(folder)
+    assert record.main(["--root", str(folder.parents[1]), "table"]) == 0
+    lines = (folder.parent / "tried" / "README.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| [")]
+    return [[name.partition("]")[0][1:], *rest] for name, _, _, _, *rest in cells]
+
+
+def test_what_was_tried_stands_beside_the_nearest_run_before_it(folder, challenger):
+    tried_run(folder, "faster-rate", 1, 1.51, matrix__lr=0.05, matrix__normuon=False)
+    tried_run(folder, "faster-still", 2, 1.52, matrix__lr=0.06, matrix__normuon=False)
+    tried_run(folder, "again", 3, 1.53, matrix__lr=0.06, matrix__normuon=False)
+    tried_run(folder, "the-same-seed", 3, 1.55, matrix__lr=0.06, matrix__normuon=False)
+    tried_run(folder, "another-record", 4, 1.54, matrix__lr=0.031)
+    # between equals: the same number of steps, then the same seed, then the earlier one
+    assert tried_rows(folder) == [
+        ["faster-rate", "record 1", "1.4883", "`matrix.lr 0.03 -> 0.05`, `matrix.normuon True -> False`"],
+        ["faster-still", "faster-rate", "1.5100", "`seed 1 -> 2`, `matrix.lr 0.05 -> 0.06`"],
+        ["again", "faster-still", "1.5200", "`seed 2 -> 3`"],
+        ["the-same-seed", "again", "1.5300", "nothing"],
+        ["another-record", "record 1", "1.4883", "`matrix.lr 0.03 -> 0.031`"]]
+    text = (folder.parent / "tried" / "README.md").read_text()
+    assert "| [again](again.jsonl) | 100 | 409,600 | 1.5300 |" in text
+    for log in (challenger / "runs").glob("*.jsonl"):  # the second record comes to have the rate
+        log.write_text(log.read_text().replace('"lr": 0.03', '"lr": 0.031'))
+    assert tried_rows(folder)[4] == ["another-record", "record 2", "1.4873", "nothing"]
+
+
+def test_stages_of_tried_runs_are_compared_column_by_column(folder, challenger):
+    stages = [[0, [64, 64], 1, 4096, 1.0, []], [0.5, [64, 64], 2, 4096, 1.5, []]]
+    tried_run(folder, "growing", 0, 1.51, schedule__stages=stages, model__ahead=0, model__tied=0.5)
+    tried_run(folder, "wider", 1, 1.52, schedule__stages=[[b, [64, 128], *rest] for b, _, *rest in stages], model__tied=0.5)
+    for log in (folder.parent / "tried").glob("*.jsonl"):
+        log.write_text(log.read_text().replace('"windows": [[64, 64]], ', ""))
+    for log in (folder / "runs").glob("*.jsonl"):  # from before there were stages
+        log.write_text(log.read_text().replace('"rows": 2', '"rows": 2, "document_cut": 4096'))
+    found = tried_rows(folder)
+    assert found[0][0] == "growing" and found[0][1] == "record 1"
+    # a setting that only one of the two knows counts unless it is off: tied does, ahead does not
+    assert found[0][3] == ("`model.tied None -> 0.5`, `stages.batch 1 -> (1,2)`, `stages.begin 0 -> (0,0.5)`, "
+                           "`stages.lr 1 -> (1,1.5)`")  # fmt: skip
+    assert found[1][1:] == ["growing", "1.5100", "`seed 0 -> 1`, `stages.windows (64,64) -> (64,128)`"]
 
 
 def test_leading_steps_of_curves_with_a_known_ratio():
@@ -781,6 +872,10 @@ def test_every_record_of_the_repository_holds(capsys):
     assert folders and record.main(["verify"]) == 0, capsys.readouterr().out
     for folder in folders:
         assert (folder / "README.md").is_file(), f"{folder.name} has no README.md"
+    pages = {"README.md": "summary", "records/README.md": "records", "records/tiny/README.md": "steps",
+             "records/tiny/tried/README.md": "tried"}  # fmt: skip
+    for path, name in pages.items():
+        assert block(ROOT / path, name).count("\n| ") > 2, f"{path} has no table {name}"
     assert record.main(["table", "--check"]) == 0, capsys.readouterr().out
 
 

@@ -4,7 +4,7 @@
     python tools/record.py ab --baseline DIR_OR_FILE --candidate DIR_OR_FILE --pairs 5 [--until-decided]
     python tools/record.py verify [DIR ...]         does each folder prove its claim? none: every record
     python tools/record.py plan --sd 0.003 --margin 0.004 --power 0.9
-    python tools/record.py table [--check]          the tables of README.md and records/README.md
+    python tools/record.py table [--check]          the tables of README.md and of the pages in records/
     python tools/record.py plot curves|leading|history ...
     python tools/record.py import DIR               statistics of logs of the public speedrun
 
@@ -30,7 +30,7 @@ from lib import stats
 from lib.claims import ROOT, read_pairs, record_folders, verify, write, write_result
 from lib.logs import Run, public_runs
 from lib.runner import Record, alone, exit_status, new_record, positive
-from lib.tables import chance, claim, history, number, title, with_tables
+from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
 
 
 def command_run(a: argparse.Namespace) -> int:
@@ -189,13 +189,10 @@ def command_import(a: argparse.Namespace) -> int:
 
 def command_table(a: argparse.Namespace) -> int:
     stale = []
-    for path in (a.root.parent / "README.md", a.root / "README.md"):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        text = path.read_text(encoding="utf-8")
-        fresh = with_tables(text, a.root, path.parent)
-        if fresh != text:
-            stale.append(path.name if path.parent == a.root.parent else f"{a.root.name}/{path.name}")
+    for path in pages(a.root):
+        fresh = with_tables(page_text(path, a.root), a.root, path.parent)
+        if not path.is_file() or fresh != path.read_text(encoding="utf-8"):
+            stale.append(str(path.relative_to(a.root.parent)))
             if not a.check:
                 write(path, fresh)
     if stale:
@@ -265,7 +262,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--margin", type=float, required=True, help="how far the true mean lies below the target")
     p.add_argument("--power", type=float, default=0.9, help="wanted probability (default: 0.9)")
 
-    p = command("table", command_table, "Make the tables between the markers of README.md and records/README.md anew.")
+    p = command("table", command_table, "Make the tables between the markers of README.md and of the pages in records/ anew.")
     p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when they are stale")
 
     p = command("plot", command_plot, "PNG figures. curves: loss against tokens, steps and time, mean and band over seeds. "

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .claims import record_folders
-from .logs import differing, flat, read_log, text_of
+from .logs import differing, flat, read_log
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -49,7 +49,8 @@ def optimizer_of(settings: dict[str, Any]) -> str:
     if m.get("kind") == "adam":
         return "AdamW"
     words = ["Muon" if m.get("equilibrate", "none") == "none" else f"MuonEq-{m['equilibrate']}"]
-    return " + ".join(words + ["NorMuon"] * bool(m.get("normuon"))) + f", {m.get('orthogonalize', '?')} {m.get('steps', '?')}"
+    iterations = m.get("iterations", m.get("steps", "?"))  # its older name
+    return " + ".join(words + ["NorMuon"] * bool(m.get("normuon"))) + f", {m.get('orthogonalize', '?')} {iterations}"
 
 
 def title(folder: Path) -> str:
@@ -101,6 +102,25 @@ def history_table(track: str, results: Sequence[dict[str, Any]], root: Path, bes
     return lines
 
 
+def summary_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
+    """The history in few words, for a page that says what the project is; the statistics are in `history_table`."""
+    chain = history(results)
+    machines = {f"{r['world_size']} x {device}" for r in chain for device in r["train_time_s"]}
+    where = f", median training times on {min(machines)}" if len(machines) == 1 else ""
+    lines = [f"Track `{track}`, target {results[0]['target']} nats per token{where}:", ""]
+    lines += ["| # | record | date | steps | loss | time | speed-up over the one before |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for place, r in enumerate(chain, 1):
+        day = r["first_run"]
+        date = f"{day[:4]}-{day[4:6]}-{day[6:8]}"
+        seconds = [f"{seconds['median']:.1f} s" for seconds in r["train_time_s"].values()]
+        time = seconds[0] if where else seconds_of(r)
+        faster = ", ".join(f"{1 / ab['ratio']:.2f} x" for ab in r["beats"])
+        lines.append(f"| {place} | {link(root / track / r['name'], beside)} | {date} | {r['steps']:,} "
+                     f"| {r['val_loss']['mean']:.4f} | {time} | {faster or '-'} |")  # fmt: skip
+    return lines
+
+
 def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
     """Fewest steps to the target, separately for each model and data (batch included); any optimizer."""
     groups: dict[str, list] = {}
@@ -125,34 +145,134 @@ def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     return lines[1:]
 
 
+class Known(NamedTuple):
+    """A run, or a record, as the table of tried runs compares it."""
+
+    time: str  # of the start, "20261122-034728"
+    name: str
+    steps: int
+    loss: float | None
+    seed: int | None  # None for a record: it has several
+    settings: dict[str, Any]  # of `comparable`
+
+
+STAGE = ("begin", "windows", "batch", "document_cut", "lr", "ahead")  # the columns of schedule.stages
+NOT_COMPARED = {
+    "evaluation.every", "evaluation.log_every",  # when something is measured
+    "data.epochs",  # how often the data may be read at most
+    "schedule.steps", "schedule.stages",  # shown by themselves
+}  # fmt: skip
+OFF = (None, 0, 1, -1, "", [])  # what a setting has that does nothing
+
+
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings, stages column by column; logs from before there were stages read as if there had been."""
+    result = flat(settings)
+    if "schedule.windows" in result:
+        windows, cut = result.pop("schedule.windows"), result.pop("data.document_cut", None)
+        if not result.get("schedule.extension"):
+            result.pop("schedule.extension_windows", None)
+        stages = [[i / len(windows), pair, 1, cut, 1.0, []] for i, pair in enumerate(windows)]
+        result["schedule.stages"] = stages
+    if len(result.get("model.softcap", ())) == 2:  # its shift came later
+        scale, width = result["model.softcap"]
+        result["model.softcap"] = [scale, 0.0, width]
+    for name, *column in zip(STAGE, *result.get("schedule.stages", ())):
+        same = all(value == column[0] for value in column)
+        result[f"stages.{name}"] = column[0] if same else column
+    return {key: value for key, value in result.items() if key not in NOT_COMPARED}
+
+
+def apart(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The settings in which two runs differ. One that only one of two scripts knows counts unless it is off there."""
+    return [key for key in differing(a, b) if key in a and key in b or (a | b)[key] not in OFF]
+
+
+def short(value: Any) -> str:
+    if isinstance(value, list):
+        return "(" + ",".join(map(short, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
-    """Single runs in <track>/tried/: how each differs from the record that is nearest, and what it reached. No times."""
-    paths = sorted((root / track / "tried").glob("*.jsonl"))
-    records = {place: flat(settings_of(root / track / r["name"])) for place, r in enumerate(history(results), 1)}
-    shown_elsewhere = {"evaluation.every", "evaluation.log_every", "schedule.steps"}
-    lines = [f"Track `{track}`, each run beside the record that it has most settings in common with (its number above):", ""]
-    lines += ["| run | steps | tokens | validation loss, one seed | record | differs in |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for path in paths:
+    """Single runs in <track>/tried/ by time, each beside the record or run before it that is nearest to it."""
+    known, paths = [], {}
+    for place, r in enumerate(history(results), 1):
+        settings = comparable(settings_of(root / track / r["name"]))
+        known.append(Known(r["first_run"], f"record {place}", r["steps"], r["val_loss"]["mean"], None, settings))
+    for path in (root / track / "tried").glob("*.jsonl"):
         run = read_log(path)
-        settings, final = flat(run.header["settings"]), run.final or {}
-        keys = {place: [*differing(base, settings)] for place, base in records.items()}
-        place = min(keys, key=lambda place: (len(keys[place]), -place))
-        what = ", ".join(f"`{key} {text_of(settings.get(key))}`" for key in keys[place] if key not in shown_elsewhere)
-        lines.append(f"| {path.stem} | {final.get('step', 0):,} | {final.get('tokens', 0):,} | {number(final.get('val_loss'))} "
-                     f"| {place} | {what or '-'} |")  # fmt: skip
+        final, header = run.final or {}, run.header
+        settings = comparable(header["settings"])
+        time, steps, loss = header["run_id"][:15], final.get("step", 0), final.get("val_loss")
+        known.append(Known(time, path.stem, steps, loss, header["seed"], settings))
+        paths[path.stem] = path, final.get("tokens", 0)
+    known.sort(key=lambda run: (run.time, run.name))
+    lines = [f"Track `{track}`, in the order of time; losses are of one seed, those of a record the mean over its seeds:", ""]
+    lines += ["| run | steps | tokens | loss | nearest before it | its loss | what differs |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for place, run in enumerate(known):
+        if run.name not in paths:
+            continue
+
+        def distance(other: Known, run: Known = run) -> tuple:
+            differs = apart(other.settings, run.settings)
+            return len(differs), other.steps != run.steps, other.seed != run.seed, other.time
+
+        path, tokens = paths[run.name]
+        cells = [f"[{run.name}]({os.path.relpath(path, beside)})", f"{run.steps:,}", f"{tokens:,}", number(run.loss)]
+        near = min(known[:place], key=distance, default=None)
+        cells += [near.name, number(near.loss), what_differs(near, run)] if near else ["-", "-", "the first"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines if paths else []
 
 
-TABLES: dict[str, Callable] = {"records": history_table, "steps": steps_table, "tried": tried_table}
+def what_differs(near: Known, run: Known) -> str:
+    changes = [("steps", near.steps, run.steps)] if near.steps != run.steps else []
+    if near.seed is not None and near.seed != run.seed:
+        changes.append(("seed", near.seed, run.seed))
+    for key in apart(near.settings, run.settings):
+        changes.append((key, near.settings.get(key), run.settings.get(key)))
+    return ", ".join(f"`{key} {short(old)} -> {short(new)}`" for key, old, new in changes) or "nothing"
+
+
+TABLES: dict[str, Callable] = {
+    "summary": summary_table, "records": history_table, "steps": steps_table, "tried": tried_table,
+}  # fmt: skip
+NEW_TRACK = "# Track `{}`\n\n<!-- begin steps -->\n<!-- end steps -->\n"
+NEW_TRIED = "# What was tried\n\n<!-- begin tried -->\n<!-- end tried -->\n"
+
+
+def pages(root: Path) -> list[Path]:
+    """The files with generated tables: of the repository, of the records, of each track, of what was tried there."""
+    tracks = sorted({folder.parent for folder in record_folders(root)})
+    tried = [track / "tried" for track in tracks if (track / "tried").is_dir()]
+    return [folder / "README.md" for folder in (root.parent, root, *tracks, *tried)]
+
+
+def page_text(path: Path, root: Path) -> str:
+    """What stands there now; where a track has no page yet, a page without its tables."""
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.parent in (root, root.parent):
+        raise ValueError(f"{path} is missing")
+    return NEW_TRIED if path.parent.name == "tried" else NEW_TRACK.format(path.parent.name)
 
 
 def with_tables(text: str, root: Path, beside: Path) -> str:
-    """A markdown text with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew."""
+    """A markdown text with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
+
+    A page inside the folder of a track, `beside`, has the tables of this track, any other page those of all tracks.
+    """
+    inside = beside.relative_to(root).parts if beside.is_relative_to(root) else ()
     proven: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder / "result.json" for folder in record_folders(root)):
-        if path.is_file() and (result := json.loads(path.read_text()))["reaches_target"]:
-            proven.setdefault(path.parents[1].name, []).append(result)
+        track = path.parents[1].name
+        if not path.is_file() or inside and track != inside[0]:
+            continue
+        result = json.loads(path.read_text())
+        if result["reaches_target"]:
+            proven.setdefault(track, []).append(result)
     for name, make in TABLES.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if begin not in text or end not in text.partition(begin)[2]:
