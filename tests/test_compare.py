@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -742,6 +743,55 @@ def test_options_of_a_variant_follow_its_preset(folder):
     ((variant,), words) = comparison.read_table(folder)[1], presets.PRESETS["normuon"]
     assert variant.options == ("--a", "1", *words, "--matrix.beta2", "0.9") and words
     assert variant.own == "preset normuon --matrix.beta2 0.9"
+
+
+def test_findings_are_those_of_the_results():
+    """Each row of records/comparisons/README.md of the form | .. | `a` - `b` | difference | interval | p | .. or `a` / `b`."""
+    folder, known, checked = ROOT / "records" / "comparisons", {}, 0
+
+    def computed(name: str) -> dict[tuple[str, str, str], list[str]]:
+        table, variants = comparison.read_table(folder / name)
+        results, times = comparison.read_results(folder / name, variants), comparison.read_times(folder / name, variants)
+        runs = {v.name: comparison.judged(v, results) for v in variants}
+        found, every, _ = comparison.tested(table, variants, runs)
+        pairs = [*(((v.name, v.against), found[v.name]) for v in variants if found[v.name]), *every.items()]
+        comparison.correct(pairs)
+        cells = {}
+        for (a, b), ab in pairs:
+            for sign, names in ((1, (a, b)), (-1, (b, a))):
+                low, high = sorted((sign * ab["low"], sign * ab["high"]))
+                words = f"{sign * ab['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{ab['holm']:.2g}"
+                cells[(names[0], "-", names[1])] = list(words)
+        for (a, b), line in times.items():
+            r = stats.ratio(*line["seconds"])
+            cells[(a, "/", b)] = [f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"]
+        return cells
+
+    text, name = (folder / "README.md").read_text(), ""
+    for line in text.splitlines():
+        name = (re.findall(r"\]\(([\w-]+)/report\.md\)", line) or [name])[-1]
+        cells = line.strip("| ").split(" | ")
+        if len(cells) > 3 and (names := re.fullmatch(r"`(.+)` ([-/]) `(.+)`", cells[1])):
+            if name not in known:
+                known[name] = computed(name)
+            wanted = known[name][names.groups()]
+            assert cells[2 : 2 + len(wanted)] == wanted, f"{name}: {line}"
+            checked += 1
+    assert checked > 50
+    # the number of runs of each comparison
+    rows = re.findall(r"^\| \[([\w-]+)\]\(.* \| (\d+)[^|]* \| [^|]* \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == {path.parent.name for path in folder.glob("*/table.json")}
+    for name, count in rows:
+        _, variants = comparison.read_table(folder / name)
+        done = comparison.read_results(folder / name, variants), comparison.read_times(folder / name, variants)
+        assert int(count) == sum(map(len, done)), name
+
+
+def test_a_comparison_that_has_not_been_run_can_be():
+    """Its options are those of today's script; one that was run has the script beside it."""
+    for path in sorted((ROOT / "records" / "comparisons").glob("*/table.json")):
+        if not (path.parent / "train_gpt.py").exists():
+            compare.check_options(ROOT / "train_gpt.py", comparison.read_table(path.parent)[1])
 
 
 def test_reports_of_the_repository_are_fresh(folder, tmp_path, capsys):

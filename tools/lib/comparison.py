@@ -379,13 +379,22 @@ def report(folder: Path, out: Path) -> None:
     write(out / "report.md", "\n\n".join("\n".join(part) for part in parts) + "\n")
 
 
-def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Results, out: Path) -> list[str]:
-    """The part of the report about runs; its figures are written into `out`."""
-    runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
+def tested(table: dict[str, Any], variants: Sequence[Variant], runs: dict[str, dict[int, dict]]) -> tuple:
+    """(each variant against its reference, every pair if the table asks for it, names with the lowest mean first).
+
+    The first by name, the second by two names; without variants of which a run diverged in the second and third.
+    """
     found = {v.name: compared(shared(runs[v.name], runs[v.against])) if v.against else {} for v in variants}
     means = {v.name: statistics.mean(map(loss_of, runs[v.name].values())) for v in variants if runs[v.name]}
     order = sorted((name for name, mean in means.items() if mean < math.inf), key=means.get)
-    every = {(a, b): difference(shared(runs[a], runs[b])) for a, b in itertools.combinations(order, 2) if table.get("pairs")}
+    pairs = itertools.combinations(order, 2) if table.get("pairs") else ()
+    return found, {(a, b): difference(shared(runs[a], runs[b])) for a, b in pairs}, order
+
+
+def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Results, out: Path) -> list[str]:
+    """The part of the report about runs; its figures are written into `out`."""
+    runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
+    found, every, order = tested(table, variants, runs)
     tests = correct([*(((v.name, v.against), found[v.name]) for v in variants), *every.items()])
     missing = sum(job not in results for job in planned(variants, results))
     threads = sorted({line["header"]["threads"] for line in results.values()})
