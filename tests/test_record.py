@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -877,6 +878,28 @@ def test_every_record_of_the_repository_holds(capsys):
     for path, name in pages.items():
         assert block(ROOT / path, name).count("\n| ") > 2, f"{path} has no table {name}"
     assert record.main(["table", "--check"]) == 0, capsys.readouterr().out
+
+
+def slugs(text: str) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_the_pages_lead_somewhere():
+    """Links, and paths in backquotes that begin with ../, which is how records point to what lies beside them."""
+    pages, checked = [*(ROOT / "records").rglob("*.md"), *(ROOT / "tools").rglob("*.md")], 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s]+)\)|`(\.\./[^`\s]*)`", text):
+            target, _, anchor = "".join(link).partition("#")
+            if "://" in target:
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.relative_to(ROOT)}: {target}"
+            assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), f"{page.relative_to(ROOT)}: #{anchor}"
+            checked += 1
+    assert checked > 100
 
 
 def test_no_log_is_larger_than_promised():
