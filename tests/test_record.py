@@ -836,6 +836,10 @@ def test_figures_name_records_by_their_titles(folder, challenger, tmp_path, monk
     assert names == ["The record faster (n = 6)", "The record base (n = 6)"]
     assert [axis.get_xlabel() for axis in curves.axes] == ["training tokens", "steps", "training time (s)"]
     assert curves.axes[0].lines[0].get_xdata()[-1] == 409_600
+    words_of_track = ["curves", "tiny", "--loss", "train", "--out", str(tmp_path / "x.png")]
+    assert record.main([*root, "plot", *words_of_track]) == 0
+    of_track = [text.get_text() for text in drawn[-1].legends[0].texts]
+    assert of_track == names[::-1]  # the records of the track, oldest first
     for axis in leading.axes:
         assert axis.get_xlabel() == "steps of The record faster" and "The record base" in axis.get_ylabel()
     assert figures.name_of(next((folder / "runs").iterdir())).startswith("20260101-")

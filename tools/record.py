@@ -200,6 +200,10 @@ def command_table(a: argparse.Namespace) -> int:
     return int(a.check and bool(stale))
 
 
+def results_of(track: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(track.glob("*/result.json"))]
+
+
 def command_plot(a: argparse.Namespace) -> int:
     from lib import figures
 
@@ -207,12 +211,14 @@ def command_plot(a: argparse.Namespace) -> int:
         if len(a.runs) != 1:
             raise ValueError("plot history takes one track")
         track = a.root / str(a.runs[0])
-        results = [json.loads(path.read_text()) for path in sorted(track.glob("*/result.json"))]
+        results = results_of(track)
         if not results:
             raise ValueError(f"{track} holds no record with a result.json")
         figures.history(history(results), {r["name"]: title(track / r["name"]) for r in results}, a.out)
     elif a.kind == "curves":
-        figures.curves(a.runs, a.loss, a.span, a.out)
+        # a track stands for its records, oldest first
+        of_track = {path: [a.root / path / r["name"] for r in history(results_of(a.root / path))] for path in a.runs}
+        figures.curves([run for path in a.runs for run in of_track[path] or [path]], a.loss, a.span, a.out)
     elif len(a.runs) != 2:
         raise ValueError("plot leading takes two arguments: run A and run B")
     else:
@@ -269,7 +275,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                 "leading: how many more steps B needs for each loss of A. history: a track's records by date.")  # fmt: skip
     p.add_argument("kind", choices=("curves", "leading", "history"))
     p.add_argument("runs", nargs="+", type=Path, metavar="RUNS",
-                   help="record folders, logs, folders of public logs; history: a track")  # fmt: skip
+                   help="record folders, logs, folders of public logs; of history and curves: a track")  # fmt: skip
     p.add_argument("--loss", choices=("val", "train"), default="val", help="which curve (default: val)")
     p.add_argument("--span", type=positive, default=1, help="smoothing: steps of a running mean (default: 1, none)")
     p.add_argument("--out", type=Path, required=True, help="the PNG to write")
