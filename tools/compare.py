@@ -25,7 +25,8 @@ so what a seed does to both cancels, and unlike Welch's test this one holds whet
 over all differences of a report (Holm 1979), the intervals are not. A mean's own 95% interval is the t interval over its runs;
 those of two variants may overlap although their difference is sure.
 
-"pairs": true in the table adds the differences of all pairs of variants to the report, and p is corrected over all of them.
+"pairs": true in the table adds the differences of all pairs of variants to the report, with a figure of those to the lowest
+mean, and p is corrected over all of them.
 "curves": true adds a figure of the training curves, and of the steps by which variants lead their references.
 
 FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
