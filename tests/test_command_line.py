@@ -24,9 +24,12 @@ sys.path.insert(0, sys.argv[1])
 sys.dont_write_bytecode = True
 import numpy, torch, torch._dynamo, torch.distributed as dist
 def state():
-    return (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().tolist(),
-            torch.get_float32_matmul_precision(), dict(os.environ), os.listdir("."), threading.active_count(), os.getcwd(),
-            dist.is_initialized(), torch._dynamo.config.get_config_copy(), torch.is_grad_enabled())
+    return (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+        torch.initial_seed(), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+        dist.is_initialized(), torch._dynamo.config.get_config_copy(),
+        dict(os.environ), os.listdir("."), os.getcwd(), threading.active_count(),
+    )
 before, modules = state(), {name.split(".")[0] for name in sys.modules}
 import train_gpt
 assert state() == before, (state(), before)
@@ -47,7 +50,9 @@ def test_help_lists_every_track_and_field(capsys: pytest.CaptureFixture, argv: l
     lines = said.out.splitlines()
     assert said.err == ""
     for f in dataclasses.fields(train_gpt.Run):
-        assert any(line.strip().startswith(f"--{f.name} ") and f.metadata["meaning"] in line for line in lines), f.name
+        assert any(
+            line.strip().startswith(f"--{f.name} ") and f.metadata["meaning"] in line for line in lines
+        ), f.name
     for name, track in train_gpt.TRACKS.items():
         (begin,) = [i for i, line in enumerate(lines) if line.startswith(f"Track {name} ")]
         ends = [i for i, line in enumerate(lines) if line.startswith("Track ") and i > begin]
@@ -97,10 +102,13 @@ def test_values_of_options(option: str, text: str, value: Any, joined: bool) -> 
     others = train_gpt.parse_command_line(["--track", "tiny"])
     section, _, name = option.rpartition(".")
     if section:
-        changed = dataclasses.replace(getattr(track, section), **{name: getattr(getattr(others[0], section), name)})
+        changed = dataclasses.replace(
+            getattr(track, section), **{name: getattr(getattr(others[0], section), name)}
+        )
         assert dataclasses.replace(track, **{section: changed}) == others[0] and run == others[1]
     else:
-        assert dataclasses.replace(run, **{name: getattr(others[1], name)}) == others[1] and track == others[0]
+        assert dataclasses.replace(run, **{name: getattr(others[1], name)}) == others[1]
+        assert track == others[0]
 
 
 def test_the_order_of_options_does_not_matter_but_the_last_one_counts() -> None:
@@ -119,7 +127,11 @@ def test_the_order_of_options_does_not_matter_but_the_last_one_counts() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice depends on the devices")
 def test_track_auto_is_tiny_without_a_large_gpu() -> None:
-    assert train_gpt.parse_command_line([])[1].track == "tiny" == train_gpt.parse_command_line(["--track", "auto"])[1].track
+    assert (
+        train_gpt.parse_command_line([])[1].track
+        == "tiny"
+        == train_gpt.parse_command_line(["--track", "auto"])[1].track
+    )
 
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)

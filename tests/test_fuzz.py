@@ -1,4 +1,5 @@
-"""Hostile input: whatever the bytes or the words, one sentence or a good result, no traceback, no hang, nothing half done."""
+"""Hostile input: whatever the bytes or the words, one sentence or a good result, no traceback, no
+hang, nothing half done."""
 
 import dataclasses
 import hashlib
@@ -16,7 +17,12 @@ import train_gpt
 from helpers import events, options, train
 from lib import logs
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +68,16 @@ def one_sentence(error: ValueError, name: str) -> None:
 
 
 @QUICK
-@given(data=st.data(), name=st.sampled_from(["train_000001.bin", "val_000000.bin", "manifest.json"]), sign=st.booleans())
-def test_changed_shards_are_refused_or_read_as_what_they_hold(run_folder: Path, tmp_path: Path, data: st.DataObject, name: str, sign: bool) -> None:
-    """Changed shards are refused, also when the manifest has been made to agree, or read as what they hold."""
+@given(
+    data=st.data(),
+    name=st.sampled_from(["train_000001.bin", "val_000000.bin", "manifest.json"]),
+    sign=st.booleans(),
+)
+def test_changed_shards_are_refused_or_read_as_what_they_hold(
+    run_folder: Path, tmp_path: Path, data: st.DataObject, name: str, sign: bool
+) -> None:
+    """Changed shards are refused, also when the manifest has been made to agree, or read as what
+    they hold."""
     folder = tmp_path / "corpus"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run_folder / "shakespeare", folder)
@@ -99,11 +112,17 @@ def checkpoint(run_folder: Path) -> Path:
 
 @QUICK
 @given(data=st.data(), part=st.sampled_from(["begin", "end", "anywhere"]), sign=st.booleans())
-def test_a_changed_checkpoint_is_refused_by_name(run_folder: Path, tmp_path: Path, data: st.DataObject, part: str, sign: bool) -> None:
+def test_a_changed_checkpoint_is_refused_by_name(
+    run_folder: Path, tmp_path: Path, data: st.DataObject, part: str, sign: bool
+) -> None:
     """A changed file is refused by name; one whose checksum was made to agree at least gives no traceback."""
     good = checkpoint(run_folder).read_bytes()
     content, digest = good[:-32], good[-32:]
-    begin = {"begin": 0, "end": len(content) - 3000, "anywhere": data.draw(st.integers(0, len(content) - 3000))}[part]
+    begin = {
+        "begin": 0,
+        "end": len(content) - 3000,
+        "anywhere": data.draw(st.integers(0, len(content) - 3000)),
+    }[part]
     changed = content[:begin] + data.draw(bytes_near(content[begin : begin + 3000])) + content[begin + 3000 :]
     path = tmp_path / "step_000002.pt"
     path.write_bytes(changed + (hashlib.sha256(changed).digest() if sign else digest))
@@ -117,7 +136,12 @@ def test_a_changed_checkpoint_is_refused_by_name(run_folder: Path, tmp_path: Pat
 
 
 CONTENT = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=5) | st.just(torch.ones(2, 3)),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 2**70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just(torch.ones(2, 3)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
@@ -125,7 +149,9 @@ CONTENT = st.recursive(
 
 @QUICK
 @given(value=CONTENT)
-def test_a_checkpoint_of_another_format_is_refused_by_name(run_folder: Path, tmp_path: Path, value: object) -> None:
+def test_a_checkpoint_of_another_format_is_refused_by_name(
+    run_folder: Path, tmp_path: Path, value: object
+) -> None:
     """Well-formed files that say they are something else."""
     content = torch.load(checkpoint(run_folder), weights_only=True)
     path = tmp_path / "step_000002.pt"
@@ -141,7 +167,9 @@ def test_a_checkpoint_of_another_format_is_refused_by_name(run_folder: Path, tmp
 
 @QUICK
 @given(data=st.data())
-def test_a_changed_log_is_refused_by_name_or_goes_on_in_whole_lines(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_changed_log_is_refused_by_name_or_goes_on_in_whole_lines(
+    run_folder: Path, tmp_path: Path, data: st.DataObject
+) -> None:
     """Opened to go on from step 2, a changed log is refused by name or holds whole lines up to that step."""
     (original,) = (run_folder / "logs").glob("*.jsonl")
     path = tmp_path / "run.jsonl"
@@ -161,7 +189,9 @@ def test_a_changed_log_is_refused_by_name_or_goes_on_in_whole_lines(run_folder: 
 
 @QUICK
 @given(data=st.data())
-def test_the_records_read_a_changed_log_or_refuse_it_by_name(run_folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_the_records_read_a_changed_log_or_refuse_it_by_name(
+    run_folder: Path, tmp_path: Path, data: st.DataObject
+) -> None:
     (original,) = (run_folder / "logs").glob("*.jsonl")
     path = tmp_path / "run.jsonl"
     path.write_bytes(data.draw(bytes_near(original.read_bytes())))
@@ -177,13 +207,20 @@ def test_the_records_read_a_changed_log_or_refuse_it_by_name(run_folder: Path, t
 # The command line
 
 NAMES = [f"--{f.name}" for f in dataclasses.fields(train_gpt.Run)] + [
-    f"--{section}.{f.name}" for section, part in vars(train_gpt.TRACKS["tiny"]).items() for f in dataclasses.fields(part)
+    f"--{section}.{f.name}"
+    for section, part in vars(train_gpt.TRACKS["tiny"]).items()
+    for f in dataclasses.fields(part)
 ]
-ODD = ["--track", "tiny", "short", "true", "none", "row", "adam", "()", "((0, 1),)", "(0.9,)", "((1,2),(3,4))", "-1", "0", "1",
-       "2", "3", "64", "1e400", "nan", "inf", "-inf", "1e-3", "999999999999999999999", "--", "=", "--=3", "", "[[0,1],[2]]",
-       "(1,)" * 9, "{}", "{1: 2}", "{[]: 1}", "b'x'", "1j", "(1j, 2)", "('a', 'b')", "((True, False),)"]  # fmt: skip
+ODD = ["--track", "tiny", "short", "true", "none", "row", "adam", "()", "((0, 1),)", "(0.9,)",
+       "((1,2),(3,4))", "-1", "0", "1", "2", "3", "64", "1e400", "nan", "inf", "-inf", "1e-3",
+       "999999999999999999999", "--", "=", "--=3", "", "[[0,1],[2]]", "(1,)" * 9, "{}", "{1: 2}", "{[]: 1}",
+       "b'x'", "1j", "(1j, 2)", "('a', 'b')", "((True, False),)"]  # fmt: skip
 WORDS = st.one_of(
-    st.sampled_from(NAMES), st.sampled_from(ODD), st.integers().map(str), st.floats().map(str), st.text(max_size=8)
+    st.sampled_from(NAMES),
+    st.sampled_from(ODD),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=8),
 )
 
 
@@ -201,19 +238,26 @@ def test_any_words_are_parsed_or_refused_in_one_sentence(words: list[str]) -> No
     json.dumps(dataclasses.asdict(track), allow_nan=False)
 
 
-CHOICES = ["()", "(0,)", "(1,)", "((0, 1),)", "((1, 0),)", "((0, 5),)", "((0, 0), (1, 0))", "((2, 9),)", "(0.5, 0.9)",
-           "(0, 1)", "((4, 8),)", "true", "false", "none", "row", "rowcol", "adam", "spc", "newton_schulz", "auto",
-           "bfloat16"]  # fmt: skip
+CHOICES = ["()", "(0,)", "(1,)", "((0, 1),)", "((1, 0),)", "((0, 5),)", "((0, 0), (1, 0))", "((2, 9),)",
+           "(0.5, 0.9)", "(0, 1)", "((4, 8),)", "true", "false", "none", "row", "rowcol", "adam", "spc",
+           "newton_schulz", "auto", "bfloat16"]  # fmt: skip
 SMALL_VALUES = st.one_of(
     st.integers(-2, 70).map(str), st.floats(-2, 2, allow_nan=False).map(str), st.sampled_from(CHOICES)
 )
-TRIED = [name for name in NAMES if "." in name and name not in ("--data.corpus", "--data.vocab_size", "--data.document_start")]
+TRIED = [
+    name
+    for name in NAMES
+    if "." in name and name not in ("--data.corpus", "--data.vocab_size", "--data.document_start")
+]
 
 
 @settings(QUICK, max_examples=120)
 @given(changes=st.lists(st.tuples(st.sampled_from(TRIED), SMALL_VALUES), min_size=1, max_size=2))
-def test_any_settings_train_to_the_end_or_are_refused_in_one_sentence(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[tuple[str, str]]) -> None:
-    """One setting or two changed at random: the run ends well, or with one sentence and without a `final` line."""
+def test_any_settings_train_to_the_end_or_are_refused_in_one_sentence(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: list[tuple[str, str]]
+) -> None:
+    """One setting or two changed at random: the run ends well, or with one sentence and without a
+    `final` line."""
     out = tmp_path / "logs"
     shutil.rmtree(out, ignore_errors=True)
     argv = options(out=out, schedule__steps=2, schedule__extension=1, evaluation__tokens=500)

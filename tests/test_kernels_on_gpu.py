@@ -1,4 +1,5 @@
-"""What only a CUDA GPU can show: its kernels against float64 or the CPU, one pass over eight rows against eight."""
+"""What only a CUDA GPU can show: its kernels against float64 or the CPU, one pass over eight rows
+against eight."""
 
 import json
 from dataclasses import replace
@@ -14,7 +15,8 @@ from train_gpt import GPT, TRACKS, FP8Linear, MuonEq, supports
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-SMALL = replace(TRACKS["short"].model, padded_vocab=512, width=768, ngrams=((2, 997),))  # the layer map of the track
+# the layer map of the track
+SMALL = replace(TRACKS["short"].model, padded_vocab=512, width=768, ngrams=((2, 997),))
 ROWS = [[300, 212], [512], [1, 1, 510], [256, 256], [100, 400, 12], [511, 1], [2, 510], [128] * 4]
 
 
@@ -42,7 +44,9 @@ def accumulated(model, batch, rows):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 def test_eight_passes_over_one_row_are_one_pass_over_eight(dtype, tolerance):
     batch = batch_of(ROWS, vocab=512)
-    (loss, whole), (sum_of_losses, parts) = (accumulated(on_gpu(SMALL, dtype), batch, rows) for rows in (8, 1))
+    (loss, whole), (sum_of_losses, parts) = (
+        accumulated(on_gpu(SMALL, dtype), batch, rows) for rows in (8, 1)
+    )
     assert sum_of_losses == pytest.approx(loss, rel=1e-6 if dtype == torch.float32 else 1e-3)
     for name, expected in whole.items():
         if dtype == torch.float32 or expected.numel() > 30:  # single numbers are sums that cancel
@@ -82,7 +86,10 @@ def test_documents_do_not_see_each_other_in_the_fused_form():
     changed = inputs.clone()
     changed[:, :200] = (changed[:, :200] + 1) % 512
     with torch.no_grad():
-        losses = [float(model(*(t.to(CUDA) for t in (x, targets, offsets)), (128, 384), 512)) for x in (inputs, changed)]
+        losses = [
+            float(model(*(t.to(CUDA) for t in (x, targets, offsets)), (128, 384), 512))
+            for x in (inputs, changed)
+        ]
     assert losses[0] == losses[1]
 
 
@@ -126,8 +133,8 @@ def test_a_run_reaches_its_end_and_resumes(tmp_path, monkeypatch):
 
     make_corpus(tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    more = dict(compile="parts", dtype="bfloat16", device="cuda", model__width=64, model__padded_vocab=272, data__rows=4,
-                schedule__steps=10, checkpoint_every=6)  # fmt: skip
+    more = dict(compile="parts", dtype="bfloat16", device="cuda", model__width=64, model__padded_vocab=272,
+                data__rows=4, schedule__steps=10, checkpoint_every=6)  # fmt: skip
     final = train_gpt.main(options(out=tmp_path / "out", **more))
     torch.compiler.set_stance("default")
     (checkpoint,) = (path for path in (tmp_path / "out").glob("*/step_*.pt") if "06" in path.name)

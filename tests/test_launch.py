@@ -1,4 +1,5 @@
-"""The launcher: which track, corpus and processes a command line comes to, when data is made, how a run may end."""
+"""The launcher: which track, corpus and processes a command line comes to, when data is made, how a
+run may end."""
 
 import json
 import signal
@@ -44,6 +45,7 @@ def test_processes_are_the_most_that_divide_the_rows(rows: int, devices: int, pr
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes believe that this machine has so many GPUs."""
+
     def pretend(count: int) -> None:
         monkeypatch.setattr(train_gpt, "device_of", lambda run, local_rank: DEVICE[run.track])
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
@@ -51,7 +53,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return pretend
 
 
-def test_every_device_gets_a_process_and_idle_ones_are_said(gpus: Callable, capfd: pytest.CaptureFixture) -> None:
+def test_every_device_gets_a_process_and_idle_ones_are_said(
+    gpus: Callable, capfd: pytest.CaptureFixture
+) -> None:
     gpus(8)
     assert launch.plan(["--track", "short"]) == Plan("short", "fineweb10B", 8)
     assert capfd.readouterr().err == ""
@@ -61,7 +65,9 @@ def test_every_device_gets_a_process_and_idle_ones_are_said(gpus: Callable, capf
     assert said(capfd) == f"using 4 of 7 devices, a step has {rows} rows"
 
 
-def test_the_cpu_has_one_process_whatever_devices_there_are(gpus: Callable, capfd: pytest.CaptureFixture) -> None:
+def test_the_cpu_has_one_process_whatever_devices_there_are(
+    gpus: Callable, capfd: pytest.CaptureFixture
+) -> None:
     gpus(8)
     assert launch.plan(["--track", "tiny"]) == Plan("tiny", "shakespeare", 1)
     assert capfd.readouterr().err == ""
@@ -70,7 +76,9 @@ def test_the_cpu_has_one_process_whatever_devices_there_are(gpus: Callable, capf
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_auto_is_resolved_and_the_last_word_counts() -> None:
     assert launch.plan(["--track", "auto"]) == Plan("tiny", "shakespeare", 1)
-    assert launch.plan(["--track", "short", "--track", "tiny", "--data.corpus", "mine"]) == Plan("tiny", "mine", 1)
+    assert launch.plan(["--track", "short", "--track", "tiny", "--data.corpus", "mine"]) == Plan(
+        "tiny", "mine", 1
+    )
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -108,7 +116,8 @@ folder.mkdir(parents=True)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the repository, with the scripts that make two corpora; training always succeeds."""
+    """A folder that stands for the repository, with the scripts that make two corpora; training
+    always succeeds."""
     (tmp_path / "data").mkdir()
     for corpus, script in (("shakespeare", "shakespeare.py"), ("fineweb10B", "fineweb.py")):
         (tmp_path / "data" / script).write_text(MAKER.format(corpus=corpus, status=0))
@@ -157,8 +166,10 @@ def test_an_interrupted_data_script_has_the_last_word(
     monkeypatch.setattr(launch, "start", None)
     (repository / "data" / "shakespeare.py").write_text(
         "import os, signal, sys, time\n"
-        "try:\n    os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    time.sleep(0.5); sys.exit('interrupted; the same command starts again')\n"
+        "try:\n    os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); "
+        "time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5); sys.exit('interrupted; "
+        "the same command starts again')\n"
     )
     assert launch.main(["shakespeare"]) == 1
     assert capfd.readouterr() == ("", "interrupted; the same command starts again\n")
@@ -171,6 +182,7 @@ def test_an_interrupted_data_script_has_the_last_word(
 @pytest.fixture
 def torchrun_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
     """Puts something else into torchrun's place; returns the words that it will have got."""
+
     def put(error: BaseException | None = None) -> list[str]:
         got: list[str] = []
 
@@ -187,19 +199,24 @@ def torchrun_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]
     return put
 
 
-def test_all_processes_take_the_track_that_was_planned(torchrun_does: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_take_the_track_that_was_planned(
+    torchrun_does: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = torchrun_does()
     monkeypatch.setattr(launch, "plan", lambda words: Plan("short", "fineweb10B", 4))
     assert launch.main(["--track", "auto", "--resume"]) == 0
     trainer = str(ROOT / "train_gpt.py")
-    wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track", "short"]
+    wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track",
+              "short"]  # fmt: skip
     assert words == wanted
     track, run = train_gpt.parse_command_line(["--track", "auto", "--resume", "--track", "tiny"])
     assert (run.track, run.resume) == ("tiny", "") and track == train_gpt.TRACKS["tiny"]
 
 
 def failure(exitcode: int, timestamp: int) -> Any:
-    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message="", local_rank=0, pid=1, error_file="")
+    return SimpleNamespace(
+        exitcode=exitcode, timestamp=timestamp, message="", local_rank=0, pid=1, error_file=""
+    )
 
 
 @pytest.mark.parametrize("exitcodes, status, lines", [
@@ -209,8 +226,8 @@ def failure(exitcode: int, timestamp: int) -> Any:
     ([2, -15, -15], 2, ["rank 1 was ended by SIGTERM", "rank 2 was ended by SIGTERM"]),
 ])  # fmt: skip
 def test_the_status_is_that_of_the_first_failure(
-    torchrun_does: Callable, capfd: pytest.CaptureFixture, exitcodes: list[int], status: int, lines: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    torchrun_does: Callable, capfd: pytest.CaptureFixture, exitcodes: list[int], status: int,
+    lines: list[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     failures = {rank: failure(code, rank) for rank, code in enumerate(exitcodes)}
     monkeypatch.setattr(ChildFailedError, "format_msg", lambda self: "")
@@ -220,7 +237,9 @@ def test_the_status_is_that_of_the_first_failure(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SignalException("", signal.SIGHUP)])
-def test_an_interrupt_is_no_error(torchrun_does: Callable, capfd: pytest.CaptureFixture, error: BaseException) -> None:
+def test_an_interrupt_is_no_error(
+    torchrun_does: Callable, capfd: pytest.CaptureFixture, error: BaseException
+) -> None:
     torchrun_does(error)
     assert launch.main(["--track", "tiny"]) == 130
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,5 @@
-"""The loader against a brute-force packer over Python lists, and validation rows against the plain token stream."""
+"""The loader against a brute-force packer over Python lists, and validation rows against the plain
+token stream."""
 
 import hashlib
 import itertools
@@ -40,19 +41,28 @@ def write_shards(folder, shards):
 
 
 def shards_of(lengths, before=0):
-    """Documents of these lengths, every token of all shards different from its neighbours; `before`: an orphaned tail."""
+    """Documents of these lengths, every token of all shards different from its neighbours;
+    `before`: an orphaned tail."""
     fresh = itertools.cycle(range(1, 50_000))
-    return [[next(fresh) for _ in range(before)] + [t for n in shard for t in [START, *itertools.islice(fresh, n - 1)]]
-            for shard in lengths]  # fmt: skip
+
+    def tokens_of(shard):
+        orphans = [next(fresh) for _ in range(before)]
+        return orphans + [t for n in shard for t in [START, *itertools.islice(fresh, n - 1)]]
+
+    return [tokens_of(shard) for shard in lengths]
 
 
 def track_of(data, *stages):
     """Stages (first step, batch, document cut); two of them begin in a schedule of two steps."""
-    return Track(data, schedule=Schedule(steps=2, stages=[(first / 2, (8, 8), batch, cut) for first, batch, cut in stages]))
+    return Track(
+        data,
+        schedule=Schedule(steps=2, stages=[(first / 2, (8, 8), batch, cut) for first, batch, cut in stages]),
+    )
 
 
 def brute_rows(shards, data, cut_of=lambda row: 20):
-    """[(documents of the row, position after it)], complete rows only; a row is T + 1 tokens of whole or cut documents."""
+    """[(documents of the row, position after it)], complete rows only; a row is T + 1 tokens of
+    whole or cut documents."""
     documents = []
     for index, tokens in enumerate(shards):
         starts = [i for i, token in enumerate(tokens) if token == data.document_start] + [len(tokens)]
@@ -86,14 +96,17 @@ def check_step(step, expected, data, rank, world_size):
     for i, (documents, _) in enumerate(own):
         flat = [token for document in documents for token in document]
         assert inputs[i].tolist() == flat[:T]
-        assert targets[i].tolist() == [-1 if t == data.document_start and not data.predict_start else t for t in flat[1:]]
+        assert targets[i].tolist() == [
+            -1 if t == data.document_start and not data.predict_start else t for t in flat[1:]
+        ]
         ends = [min(end, T) for end in itertools.accumulate(map(len, documents), initial=0)]
         row = offsets[i].tolist()
         assert row == ends[: len(row)] + [T] * (len(row) - len(ends))
     assert step.position == expected[-1][1]
 
 
-length = st.one_of(st.integers(1, 4), st.integers(1, 40))  # T is at most 12: documents longer than the cut, a row, two rows
+# T is at most 12: documents longer than the cut, a row, two rows
+length = st.one_of(st.integers(1, 4), st.integers(1, 40))
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,7 +115,9 @@ length = st.one_of(st.integers(1, 4), st.integers(1, 40))  # T is at most 12: do
     before=st.integers(0, 3), T=st.integers(1, 12), cut=st.integers(1, 16), rows=st.sampled_from([1, 2, 4]),
     epochs=st.integers(1, 3), predict_start=st.booleans(), batch=st.integers(1, 3), later=st.integers(1, 16),
 )  # fmt: skip
-def test_packing_against_brute_force(tmp_path_factory, lengths, before, T, cut, rows, epochs, predict_start, batch, later):
+def test_packing_against_brute_force(
+    tmp_path_factory, lengths, before, T, cut, rows, epochs, predict_start, batch, later
+):
     """From the second step on another batch and another cut."""
     data = Data(document_start=START, predict_start=predict_start, rows=rows, row_tokens=T, epochs=epochs)
     shards, track = shards_of(lengths, before), track_of(data, (0, 1, cut), (1, batch, later))
@@ -130,7 +145,10 @@ def example(tmp_path, **fields):
 def test_ranks_share_the_same_step(tmp_path, world_size, predict_start):
     data, track, shards, paths = example(tmp_path, predict_start=predict_start)
     expected = brute_rows(shards, data)
-    ranks = [pull(training_steps(Packer(paths, data), track, 17, rank, world_size))[0] for rank in range(world_size)]
+    ranks = [
+        pull(training_steps(Packer(paths, data), track, 17, rank, world_size))[0]
+        for rank in range(world_size)
+    ]
     assert len(expected) // 8 == len(ranks[0]) > 10
     for i, steps in enumerate(zip(*ranks)):
         for rank, step in enumerate(steps):
@@ -161,7 +179,8 @@ def test_one_step_is_prepared_ahead(tmp_path):
     assert next(steps).position == expected[7][1]
     while packer.position != expected[15][1] and time.monotonic() < began + 10:
         time.sleep(0.01)
-    assert packer.position == expected[15][1]  # the second step is ready before it is asked for, and no third one
+    # the second step is ready before it is asked for, and no third one
+    assert packer.position == expected[15][1]
     steps.close()
 
 
@@ -190,10 +209,14 @@ def test_a_row_that_ends_with_the_data(tmp_path, documents):
 
 def test_the_documents_of_a_row_are_counted_over_shards(tmp_path):
     """The largest number in a row of the schedule, whose rows begin in one shard and end in the next."""
-    data = Data(corpus="", document_start=START, rows=1, row_tokens=9, vocab_size=START + 1, predict_start=True)
+    data = Data(
+        corpus="", document_start=START, rows=1, row_tokens=9, vocab_size=START + 1, predict_start=True
+    )
     shards = shards_of([[8, 3, 2], [2, 2, 3, 9], [9, 9]])
     paths, stream = write_shards(tmp_path, shards), write_shard(tmp_path / "val_000000.bin", [START, 1, 2, 3])
-    digests = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in (*paths, stream)}
+    digests = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in (*paths, stream)
+    }
     manifest = {"vocab_size": START + 1, "document_start": START, "files": digests}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     schedule = Schedule(steps=3, extension=0, stages=[(0, (8, 8), 1, 20)])
@@ -204,13 +227,17 @@ def test_the_documents_of_a_row_are_counted_over_shards(tmp_path):
 
 def test_batch_types_and_padding():
     data = Data(document_start=START, predict_start=False)
-    rows = [(np.array([START, 7, START, 65535, 9]), np.array([2, 2])), (np.array([3, 4, 5, -1, -1]), np.array([3, 1]))]
+    rows = [
+        (np.array([START, 7, START, 65535, 9]), np.array([2, 2])),
+        (np.array([3, 4, 5, -1, -1]), np.array([3, 1])),
+    ]
     inputs, targets, offsets = make_batch(rows, data, 4)
     assert [str(x.dtype) for x in (inputs, targets, offsets)] == ["torch.int32", "torch.int64", "torch.int32"]
     assert inputs.tolist() == [[START, 7, START, 65535], [3, 4, 5, 0]]
     assert targets.tolist() == [[7, -1, 65535, 9], [4, 5, -1, -1]]
     assert offsets.tolist() == [[0, 2, 4, 4, 4], [0, 3, 4, 4, 4]]
-    for lengths, expected in (([3, 2], [0, 3, 4]), ([4, 1], [0, 4, 4])):  # of all five: the last one is a target only
+    # of all five: the last one is a target only
+    for lengths, expected in (([3, 2], [0, 3, 4]), ([4, 1], [0, 4, 4])):
         assert make_batch([(rows[0][0], lengths)], data, 2).offsets.tolist() == [expected]
 
 
@@ -260,7 +287,9 @@ def test_too_few_validation_tokens(tmp_path, predict_start, targets):
     data = Data(document_start=START, predict_start=predict_start)
     rows = validation_rows([path], data, 4, targets)
     assert int(sum((make_batch([row], data, 4).targets >= 0).sum() for row in rows)) == targets
-    with pytest.raises(ValueError, match=f"holds {targets} validation targets, the track needs {targets + 1}"):
+    with pytest.raises(
+        ValueError, match=f"holds {targets} validation targets, the track needs {targets + 1}"
+    ):
         validation_rows([path], data, 4, targets + 1)
 
 
@@ -288,7 +317,10 @@ REFUSED = {
     "short header": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is not a token shard"),
     "foreign magic": (lambda path: write_shard(path, [1, 2], magic=20240801), "is not a token shard"),
     "another format": (lambda path: path.write_bytes(b"\x93NUMPY" + bytes(2000)), "is not a token shard"),
-    "version": (lambda path: write_shard(path, [1, 2], version=2), r"\(256, 20240520, 2\), not \(256, 20240520, 1\)"),
+    "version": (
+        lambda path: write_shard(path, [1, 2], version=2),
+        r"\(256, 20240520, 2\), not \(256, 20240520, 1\)",
+    ),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-2]), "truncated"),
     "half a token": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
     "only a header": (lambda path: path.write_bytes(path.read_bytes()[:1024]), "truncated"),

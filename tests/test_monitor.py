@@ -14,7 +14,9 @@ import train_gpt
 from helpers import events, options, train, train_with
 from lib.logs import any_runs
 
-CAUTIOUS = dict(embed__weight_decay=0.01, embed__cautious=True, value__weight_decay=0.01, value__cautious=True)
+CAUTIOUS = dict(
+    embed__weight_decay=0.01, embed__cautious=True, value__weight_decay=0.01, value__cautious=True
+)
 EVERY = ["--every", "4"]
 PROBE = 40  # tokens at least; twice the long window are 48, which end no document, and then all 64 of a row
 
@@ -33,23 +35,31 @@ def log_of(outcome):
 
 
 class Witness:
-    """What the optimizer and the training passes of a run see, of each step; q, k and streams of the first row."""
+    """What the optimizer and the training passes of a run see, of each step; q, k and streams of
+    the first row."""
 
     def __init__(self):
         self.steps, self.pairs, self.streams, self.row = {}, [], [], None
-        step, block, attend, forward = train_gpt.MuonEq.step, train_gpt.GPT.block, train_gpt.attend, train_gpt.GPT.forward
+        step = train_gpt.MuonEq.step
+        block = train_gpt.GPT.block
+        attend = train_gpt.attend
+        forward = train_gpt.GPT.forward
         witness = self
 
         def seen_step(optimizer, *, tokens):
             named = [pair for unit in optimizer.units for pair in zip(unit.names, unit.params)]
             before = {name: p.detach().double().numpy().copy() for name, p in named}
-            grads = {name: p.grad.double().numpy().copy() if p.grad is not None else 0 * before[name] for name, p in named}
+            grads = {
+                name: p.grad.double().numpy().copy() if p.grad is not None else 0 * before[name]
+                for name, p in named
+            }
             counts = {name: unit.tokens + tokens for unit in optimizer.units for name in unit.names}
             step(optimizer, tokens=tokens)
             witness.steps[optimizer.steps] = dict(
                 before=before, mean={name: grad / counts[name] for name, grad in grads.items()},
-                after={name: p.detach().double().numpy().copy() for name, p in named}, state=optimizer.state_dict()["state"],
-                row=witness.row, pairs=witness.pairs, streams=witness.streams)  # fmt: skip
+                after={name: p.detach().double().numpy().copy() for name, p in named},
+                state=optimizer.state_dict()["state"], row=witness.row, pairs=witness.pairs,
+                streams=witness.streams)  # fmt: skip
             witness.pairs, witness.streams, witness.row = [], [], None
 
         def seen_block(*args):
@@ -58,15 +68,20 @@ class Witness:
             return x
 
         def seen_attend(q, k, *args):
-            witness.pairs += [(q[0].detach().double().numpy(), k[0].detach().double().numpy())] * torch.is_grad_enabled()
+            witness.pairs += [
+                (q[0].detach().double().numpy(), k[0].detach().double().numpy())
+            ] * torch.is_grad_enabled()
             return attend(q, k, *args)
 
         def seen_forward(model, inputs, targets, offsets, windows, *args):
             witness.row = witness.row or (offsets[0].numpy(), windows)
             return forward(model, inputs, targets, offsets, windows, *args)
+
         self.patches = [
-            mock.patch.object(train_gpt.MuonEq, "step", seen_step), mock.patch.object(train_gpt.GPT, "block", seen_block),
-            mock.patch.object(train_gpt, "attend", seen_attend), mock.patch.object(train_gpt.GPT, "forward", seen_forward),
+            mock.patch.object(train_gpt.MuonEq, "step", seen_step),
+            mock.patch.object(train_gpt.GPT, "block", seen_block),
+            mock.patch.object(train_gpt, "attend", seen_attend),
+            mock.patch.object(train_gpt.GPT, "forward", seen_forward),
         ]  # fmt: skip
 
 
@@ -93,16 +108,21 @@ def rms(x):
 
 def test_the_run_is_that_of_train_gpt(run, tmp_path):
     outcome, lines, overhead, *_ = run
-    before = {name: getattr(train_gpt, name) for name in ("Log", "attend", "orthogonalize")} | vars(train_gpt.Unit)
+    before = {name: getattr(train_gpt, name) for name in ("Log", "attend", "orthogonalize")} | vars(
+        train_gpt.Unit
+    )
     alone = train(options(out=tmp_path, **CAUTIOUS))
     assert not list(tmp_path.glob("*.monitor.jsonl"))
     assert alone.losses == outcome.losses
     assert all(torch.equal(p, outcome.params[name]) for name, p in alone.params.items())
     assert list(lines) == [4, 8, 12, 16, 20]
     assert overhead["train_time_s"] == outcome.final["train_time_s"]
-    assert overhead["share"] == pytest.approx(overhead["monitor_s"] / overhead["train_time_s"]) and 0 < overhead["share"] < 1
+    assert overhead["share"] == pytest.approx(overhead["monitor_s"] / overhead["train_time_s"])
+    assert 0 < overhead["share"] < 1
     train(options(out=tmp_path, **CAUTIOUS), monitor.main)
-    assert before == {name: getattr(train_gpt, name) for name in ("Log", "attend", "orthogonalize")} | vars(train_gpt.Unit)
+    assert before == {name: getattr(train_gpt, name) for name in ("Log", "attend", "orthogonalize")} | vars(
+        train_gpt.Unit
+    )
 
 
 def test_weights_updates_and_gradients(run):
@@ -127,7 +147,8 @@ def polar(s):
 
 
 def test_singular_values_and_cautious_decay_of_matrices(run):
-    """From the gradients alone: momentum, Nesterov, rows to length 1, the polynomial on NumPy's singular values."""
+    """From the gradients alone: momentum, Nesterov, rows to length 1, the polynomial on NumPy's
+    singular values."""
     outcome, lines, _, seen, argv = run
     track, _ = train_gpt.parse_command_line(argv)
     names = [name for name, found in lines[4]["parameters"].items() if "entering" in found]
@@ -145,7 +166,9 @@ def test_singular_values_and_cautious_decay_of_matrices(run):
                 entering = entering / np.linalg.norm(entering, axis=-1, keepdims=True)
             u, s, vt = np.linalg.svd(entering, full_matrices=False)
             turns[name].add(i := found["matrix"])
-            assert found["entering"] == pytest.approx([s[i].min(), s[i].max()], rel=1e-4, abs=1e-6 * s[i].max())
+            assert found["entering"] == pytest.approx(
+                [s[i].min(), s[i].max()], rel=1e-4, abs=1e-6 * s[i].max()
+            )
             left = np.array([polar(row) for row in s])
             assert found["leaving"] == pytest.approx([left[i].min(), left[i].max()], rel=1e-3, abs=1e-3)
             assert ("decayed" in found) == ("gate" not in name)
@@ -193,7 +216,8 @@ def test_largest_logit_where_all_are_negative(T, window):
     found = monitor.largest_logit(-q, k, train_gpt.blocked_layout(offsets, T, window).mask)
     documents = [np.searchsorted(row.numpy(), np.arange(T), side="right") for row in offsets]
     rows = zip(-q.double().numpy(), k.double().numpy(), documents)
-    assert float(found) == pytest.approx(max(largest_visible(*row, window) for row in rows), rel=1e-5) and found < 0
+    assert float(found) == pytest.approx(max(largest_visible(*row, window) for row in rows), rel=1e-5)
+    assert found < 0
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 4)])
@@ -217,7 +241,9 @@ def same(found, expected, place=""):
             same(*pair, f"{place}[{i}]")
     elif isinstance(expected, str):
         assert found == expected
-    else:  # the least singular value is as good as the matrix, whose rounding goes with the largest; some start at 0
+    else:
+        # the least singular value is as good as the matrix, whose rounding goes with the largest;
+        # some start at 0
         largest = max(expected) if isinstance(expected, list) else 0.0
         assert found == pytest.approx(expected, rel=1e-3, abs=max(2e-4 * largest, 1e-9)), place
 
@@ -227,7 +253,9 @@ def test_three_processes_say_what_one_says(run, data_dir, tmp_path):
     _, lines, *_ = run
     argv = [*EVERY, *options(out=tmp_path / "out", **CAUTIOUS)]
     ((outcome, *_),) = train_with(3, [argv], {"DATA_DIR": str(data_dir)}, tmp_path / "three", short_probe)
-    assert {path.name for path in (tmp_path / "out").glob("*.monitor.jsonl")} == {f"{outcome.log.stem}.monitor.jsonl"}
+    assert {path.name for path in (tmp_path / "out").glob("*.monitor.jsonl")} == {
+        f"{outcome.log.stem}.monitor.jsonl"
+    }
     found, _ = log_of(outcome)
     same(list(found.values()), list(lines.values()))
 
@@ -247,7 +275,9 @@ def test_a_resumed_run_has_each_step_once(run, step):
 
 
 def test_exact_copies_of_low_precision_weights(tmp_path):
-    low = dict(dtype="bfloat16", model__low_precision="('qk','embed')", schedule__steps=4, schedule__extension=0)
+    low = dict(
+        dtype="bfloat16", model__low_precision="('qk','embed')", schedule__steps=4, schedule__extension=0
+    )
     outcome, seen = witnessed(["--every", "2", *options(out=tmp_path, **low)])
     for step, line in log_of(outcome)[0].items():
         for name in ("qk", "embed"):
@@ -258,9 +288,20 @@ def test_exact_copies_of_low_precision_weights(tmp_path):
 
 
 def test_nothing_is_compiled_again(tmp_path):
-    plain = {name: "()" for name in ("long_blocks", "value_tables", "skips", "xsa", "key_offset", "paired", "ngrams")}
-    short = dict(compile="parts", schedule__steps=4, schedule__extension=0, model__tied=0.0, model__layers=1, model__backout=-1,
-                 schedule__stages="((0,(16,24)),(0.5,(24,40)))", model__frozen=-1)
+    plain = {
+        name: "()"
+        for name in ("long_blocks", "value_tables", "skips", "xsa", "key_offset", "paired", "ngrams")
+    }
+    short = dict(
+        compile="parts",
+        schedule__steps=4,
+        schedule__extension=0,
+        model__tied=0.0,
+        model__layers=1,
+        model__backout=-1,
+        schedule__stages="((0,(16,24)),(0.5,(24,40)))",
+        model__frozen=-1,
+    )
     short |= {f"model__{name}": value for name, value in plain.items()}
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
         outcome = train(["--every", "1", *options(out=tmp_path, **short)], monitor.main)
@@ -275,6 +316,7 @@ def test_a_gradient_that_is_not_finite_is_null(tmp_path, monkeypatch, capsys):
         if trainer.optimizer.steps == 2:
             trainer.model.vo.grad[1, 0, 0] = math.nan
         return loss
+
     monkeypatch.setattr(train_gpt.Trainer, "forward_backward", spoilt)
     with pytest.raises(SystemExit):
         train(["--every", "1", *options(out=tmp_path)], monitor.main)

@@ -1,8 +1,8 @@
 """MuonEq in one process, against the published formulas written independently in float64.
 
-The matrix reference never forms a Gram matrix: it applies the scalar polynomial to the singular values of an SVD.
-Every test passes the fields it depends on, so a changed default breaks only the test
-of the documented defaults.
+The matrix reference never forms a Gram matrix: it applies the scalar polynomial to the singular values
+of an SVD. Every test passes the fields it depends on, so a changed default breaks only the test of the
+documented defaults.
 """
 
 import io
@@ -58,15 +58,16 @@ POLAR_EXPRESS = (
 
 
 def triples(method, steps):
-    """Coefficients of every iteration: Jordan's quintic (Muon) or Polar Express (arXiv 2505.16932), five-step list."""
+    """Coefficients of every iteration: Jordan's quintic (Muon) or Polar Express (arXiv 2505.16932),
+    five-step list."""
     if method == "newton_schulz":
         return [JORDAN] * steps
     return [*POLAR_EXPRESS[max(0, 5 - steps) :], *[(1.875, -1.25, 0.375)] * max(0, steps - 5)]
 
 
 def orthogonalized(x, method, steps, bound):
-    """U f(s / b) V^T with f the composed odd quintic; b bounds s[0]: the Frobenius norm, or (MuonEq's spc) the
-    Schatten-8 norm ||(X X^T)^2||_F^(1/4), times Polar Express's margin."""
+    """U f(s / b) V^T with f the composed odd quintic; b bounds s[0]: the Frobenius norm, or (MuonEq's
+    spc) the Schatten-8 norm ||(X X^T)^2||_F^(1/4), times Polar Express's margin."""
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     power = {"frobenius": 2, "spc": 8}[bound]
     s = s / s.pow(power).sum() ** (1 / power) / (1.02 if method == "polar_express" else 1.0)
@@ -92,8 +93,8 @@ def shape_factor(rule, m, n):
 
 
 def matrix_reference(p, grads, **fields):
-    """Float64 trajectory of one matrix: Muon (EMA momentum), MuonEq, NorMuon (arXiv 2510.05491), cautious decay
-    (arXiv 2510.12402). Returns the weights after each gradient."""
+    """Float64 trajectory of one matrix: Muon (EMA momentum), MuonEq, NorMuon (arXiv 2510.05491),
+    cautious decay (arXiv 2510.12402). Returns the weights after each gradient."""
     f = MATRIX | fields
     p, (m, n) = p.double(), p.shape
     buf, second, out = torch.zeros_like(p), 0.0, []
@@ -106,7 +107,9 @@ def matrix_reference(p, grads, **fields):
         x = equilibrated(u, "row" if switched else f["equilibrate"], f["equilibrate_exponent"])
         o = orthogonalized(x, f["orthogonalize"], f["steps"], f["norm_bound"])
         if f["normuon"]:
-            second = f["beta2"] * second + (1 - f["beta2"]) * o.square().mean(1 if per_row else 0, keepdim=True)
+            second = f["beta2"] * second + (1 - f["beta2"]) * o.square().mean(
+                1 if per_row else 0, keepdim=True
+            )
             normalized = o / second.clamp(min=1e-10).sqrt()
             o = normalized * o.norm() / normalized.norm()
         decay = f["lr"] * f["weight_decay"] * (p * (o * p >= 0) if f["cautious"] else p)
@@ -116,8 +119,8 @@ def matrix_reference(p, grads, **fields):
 
 
 def adam_reference(p, grads, **fields):
-    """Float64 AdamW trajectory (arXiv 1711.05101, epsilon after bias correction), decay only where update * p > 0 if
-    cautious."""
+    """Float64 AdamW trajectory (arXiv 1711.05101, epsilon after bias correction), decay only where
+    update * p > 0 if cautious."""
     f = ADAM | fields
     p, (b1, b2) = p.double(), f["betas"]
     exp_avg, exp_avg_sq, out = torch.zeros_like(p), torch.zeros_like(p), []
@@ -125,7 +128,8 @@ def adam_reference(p, grads, **fields):
         exp_avg = b1 * exp_avg + (1 - b1) * g.double()
         exp_avg_sq = b2 * exp_avg_sq + (1 - b2) * g.double().square()
         update = exp_avg / (1 - b1**t) / ((exp_avg_sq / (1 - b2**t)).sqrt() + f["eps"])
-        p = p - f["lr"] * update - f["lr"] * f["weight_decay"] * (p * (update * p > 0) if f["cautious"] else p)
+        decayed = p * (update * p > 0) if f["cautious"] else p
+        p = p - f["lr"] * update - f["lr"] * f["weight_decay"] * decayed
         out.append(p)
     return out
 
@@ -147,7 +151,9 @@ def leaf(t):
 
 
 def optimizer(kind, params, grads="mean", **fields):
-    return MuonEq([dict(kind=kind, params=params, **(MATRIX if kind == "matrix" else ADAM) | fields)], grads=grads)
+    return MuonEq(
+        [dict(kind=kind, params=params, **(MATRIX if kind == "matrix" else ADAM) | fields)], grads=grads
+    )
 
 
 def take(opt, params, grads, **kwargs):
@@ -174,7 +180,8 @@ def close(actual, expected, atol=4e-6):
 
 
 def first_update(g, **fields):
-    """The orthogonalized update O of the first step, read off zero weights at lr = 1 (scale and lr_mul divided out)."""
+    """The orthogonalized update O of the first step, read off zero weights at lr = 1 (scale and
+    lr_mul divided out)."""
     w = leaf(torch.zeros(g.shape))
     take(optimizer("matrix", [w], **{"lr": 1.0} | fields), [w], [g])
     return -w.detach() / shape_factor(fields.get("scale", "spectral"), *g.shape[-2:])
@@ -215,7 +222,9 @@ def test_reference_adam_equals_torch():
     p, grads = randn(7, 3), gradients((7, 3), 4)
     w = leaf(p.double())
     opt = torch.optim.AdamW([w], lr=0.01, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.3)
-    for g, expected in zip(grads, adam_reference(p, grads, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.3), strict=True):
+    for g, expected in zip(
+        grads, adam_reference(p, grads, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.3), strict=True
+    ):
         w.grad = g.double()
         opt.step()
         torch.testing.assert_close(w.detach(), expected)
@@ -248,7 +257,9 @@ def test_slices_of_a_cpu_give_the_same_update(monkeypatch):
     for sizes in ({"matrix": 10**9, "adam": 10**9}, {"matrix": 1, "adam": 7}):
         monkeypatch.setattr(train_gpt.Unit, "SLICE", sizes)
         generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 6, 4), (10, 5))]
+        params = [
+            torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 6, 4), (10, 5))
+        ]
         groups = [dict(MATRIX, normuon=True, lr_mul=[1.0, 2.0, 0.5, 1.0, 3.0]), ADAM]
         kinds = zip(("matrix", "adam"), params, groups)
         optimizer = MuonEq([dict(group, kind=kind, params=[p]) for kind, p, group in kinds])
@@ -298,18 +309,24 @@ def test_a_method_of_ones_own_is_an_entry_of_a_table(monkeypatch):
     track, run = train_gpt.parse_command_line(["--track", "tiny", "--matrix.orthogonalize", "sign"])
     train_gpt.check_settings(track, run)
     g = randn(4, 6)
-    torch.testing.assert_close(train_gpt.orthogonalize(g[None], "sign", work_dtype=torch.float32)[0], g.sign())
+    torch.testing.assert_close(
+        train_gpt.orthogonalize(g[None], "sign", work_dtype=torch.float32)[0], g.sign()
+    )
     expected = first_update(g, equilibrate="none", orthogonalize=torch.sign)
     assert torch.equal(first_update(g, equilibrate="none", orthogonalize="sign"), expected) and expected.any()
     x = g.double() / g.double().norm()
     for _ in range(3):
         x = 1.5 * x - 0.5 * x @ x.mT @ x
-    torch.testing.assert_close(train_gpt.orthogonalize(g[None], "cubic", 3, work_dtype=torch.float32)[0].double(), x,
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
-    with pytest.raises(ValueError, match="orthogonalize is one of polar_express, newton_schulz, sign, cubic, not 'svd'"):
+    (found,) = train_gpt.orthogonalize(g[None], "cubic", 3, work_dtype=torch.float32)
+    torch.testing.assert_close(found.double(), x, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="orthogonalize is one of polar_express, newton_schulz, sign, cubic, not 'svd'"
+    ):
         optimizer("matrix", [leaf(g)], orthogonalize="svd")
     with pytest.raises(ValueError, match="one of polar_express, newton_schulz, sign, cubic"):
-        train_gpt.check_settings(*train_gpt.parse_command_line(["--track", "tiny", "--gate.orthogonalize", "svd"]))
+        train_gpt.check_settings(
+            *train_gpt.parse_command_line(["--track", "tiny", "--gate.orthogonalize", "svd"])
+        )
 
 
 @pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])
@@ -323,7 +340,8 @@ def test_shape_scale(shape, rule):
 @pytest.mark.parametrize("adjust, rule", [("original", "spectral"), ("match_rms_adamw", "match_rms_adamw")])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_torch_muon(shape, adjust, rule, monkeypatch):
-    """torch.optim.Muon iterates in bfloat16; with that cast replaced by a cast to float32 the two agree to rounding."""
+    """torch.optim.Muon iterates in bfloat16; with that cast replaced by a cast to float32 the two
+    agree to rounding."""
     for exact in (True, False):
         ours, theirs = leaf(randn(*shape)), leaf(randn(*shape))
         work = torch.float32 if exact else torch.bfloat16
@@ -340,7 +358,12 @@ def test_equals_torch_muon(shape, adjust, rule, monkeypatch):
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
-@given(st.integers(2, 24), st.integers(2, 24), st.integers(1, 24), st.sampled_from(EQUILIBRATE[:1] * 2 + ("row",)))
+@given(
+    st.integers(2, 24),
+    st.integers(2, 24),
+    st.integers(1, 24),
+    st.sampled_from(EQUILIBRATE[:1] * 2 + ("row",)),
+)
 def test_singular_values(m, n, rank, mode):
     """All non-zero singular values land in [0.85, 1.15], the zero ones stay zero."""
     rank = min(m, n, rank)
@@ -361,7 +384,9 @@ def test_singular_values_in_bfloat16(shape, bound):
 @pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
 def test_iterates_in_the_work_dtype(method):
     """At lr 1 from zero weights the update itself shows: on the bfloat16 grid or not."""
-    low, full = (first_update(randn(8, 8), work_dtype=w, orthogonalize=method) for w in (torch.bfloat16, torch.float32))
+    low, full = (
+        first_update(randn(8, 8), work_dtype=w, orthogonalize=method) for w in (torch.bfloat16, torch.float32)
+    )
     assert torch.equal(low, low.bfloat16().float()) and not torch.equal(full, full.bfloat16().float())
 
 
@@ -411,13 +436,16 @@ def test_equilibrated_lines_have_equal_length(mode, dim):
     """Seen by a callable that returns its input: "row" is dim -2 of the stored tensor."""
     g = randn(3, 6, 9) * torch.logspace(-1, 1, 6)[:, None] * torch.logspace(1, -1, 9)
     lengths = first_update(g, equilibrate=mode, orthogonalize=lambda x: x).norm(dim=dim)
-    torch.testing.assert_close(lengths / lengths.mean(-1, keepdim=True), torch.ones_like(lengths), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        lengths / lengths.mean(-1, keepdim=True), torch.ones_like(lengths), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("mode", EQUILIBRATE)
 @pytest.mark.parametrize("every", [1, 2])
 def test_phase_switch(mode, every):
-    """Updates t >= phase use "row" instead of "rowcol"; updates are counted, not calls; other modes ignore it."""
+    """Updates t >= phase use "row" instead of "rowcol"; updates are counted, not calls; other modes
+    ignore it."""
     p, grads = randn(6, 9), [g * torch.logspace(-1, 1, 9) for g in gradients((6, 9), 5)]
     expected = matrix_reference(p, grads, equilibrate=mode, phase=3)
     w = leaf(p)
@@ -428,7 +456,9 @@ def test_phase_switch(mode, every):
         close([w.detach()], [expected[t]], atol=1e-5)
     if mode == "rowcol":
         for t, phase in ((1, 2), (2, 4)):  # a switch one update early or late is not within the tolerance
-            assert (matrix_reference(p, grads, equilibrate=mode, phase=phase)[t] - expected[t]).abs().max() > 1e-3
+            assert (
+                matrix_reference(p, grads, equilibrate=mode, phase=phase)[t] - expected[t]
+            ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
@@ -539,7 +569,9 @@ def test_lr_mul_follows_parameter_order_when_shapes_interleave():
 def test_stack_equals_one_by_one(work, shape):
     starts = [randn(*shape, seed=i) for i in range(3)]
     grads = [[g * 10.0**i for i, g in enumerate(gradients(shape, 3, seed=s))] for s in (50, 60, 70)]
-    fields = dict(equilibrate="row", normuon=True, cautious=True, weight_decay=0.2, norm_bound="spc", work_dtype=work)
+    fields = dict(
+        equilibrate="row", normuon=True, cautious=True, weight_decay=0.2, norm_bound="spc", work_dtype=work
+    )
     alone = [trajectory("matrix", s, [g[i] for g in grads], **fields)[-1] for i, s in enumerate(starts)]
     bank, rows = leaf(torch.stack(starts)), [leaf(s) for s in starts]
     a, b = optimizer("matrix", [bank], **fields), optimizer("matrix", rows, **fields)
@@ -587,7 +619,10 @@ def test_matrix_decay(rule, cautious):
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
 def test_decay_truth_table(kind, cautious):
-    """All sign pairs of update and weight. A matrix update of zero decays (>=), an Adam update of zero does not (>)."""
+    """All sign pairs of update and weight.
+
+    A matrix update of zero decays (>=), an Adam update of zero does not (>).
+    """
     p = torch.tensor([-2.0, 0.0, 2.0]).repeat(3, 1)
     update = torch.tensor([-1.0, 0.0, 1.0])[:, None].repeat(1, 3)
     opposite = update * p < 0 if kind == "matrix" else update * p <= 0
@@ -705,13 +740,17 @@ def test_missing_gradient_counts_as_zero(kind):
 # The step: gradients, periods, tokens, schedulers
 
 
-@pytest.mark.parametrize("shapes", [[(2, 4, 6)], [(4, 6)], [(2, 4, 6), (4, 6)]], ids=["bank", "matrix", "list"])
+@pytest.mark.parametrize(
+    "shapes", [[(2, 4, 6)], [(4, 6)], [(2, 4, 6), (4, 6)]], ids=["bank", "matrix", "list"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grads", ["mean", "token_sum"])
 def test_step_leaves_gradients_alone(grads, dtype, shapes):
     cases = [("adam", {})] + [
         ("matrix", dict(nesterov=nesterov, work_dtype=work, equilibrate=mode))
-        for nesterov, work, mode in itertools.product((True, False), (torch.float32, torch.bfloat16), EQUILIBRATE)
+        for nesterov, work, mode in itertools.product(
+            (True, False), (torch.float32, torch.bfloat16), EQUILIBRATE
+        )
     ]
     for kind, fields in cases:
         params = [leaf(randn(*s, dtype=dtype)) for s in shapes]
@@ -721,7 +760,9 @@ def test_step_leaves_gradients_alone(grads, dtype, shapes):
         before = [(p.grad, p.grad.clone()) for p in params]
         for _ in range(2):
             opt.step(tokens=7 if grads == "token_sum" else None)
-        assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(params, before, strict=True)), fields
+        assert all(
+            p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(params, before, strict=True)
+        ), fields
 
 
 @pytest.mark.parametrize("mode", EQUILIBRATE)
@@ -741,7 +782,8 @@ def test_momentum_survives_without_nesterov(dtype, work, mode):
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_group_waits_for_every_kth_step_and_keeps_its_gradients(every, kind):
-    """Updated at calls k, 2k, ...; in between weights and gradients stay, also through the class's zero_grad."""
+    """Updated at calls k, 2k, ...; in between weights and gradients stay, also through the class's
+    zero_grad."""
     slow, fast = leaf(randn(5, 6)), leaf(randn(4))
     fields = dict(MATRIX if kind == "matrix" else ADAM, every=every)
     groups = [dict(kind=kind, params=[slow], **fields), dict(kind="adam", params=[fast], **ADAM)]
@@ -774,10 +816,13 @@ def test_a_group_waits_for_every_kth_step_and_keeps_its_gradients(every, kind):
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
 @pytest.mark.parametrize("every", [1, 2])
 def test_token_sum_divides_by_the_tokens_of_all_its_steps(every, kind):
-    """The gradient that reaches the moments is the accumulated sum over the accumulated tokens, not a mean of means."""
+    """The gradient that reaches the moments is the accumulated sum over the accumulated tokens, not
+    a mean of means."""
     w, grads, tokens = leaf(randn(5, 6)), gradients((5, 6), 4), (10, 30, 7, 13)
     opt = optimizer(kind, [w], grads="token_sum", every=every)
-    moment, decay, key = torch.zeros(5, 6, dtype=torch.float64), 0.9, "momentum" if kind == "matrix" else "exp_avg"
+    moment = torch.zeros(5, 6, dtype=torch.float64)
+    decay = 0.9
+    key = "momentum" if kind == "matrix" else "exp_avg"
     for i in range(0, 4, every):
         for j in range(i, i + every):
             w.grad = grads[j].clone() if w.grad is None else w.grad + grads[j]
@@ -831,9 +876,15 @@ def test_token_sum_equals_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copied_state_goes_on_as_the_source_would(dtype):
-    """A parameter goes on as another one would: moments, count of updates and weights (its fp32 copy included)."""
+    """A parameter goes on as another one would: moments, count of updates and weights (its fp32
+    copy included)."""
     source, target = leaf(randn(5, 6)), leaf(randn(5, 6).to(dtype))
-    opt = MuonEq([dict(kind="adam", params=[(name, p)], **ADAM) for name, p in (("source", source), ("target", target))])
+    opt = MuonEq(
+        [
+            dict(kind="adam", params=[(name, p)], **ADAM)
+            for name, p in (("source", source), ("target", target))
+        ]
+    )
     for g in gradients((5, 6), 3):
         take(opt, [source, target], [g, -g.to(dtype)])
     with torch.no_grad():
@@ -871,7 +922,8 @@ def test_torch_lr_scheduler():
 
 @pytest.mark.parametrize("kind", ["matrix", "adam"])
 def test_bf16_parameters_follow_an_fp32_master(kind):
-    """200 updates of 2^-12, each below the resolution of bfloat16 at 1: the master walks like an fp32 weight."""
+    """200 updates of 2^-12, each below the resolution of bfloat16 at 1: the master walks like an
+    fp32 weight."""
     start = randn(6, 6).sign()
     low, high = leaf(start.bfloat16()), leaf(start)
     fields = dict(lr=2.0**-12, weight_decay=0.1, cautious=True)
@@ -915,7 +967,9 @@ def test_mixed_dtypes_in_one_group():
 
 
 def mixed_groups(params):
-    matrix = MATRIX | dict(equilibrate="rowcol", phase=4, normuon=True, weight_decay=0.3, cautious=True, lr=0.02)
+    matrix = MATRIX | dict(
+        equilibrate="rowcol", phase=4, normuon=True, weight_decay=0.3, cautious=True, lr=0.02
+    )
     return [
         dict(kind="matrix", params=params[:4], **matrix),
         dict(kind="adam", params=params[4:6], **ADAM),
@@ -941,7 +995,8 @@ def mixed_steps(opt, named, first, last):
 
 
 def test_resumed_equals_uninterrupted():
-    """Through torch.save and weights_only=True; rowcol becomes row and bias correction goes on after the resume."""
+    """Through torch.save and weights_only=True; rowcol becomes row and bias correction goes on
+    after the resume."""
     straight = mixed_params()
     opt = MuonEq(mixed_groups(straight))
     mixed_steps(opt, straight, 0, 6)
@@ -988,7 +1043,10 @@ def test_state_dict_is_a_snapshot():
     opt = MuonEq(mixed_groups(named))
     mixed_steps(opt, named, 0, 2)
     taken = opt.state_dict()
-    entries = {n: {k: v.clone() if torch.is_tensor(v) else v for k, v in e.items()} for n, e in taken["state"].items()}
+    entries = {
+        n: {k: v.clone() if torch.is_tensor(v) else v for k, v in e.items()}
+        for n, e in taken["state"].items()
+    }
     frozen = dict(step=taken["step"], state=entries)
     opt.load_state_dict(taken)
     mixed_steps(opt, named, 2, 4)
@@ -1008,7 +1066,8 @@ def test_load_refuses_foreign_state():
 
 def test_names_and_indices():
     named = MuonEq([
-        dict(kind="matrix", params=((n, p) for n, p in [("w", leaf(randn(4, 6))), ("v", leaf(randn(6, 4)))]), **MATRIX),
+        dict(kind="matrix", params=((n, p) for n, p in [("w", leaf(randn(4, 6))), ("v", leaf(randn(6, 4)))]),
+             **MATRIX),
         dict(kind="adam", params=[("b", leaf(randn(3)))], **ADAM),
     ])  # fmt: skip
     assert named.state_dict()["state"].keys() == {"w", "v", "b"}
@@ -1085,8 +1144,14 @@ def test_a_later_group_is_one_of_the_first(grads):
     results = []
     for later in (False, True):
         shapes = ((3, 4, 6), (0, 4, 6), (4, 6)), ((5,), (7, 3))
-        params = [[leaf(randn(*shape, seed=len(shape), dtype=torch.bfloat16)) for shape in group] for group in shapes]
-        groups = [dict(MATRIX, kind="matrix", params=params[0], lr_mul=(1.0, 2.0)), dict(ADAM, kind="adam", params=params[1])]
+        params = [
+            [leaf(randn(*shape, seed=len(shape), dtype=torch.bfloat16)) for shape in group]
+            for group in shapes
+        ]
+        groups = [
+            dict(MATRIX, kind="matrix", params=params[0], lr_mul=(1.0, 2.0)),
+            dict(ADAM, kind="adam", params=params[1]),
+        ]
         opt = MuonEq(groups[: 1 if later else 2], grads=grads)
         if later:
             opt.add_param_group(groups[1])

@@ -1,8 +1,9 @@
 """MuonEq on several gloo processes against the same class in one process.
 
-A step has ROWS rows of tokens with one gradient each; a rank holds the sum over its rows, so the reduced gradient does
-not depend on the number of ranks. Each world size starts its processes once, from a fork server that has imported
-torch, and runs every case in a process group of its own: a failing case cannot hang or disturb the others.
+A step has ROWS rows of tokens with one gradient each; a rank holds the sum over its rows, so the reduced
+gradient does not depend on the number of ranks. Each world size starts its processes once, from a fork
+server that has imported torch, and runs every case in a process group of its own: a failing case cannot
+hang or disturb the others.
 """
 
 import contextlib
@@ -51,8 +52,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """Groups given as dicts with `shapes` for `params`. `whole`: gradients are small integers, so sums are exact.
-    `absent`: (rank, parameter index) pairs without a gradient, rank -1 being the last one and None every rank."""
+    """Groups given as dicts with `shapes` for `params`. `whole`: gradients are small integers, so sums
+    are exact. `absent`: (rank, parameter index) pairs without a gradient, rank -1 being the last one and
+    None every rank."""
 
     groups: tuple
     grads: str = "token_sum"
@@ -75,7 +77,9 @@ EVEN = (MATRIX | dict(shapes=[(12, 4, 6)]), ADAM | dict(shapes=[(24, 768)]))  # 
 
 
 def fancy(group):
-    return group | dict(equilibrate="rowcol", phase=3, norm_bound="spc", scale="match_rms_adamw", nesterov=False)
+    return group | dict(
+        equilibrate="rowcol", phase=3, norm_bound="spc", scale="match_rms_adamw", nesterov=False
+    )
 
 
 CASES = {
@@ -95,12 +99,18 @@ CASES = {
     "bf16_and_fp32": Case(EVERYTHING, dtypes=(BF16, FP32, FP32), whole=True),
     "bf16_mean": Case(EVERYTHING, grads="mean", dtypes=(BF16,), whole=True),
     "bf16_work": Case((LIST | dict(work_dtype=BF16), BANK | dict(work_dtype=BF16))),
-    "absent": Case((LIST, BANK, TABLES), absent=((0, 0), (-1, 1), (None, 2), (0, 5), (None, 6), (-1, 7), (0, 9))),
-    "absent_bank_and_every": Case((BANK | dict(every=2), TABLES | dict(every=2)), absent=((None, 0), (0, 1)), steps=4),
+    "absent": Case(
+        (LIST, BANK, TABLES), absent=((0, 0), (-1, 1), (None, 2), (0, 5), (None, 6), (-1, 7), (0, 9))
+    ),
+    "absent_bank_and_every": Case(
+        (BANK | dict(every=2), TABLES | dict(every=2)), absent=((None, 0), (0, 1)), steps=4
+    ),
     "absent_mean": Case((LIST, BANK, TABLES), grads="mean", absent=((None, 1), (None, 5), (None, 6))),
 }
 RESUME = {
-    "resume": Case((fancy(MIXED_SHAPES), fancy(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True),
+    "resume": Case(
+        (fancy(MIXED_SHAPES), fancy(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True
+    ),
     "resume_mean": Case((fancy(MIXED_SHAPES), BANK, TABLES), grads="mean", named=False),
 }
 SAVED_AT, SAVED_STEPS, ALL_STEPS = 2, 4, 8  # world size and step of the checkpoint, end of the run
@@ -128,7 +138,9 @@ def local_gradient(case, param, index, step, rank, world):
     rows = range(ROWS) if case.grads == "mean" else range(rank * share, (rank + 1) * share)
     each = [randn(param.shape, step, row, index) for row in rows]
     total = sum(g.mul(2).round().clamp(-8, 8) if case.whole else g for g in each)
-    return (total / (64 if case.whole else tokens_of(step)) if case.grads == "mean" else total).to(param.dtype)
+    return (total / (64 if case.whole else tokens_of(step)) if case.grads == "mean" else total).to(
+        param.dtype
+    )
 
 
 def build(case, weights=None):
@@ -157,7 +169,9 @@ def run(case, rank=0, world=1, first=0, last=None, checkpoint=None):
                 p.grad = g.to(p.grad_dtype) if p.grad is None else p.grad + g
         before = [None if p.grad is None else p.grad.clone() for p in params]
         opt.step(tokens=tokens_of(step) if case.grads == "token_sum" else None)
-        assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, params, strict=True)), "gradient changed"
+        assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, params, strict=True)), (
+            "gradient changed"
+        )
         opt.zero_grad()
         history.append([p.detach().clone() for p in params])
     return dict(history=history, weights=history[-1], state=opt.state_dict())
@@ -192,7 +206,9 @@ def process_group(folder, name, rank, world):
 def worker(rank, world, folder):
     """Runs every case and saves the result, or the traceback as a string."""
     torch.set_num_threads(1)
-    jobs = {name: functools.partial(run, case) for name, case in CASES.items()} | {"large_and_small": large_and_small}
+    jobs = {name: functools.partial(run, case) for name, case in CASES.items()} | {
+        "large_and_small": large_and_small
+    }
     for name, case in RESUME.items():
         if world == SAVED_AT:
             jobs[name] = functools.partial(run, case, last=SAVED_STEPS)
@@ -217,9 +233,12 @@ def results(tmp_path_factory):
     """results(name, world): what each rank returned; the world size that saves the checkpoints runs first."""
     folder = tmp_path_factory.mktemp("distributed")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest"])  # what the first step imports
+    # what the first step imports
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest"])
     for world in sorted(WORLDS, key=lambda w: w != SAVED_AT):
-        processes = [context.Process(target=worker, args=(r, world, folder), daemon=True) for r in range(world)]
+        processes = [
+            context.Process(target=worker, args=(r, world, folder), daemon=True) for r in range(world)
+        ]
         for process in processes:
             process.start()
         deadline = time.monotonic() + DEADLINE
@@ -274,7 +293,8 @@ def check_run(actual, expected, tolerance=1e-6):
     for step, (a, e) in enumerate(zip(actual["history"], expected["history"], strict=True)):
         for index, (x, y) in enumerate(zip(a, e, strict=True)):
             assert x.dtype == y.dtype
-            if x.dtype == BF16:  # a weight may fall on the other side of a rounding border; the masters are compared
+            # a weight may fall on the other side of a rounding border; the masters are compared
+            if x.dtype == BF16:
                 torch.testing.assert_close(x, y, rtol=2.0**-7, atol=1e-6)
             else:
                 check_close(x, y, tolerance, f"step {step}, parameter {index}")
@@ -299,7 +319,9 @@ def check_state(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("absent_") and name != "absent"])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if not name.startswith("absent_") and name != "absent"]
+)
 def test_same_weights_and_state_at_any_world_size(results, name, world):
     check_run(results(name, world)[0], alone(name), LOOSE.get(name, 1e-6))
 

@@ -1,4 +1,5 @@
-"""What tools/record.py promises: logs that prove nothing are refused, statistics are right, nothing is lost."""
+"""What tools/record.py promises: logs that prove nothing are refused, statistics are right, nothing
+is lost."""
 
 import hashlib
 import json
@@ -30,22 +31,31 @@ def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) ->
     settings = {
         "data": {"corpus": "shakespeare", "rows": 2, "row_tokens": 2048},
         "model": {"layers": 4, "width": 192},
-        "matrix": {"lr": 0.03, "equilibrate": "row", "normuon": True, "orthogonalize": "polar_express", "steps": 5},
+        "matrix": {"lr": 0.03, "equilibrate": "row", "normuon": True, "orthogonalize": "polar_express",
+                   "steps": 5},
         "schedule": {"windows": [[64, 64]], "steps": 100},
         "evaluation": {"target": RULES.target, "tokens": RULES.tokens},
     }  # fmt: skip
     header = dict(
-        run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed, torch="2.13.0",
-        world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16", compiled=True, compile="warm",
-        device="abacus", cpus=2, threads=2, driver="", data={"val_000000.bin": "0" * 64},
+        run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed,
+        torch="2.13.0", world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
+        compiled=True, compile="warm", device="abacus", cpus=2, threads=2, driver="",
+        data={"val_000000.bin": "0" * 64},
     )  # fmt: skip
     end = dict(step=100, val_loss=loss, val_tokens=RULES.tokens, train_time_s=seconds, tokens=409_600)
     steps = [
         dict(event="step", step=s, train_loss=2.5 - 0.01 * s, train_time_s=seconds * s / 100, tokens=4096 * s)
         for s in range(2, 101, 2)
     ]
-    final = dict(target=RULES.target, reached=loss <= RULES.target, compiles_in_timed_region=0, peak_memory_bytes=1)
-    return [{"event": "header", **header}, *steps, {"event": "val", **end}, {"event": "final", **end, **final}]
+    final = dict(
+        target=RULES.target, reached=loss <= RULES.target, compiles_in_timed_region=0, peak_memory_bytes=1
+    )
+    return [
+        {"event": "header", **header},
+        *steps,
+        {"event": "val", **end},
+        {"event": "final", **end, **final},
+    ]
 
 
 def write_log(folder: Path, lines: list[dict]) -> Path:
@@ -55,7 +65,9 @@ def write_log(folder: Path, lines: list[dict]) -> Path:
     return path
 
 
-def write_record(folder: Path, losses: list[float], seconds: list[float], first_seed: int = 0, source: bytes = SOURCE) -> Path:
+def write_record(
+    folder: Path, losses: list[float], seconds: list[float], first_seed: int = 0, source: bytes = SOURCE
+) -> Path:
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(source)
     (folder / "README.md").write_text(f"# The record {folder.name[11:]}\n\nWhat changed.\n")
@@ -83,8 +95,8 @@ def challenger(folder: Path) -> Path:
     lower = [x - 0.001 for x in LOSSES]
     made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, first_seed=100, source=b"pass\n")
     pairs = [
-        dict(baseline=folder.name, order="baseline first", planned=6, discarded=None, baseline_run=b.header["run_id"],
-             candidate_run=c.header["run_id"])
+        dict(baseline=folder.name, order="baseline first", planned=6, discarded=None,
+             baseline_run=b.header["run_id"], candidate_run=c.header["run_id"])
         for b, c in zip(claims.read_runs(folder), claims.read_runs(made))
     ]  # fmt: skip
     (made / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -96,7 +108,8 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
 
 
 def t_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t by quadrature: with t = sqrt(df) tan(a) the density becomes c cos(a)^(df - 1)."""
+    """P(T > t) of Student's t by quadrature: with t = sqrt(df) tan(a) the density becomes c
+    cos(a)^(df - 1)."""
     begin = math.atan(t / math.sqrt(df))
     a, half = begin + (math.pi / 2 - begin) * (NODES + 1) / 2, (math.pi / 2 - begin) / 2
     c = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
@@ -117,10 +130,14 @@ def test_p_values_agree_with_an_independent_implementation(n):
     va, vb = (((x - x.mean()) ** 2).sum() / (len(x) - 1) / len(x) for x in (a, b))
     df = (va + vb) ** 2 / (va**2 / (n - 1) + vb**2 / (n + 1))
     found = stats.welch(a, b)
-    assert found["p"] == pytest.approx(2 * t_tail(abs(a.mean() - b.mean()) / math.sqrt(va + vb), df), abs=1e-9)
+    assert found["p"] == pytest.approx(
+        2 * t_tail(abs(a.mean() - b.mean()) / math.sqrt(va + vb), df), abs=1e-9
+    )
     # the 95% interval ends where the two-sided p is 5%
     for end in (found["low"], found["high"]):
-        assert t_tail(abs(found["difference"] - end) / math.sqrt(va + vb), df) == pytest.approx(0.025, abs=1e-9)
+        assert t_tail(abs(found["difference"] - end) / math.sqrt(va + vb), df) == pytest.approx(
+            0.025, abs=1e-9
+        )
     low, high = stats.interval(a)
     assert t_tail((high - a.mean()) * math.sqrt(n) / a.std(ddof=1), n - 1) == pytest.approx(0.025, abs=1e-9)
     assert low + high == pytest.approx(2 * a.mean())
@@ -132,14 +149,17 @@ def test_samples_that_prove_nothing_have_p_one():
 
 
 def power_of(n: int, margin: float) -> float:
-    """P(t > its 1% point) for n values of mean `margin` and sd 1: normal tail integrated over the density of the sample sd."""
+    """P(t > its 1% point) for n values of mean `margin` and sd 1: normal tail integrated over the
+    density of the sample sd."""
     low, high = 0.0, 200.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, n - 1) > 0.01 else (low, middle)
     df = n - 1
     s = 3.0 * (NODES + 1)  # sample sd, 0 to 6
-    log_density = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2) + (df - 1) * np.log(s) - df * s**2 / 2
+    log_density = (
+        math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2) + (df - 1) * np.log(s) - df * s**2 / 2
+    )
     tail = [0.5 * math.erfc((high * x - math.sqrt(n) * margin) / math.sqrt(2)) for x in s]
     return float(3.0 * (WEIGHTS * np.exp(log_density) * tail).sum())
 
@@ -151,7 +171,9 @@ def test_plan_gives_the_smallest_number_of_runs(margin, power):
     assert power_of(n, margin) >= power and (n == 2 or power_of(n - 1, margin) < power)
 
 
-@pytest.mark.parametrize("sd, margin, power", [(0, 1, 0.9), (1, 0, 0.9), (1, -1, 0.9), (1, 1, 1.0), (1, 1e-9, 0.9)])
+@pytest.mark.parametrize(
+    "sd, margin, power", [(0, 1, 0.9), (1, 0, 0.9), (1, -1, 0.9), (1, 1, 1.0), (1, 1e-9, 0.9)]
+)
 def test_plan_refuses_what_no_number_of_runs_can_show(sd, margin, power, capsys):
     assert record.main(["plan", "--sd", str(sd), "--margin", str(margin), "--power", str(power)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -168,7 +190,8 @@ def test_the_error_of_all_looks_together_is_at_most_alpha():
 
 
 def test_false_positives_of_the_sequential_rule_stay_below_its_level():
-    """2,000 sessions of two equal scripts: 3% drift, 5% of the runs 20% slower, AR(1) noise of 0.5, order swapped."""
+    """2,000 sessions of two equal scripts: 3% drift, 5% of the runs 20% slower, AR(1) noise of 0.5,
+    order swapped."""
     rng, pairs, wrong = np.random.default_rng(0), 40, 0
     swap = np.where(np.arange(pairs) % 2 == 0, 1.0, -1.0)
     for session in range(2000):
@@ -196,7 +219,8 @@ def test_the_sequential_rule_finds_a_real_difference():
 def test_a_record_that_proves_its_claim_holds(folder, capsys):
     result = claims.verify(folder)
     x = np.array(LOSSES)
-    assert result["holds"] and result["val_loss"]["n"] == 6 and result["margin"] == pytest.approx(1.5 - x.mean())
+    assert result["holds"] and result["val_loss"]["n"] == 6
+    assert result["margin"] == pytest.approx(1.5 - x.mean())
     t = (1.5 - x.mean()) / (x.std(ddof=1) / math.sqrt(6))
     assert result["p"] == pytest.approx(t_tail(t, 5), abs=1e-9)
     assert result["train_time_s"] == {"abacus": stats.describe(SECONDS)}
@@ -207,7 +231,8 @@ def test_a_record_that_proves_its_claim_holds(folder, capsys):
 
 
 def change(section: str, name: str, value):
-    """A mutation of one event of a log: `section` is header or final, a dotted name goes into the settings."""
+    """A mutation of one event of a log: `section` is header or final, a dotted name goes into the
+    settings."""
 
     def apply(lines: list[dict]) -> None:
         event = lines[0] if section == "header" else lines[-1]
@@ -313,7 +338,12 @@ def test_the_stored_source_must_be_the_one_that_was_run(folder):
 def test_an_edited_result_is_refused(folder):
     path = folder / "result.json"
     stored = json.loads(path.read_text())
-    for key, value in (("p", stored["p"] / 2), ("steps", 99), ("beats", [{}]), ("margin", stored["margin"] * (1 + 1e-6))):
+    for key, value in (
+        ("p", stored["p"] / 2),
+        ("steps", 99),
+        ("beats", [{}]),
+        ("margin", stored["margin"] * (1 + 1e-6)),
+    ):
         path.write_text(json.dumps(stored | {key: value}))
         with pytest.raises(ValueError, match=rf"result.json: {key} is not what the logs give"):
             claims.verify(folder)
@@ -332,7 +362,9 @@ def test_a_claim_without_significance_does_not_hold(tmp_path, capsys):
     assert record.main(["verify", str(folder)]) == 1 and "DOES NOT HOLD" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["verify", "/nowhere"], ["--root", "/nowhere", "verify"], ["import", "/nowhere"]])
+@pytest.mark.parametrize(
+    "arguments", [["verify", "/nowhere"], ["--root", "/nowhere", "verify"], ["import", "/nowhere"]]
+)
 def test_missing_folders_get_one_sentence(arguments, capsys):
     assert record.main(arguments) == 1
     captured = capsys.readouterr()
@@ -371,7 +403,10 @@ def test_pairs_whose_number_was_not_fixed_are_judged_by_the_sequential_rule(chal
 
 
 def test_four_pairs_are_not_enough(challenger):
-    edit_pairs(challenger, lambda pairs: [pair.update(planned=4) for pair in pairs] and pairs.__delitem__(slice(4, None)))
+    edit_pairs(
+        challenger,
+        lambda pairs: [pair.update(planned=4) for pair in pairs] and pairs.__delitem__(slice(4, None)),
+    )
     result = claims.summarize(challenger)
     assert result["beats"][0]["p"] < 0.01 and not result["beats"][0]["faster"]
 
@@ -380,7 +415,10 @@ def test_four_pairs_are_not_enough(challenger):
     "mutate, message",
     [
         (lambda pairs: pairs[2].update(candidate_run="nothing"), "pair 3: candidate_run nothing"),
-        (lambda pairs: pairs[2].update(baseline_run=pairs[1]["baseline_run"]), "baseline_run appears in two pairs"),
+        (
+            lambda pairs: pairs[2].update(baseline_run=pairs[1]["baseline_run"]),
+            "baseline_run appears in two pairs",
+        ),
         (lambda pairs: pairs[2].pop("order"), "pairs.jsonl is not a list of pairs"),
     ],
 )
@@ -408,7 +446,8 @@ from typing import Any
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 seed, out = int(given["--seed"]), Path(given["--out"])
 NAME, SPEED, COMPILES, FAIL, WAIT = "", 1.0, "", "", 0.0
-random.seed(f"{NAME} {len(list(Path(__file__).parent.glob('*/*.jsonl')))}")  # the same on every day and in every folder
+runs = len(list(Path(__file__).parent.glob("*/*.jsonl")))
+random.seed(f"{NAME} {runs}")  # the same on every day and in every folder
 source = Path(__file__).read_bytes()
 Path(__file__).with_name("pid").write_text(str(os.getpid()))
 if FAIL and Path(FAIL).exists():
@@ -435,7 +474,8 @@ with open(out / f"{name}.jsonl", "w") as log:
 
 @pytest.fixture
 def scripts(tmp_path: Path):
-    """Writes a stand-in for train_gpt.py, its noise drawn from its name; `SPEED=0.9` and the like set its constants."""
+    """Writes a stand-in for train_gpt.py, its noise drawn from its name; `SPEED=0.9` and the like
+    set its constants."""
     (tmp_path / "template.json").write_text(json.dumps(log_lines(0, 1.49, 10.0)))
 
     def write(name: str, **constants) -> Path:
@@ -496,7 +536,10 @@ def test_run_refuses_to_mix(tmp_path, scripts, capsys):
 
 def test_overrides_of_a_record_are_those_of_its_logs(tmp_path, scripts):
     script = scripts("script")
-    assert command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", script, "--", "--matrix.lr", "0.5") == 0
+    assert (
+        command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", script, "--", "--matrix.lr", "0.5")
+        == 0
+    )
     assert command(tmp_path, "run", "--name", "x", "--runs", "2", "--source", script) == 0
     assert {run.header["settings"]["matrix"]["lr"] for run in claims.read_runs(only(tmp_path, "x"))} == {0.5}
 
@@ -531,7 +574,9 @@ def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_pat
     (candidate / "pairs.jsonl").unlink()
     original = runner.Record.run
     try:
-        runner.Record.run = lambda self, seed, bar, only_warm=False: None if only_warm else original(self, seed, bar)
+        runner.Record.run = lambda self, seed, bar, only_warm=False: (
+            None if only_warm else original(self, seed, bar)
+        )
         assert command(tmp_path, "ab", "--baseline", slow, "--candidate", candidate, "--pairs", "5") == 0
     finally:
         runner.Record.run = original
@@ -544,19 +589,22 @@ def test_until_decided_stops_when_time_and_loss_are_settled(tmp_path, scripts):
     arguments = ("--baseline", scripts("slow"), "--candidate", scripts("fast", SPEED=0.8), "--name", "fast")
     assert command(tmp_path, "ab", *arguments, "--until-decided", "--max-pairs", "30") == 0
     fast = only(tmp_path, "fast")
-    assert len(claims.read_pairs(fast)) == 5  # a fifth of the time and a margin of seven sd: the first look decides
+    # a fifth of the time and a margin of seven sd: the first look decides
+    assert len(claims.read_pairs(fast)) == 5
     result, losses = claims.verify(fast), [run.final["val_loss"] for run in claims.read_runs(fast)]
-    assert result["holds"] and result["rule"] == "sequential" and result["p"] == 2 * stats.p_below(losses, 1.5)
+    assert result["holds"] and result["rule"] == "sequential"
+    assert result["p"] == 2 * stats.p_below(losses, 1.5)
     # equal scripts: within 1% at last, or the budget is spent
     arguments = ("--baseline", scripts("a"), "--candidate", scripts("b", WAIT=0.0), "--name", "b")
     assert command(tmp_path, "ab", *arguments, "--until-decided", "--max-pairs", "6") == 0
-    assert len(claims.read_pairs(only(tmp_path, "b"))) == 6 and not claims.verify(only(tmp_path, "b"))["holds"]
+    assert len(claims.read_pairs(only(tmp_path, "b"))) == 6
+    assert not claims.verify(only(tmp_path, "b"))["holds"]
 
 
 def test_an_interrupt_keeps_what_is_finished_and_leaves_no_half_log(tmp_path, scripts):
     script = scripts("script", WAIT=0.02)
-    line = [sys.executable, str(ROOT / "tools" / "record.py"), "--root", str(tmp_path / "records"), "run", "--name", "x",
-            "--runs", "4", "--source", str(script)]  # fmt: skip
+    line = [sys.executable, str(ROOT / "tools" / "record.py"), "--root", str(tmp_path / "records"), "run",
+            "--name", "x", "--runs", "4", "--source", str(script)]  # fmt: skip
     process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.glob("records/tiny/*/runs/*.jsonl")):
@@ -573,7 +621,8 @@ def test_an_interrupt_keeps_what_is_finished_and_leaves_no_half_log(tmp_path, sc
     with pytest.raises(ProcessLookupError):
         os.kill(int((folder / "pid").read_text()), 0)
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and len(claims.read_runs(folder)) == 4 and not (folder / "unfinished").exists()
+    assert done.returncode == 0 and len(claims.read_runs(folder)) == 4
+    assert not (folder / "unfinished").exists()
 
 
 def test_two_at_once_are_refused(tmp_path, scripts, capsys):
@@ -583,12 +632,14 @@ def test_two_at_once_are_refused(tmp_path, scripts, capsys):
 
 
 def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
-    """The settings of a log, given back as options, are the settings of the next run; short evaluations are refused."""
+    """The settings of a log, given back as options, are the settings of the next run; short
+    evaluations are refused."""
     make_corpus(tmp_path / "data")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     small = options(track=None, **{"schedule.steps": 3, "schedule.extension": 0})
     (tmp_path / "records").mkdir()
-    assert command(tmp_path, "run", "--name", "real", "--runs", "1", "--", *small) == 1  # 1,000 validation tokens
+    # 1,000 validation tokens
+    assert command(tmp_path, "run", "--name", "real", "--runs", "1", "--", *small) == 1
     (run,) = claims.read_runs(only(tmp_path, "real"))
     track, _ = train_gpt.parse_command_line(["--track", "tiny", *runner.Record.options_of(run)])
     train_gpt.check_settings(track, train_gpt.Run(track="tiny"))
@@ -606,10 +657,12 @@ def public_log(
 ) -> Path:
     line = "=" * 100
     time_text = (lambda s: f"{1000 * s:.0f}ms") if unit == "ms" else (lambda s: f"{s:.3f}s")
-    source = f'print0("=" * 100)\nexample = """\nstep:99/99 val_loss:0.0001 train_time:1ms step_avg:1.00ms\n"""\n{code}\n'
+    example = "step:99/99 val_loss:0.0001 train_time:1ms step_avg:1.00ms"
+    source = f'print0("=" * 100)\nexample = """\n{example}\n"""\n{code}\n'
     environment = "step:98/98 val_loss:0.0002 train_time:1ms step_avg:1.00ms\n"  # whatever a machine prints
     environment += "Running Python 3.12.3\nRunning PyTorch 2.10.0+cu128 compiled for CUDA 12.8\n" + "".join(
-        f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |                    0 |\n" for i in range(8)
+        f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |                    0 |\n"
+        for i in range(8)
     )
     results = "step:1/1480 train_time:61ms step_avg:61.28ms\n" + "".join(
         f"step:{s}/1480 val_loss:{value} train_time:{time_text(seconds * s / 1480)} step_avg:58.10ms\n"
@@ -627,7 +680,8 @@ def test_public_logs_are_read_past_their_source(tmp_path, unit, separator_first)
     run = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
     assert run.final == {"step": 1480, "val_loss": 3.2784, "train_time_s": pytest.approx(86.0)}
     assert [p.step for p in run.val] == [0, 740, 1480] and run.header["torch"] == "2.10.0+cu128"
-    assert run.header["world_size"] == 8 and run.header["device"] == "NVIDIA H100 80GB HBM3" and run.header["steps"] == 1480
+    assert run.header["world_size"] == 8 and run.header["device"] == "NVIDIA H100 80GB HBM3"
+    assert run.header["steps"] == 1480
 
 
 def test_a_source_alone_is_no_result(tmp_path):
@@ -669,11 +723,14 @@ def test_import_keeps_different_scripts_apart(tmp_path, capsys):
 
 
 def readmes(folder: Path) -> list[Path]:
-    """The page of the repository and that of the records, each with every kind of table but the tried runs'."""
+    """The page of the repository and that of the records, each with every kind of table but the
+    tried runs'."""
     root = folder.parents[1]
     paths = [root.parent / "README.md", root / "README.md"]
     for path in paths:
-        blocks = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n\n" for name in ("summary", "records", "steps"))
+        blocks = "".join(
+            f"<!-- begin {name} -->\n<!-- end {name} -->\n\n" for name in ("summary", "records", "steps")
+        )
         path.write_text(f"# Before\n\n{blocks}\n\nAfter.\n")
     return paths
 
@@ -700,7 +757,8 @@ def test_tables_are_reproducible_and_checked(folder, challenger, capsys):
     rows = [line for line in block(paths[0], "records").splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert f"| 1 | [The record base](records/tiny/{BASE}) | 100 | 409,600 | 1.4883, 6," in rows[0]
     assert "70.3 s on 1 x abacus" in rows[0] and rows[0].endswith("| - |")
-    assert "(records/tiny/2026-01-02_faster)" in rows[1] and "66.0 s on 1 x abacus" in rows[1] and "| 0.937, " in rows[1]
+    assert "(records/tiny/2026-01-02_faster)" in rows[1] and "66.0 s on 1 x abacus" in rows[1]
+    assert "| 0.937, " in rows[1]
     assert "](tiny/2026-01-02_faster)" in paths[1].read_text()
     # by steps: both need 100, the lower loss leads
     assert "| 1 | [The record faster]" in text and "MuonEq-row + NorMuon, polar_express 5" in text
@@ -716,13 +774,23 @@ def test_the_summary_names_a_machine_once_and_says_how_much_faster(folder, chall
     assert "target 1.5 nats per token, median training times on 1 x abacus:" in text
     assert rows_of(text) == [
         ["1", f"[The record base](records/tiny/{BASE})", "2026-01-01", "100", "1.4883", "70.3 s", "-"],
-        ["2", "[The record faster](records/tiny/2026-01-02_faster)", "2026-01-01", "100", "1.4873", "66.0 s", "1.07 x"]]
+        [
+            "2",
+            "[The record faster](records/tiny/2026-01-02_faster)",
+            "2026-01-01",
+            "100",
+            "1.4873",
+            "66.0 s",
+            "1.07 x",
+        ],
+    ]
     for log in (folder / "runs").glob("*.jsonl"):
         log.write_text(log.read_text().replace("abacus", "another machine"))
     claims.write_result(folder)
     assert record.main([*root, "table"]) == 0
     text = block(path, "summary")
-    assert "nats per token:" in text and "| 70.3 s on 1 x another machine |" in text and "| 66.0 s on 1 x abacus |" in text
+    assert "nats per token:" in text and "| 70.3 s on 1 x another machine |" in text
+    assert "| 66.0 s on 1 x abacus |" in text
 
 
 def test_each_track_has_a_page_with_its_own_tables(folder, challenger, capsys):
@@ -778,7 +846,8 @@ def test_what_was_tried_stands_beside_the_nearest_run_before_it(folder, challeng
         ["faster-still", "faster-rate", "1.5100", "`seed 1 -> 2`, `matrix.lr 0.05 -> 0.06`"],
         ["again", "faster-still", "1.5200", "`seed 2 -> 3`"],
         ["the-same-seed", "again", "1.5300", "nothing"],
-        ["another-record", "record 1", "1.4883", "`matrix.lr 0.03 -> 0.031`"]]
+        ["another-record", "record 1", "1.4883", "`matrix.lr 0.03 -> 0.031`"],
+    ]
     text = (folder.parent / "tried" / "README.md").read_text()
     assert "| [again](again.jsonl) | 100 | 409,600 | 1.5300 |" in text
     for log in (challenger / "runs").glob("*.jsonl"):  # the second record comes to have the rate
@@ -789,7 +858,14 @@ def test_what_was_tried_stands_beside_the_nearest_run_before_it(folder, challeng
 def test_stages_of_tried_runs_are_compared_column_by_column(folder, challenger):
     stages = [[0, [64, 64], 1, 4096, 1.0, []], [0.5, [64, 64], 2, 4096, 1.5, []]]
     tried_run(folder, "growing", 0, 1.51, schedule__stages=stages, model__ahead=0, model__tied=0.5)
-    tried_run(folder, "wider", 1, 1.52, schedule__stages=[[b, [64, 128], *rest] for b, _, *rest in stages], model__tied=0.5)
+    tried_run(
+        folder,
+        "wider",
+        1,
+        1.52,
+        schedule__stages=[[b, [64, 128], *rest] for b, _, *rest in stages],
+        model__tied=0.5,
+    )
     for log in (folder.parent / "tried").glob("*.jsonl"):
         log.write_text(log.read_text().replace('"windows": [[64, 64]], ', ""))
     for log in (folder / "runs").glob("*.jsonl"):  # from before there were stages
@@ -797,7 +873,8 @@ def test_stages_of_tried_runs_are_compared_column_by_column(folder, challenger):
     found = tried_rows(folder)
     assert found[0][0] == "growing" and found[0][1] == "record 1"
     # a setting that only one of the two knows counts unless it is off: tied does, ahead does not
-    assert found[0][3] == ("`model.tied None -> 0.5`, `stages.batch 1 -> (1,2)`, `stages.begin 0 -> (0,0.5)`, "
+    assert found[0][3] == ("`model.tied None -> 0.5`, `stages.batch 1 -> (1,2)`, "
+                           "`stages.begin 0 -> (0,0.5)`, "
                            "`stages.lr 1 -> (1,1.5)`")  # fmt: skip
     assert found[1][1:] == ["growing", "1.5100", "`seed 0 -> 1`, `stages.windows (64,64) -> (64,128)`"]
 
@@ -829,7 +906,8 @@ def test_figures_name_records_by_their_titles(folder, challenger, tmp_path, monk
     monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
     root = ["--root", str(folder.parents[1])]
     for kind in ("curves", "leading"):
-        words = [kind, str(challenger), str(folder / "runs"), "--loss", "train", "--out", str(tmp_path / "x.png")]
+        words = [kind, str(challenger), str(folder / "runs"), "--loss", "train", "--out",
+                 str(tmp_path / "x.png")]  # fmt: skip
         assert record.main([*root, "plot", *words]) == 0
     curves, leading = drawn
     names = [text.get_text() for text in curves.legends[0].texts]
@@ -847,7 +925,8 @@ def test_figures_name_records_by_their_titles(folder, challenger, tmp_path, monk
         log.write_text(log.read_text().replace('"tokens": 409600', '"tokens": 1230000'))
     assert record.main([*root, "plot", "curves", *words[1:]]) == 0
     axis = drawn[-1].axes[0]
-    assert axis.get_xlabel() == "training tokens (millions)" and axis.lines[0].get_xdata()[-1] == pytest.approx(1.23)
+    assert axis.get_xlabel() == "training tokens (millions)"
+    assert axis.lines[0].get_xdata()[-1] == pytest.approx(1.23)
 
 
 def test_figures_are_written_whole(folder, challenger, tmp_path, capsys):
@@ -863,7 +942,11 @@ def test_figures_are_written_whole(folder, challenger, tmp_path, capsys):
         assert record.main([*root, "plot", *arguments, "--out", str(out)]) == 0, capsys.readouterr().err
         assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list((tmp_path / "figures").iterdir())) == 4
-    for arguments in (["history", "nothing"], ["leading", str(folder)], ["curves", str(tmp_path / "figures")]):
+    for arguments in (
+        ["history", "nothing"],
+        ["leading", str(folder)],
+        ["curves", str(tmp_path / "figures")],
+    ):
         assert record.main([*root, "plot", *arguments, "--out", str(tmp_path / "x.png")]) == 1
     assert not (tmp_path / "x.png").exists()
 
@@ -891,7 +974,8 @@ def slugs(text: str) -> set[str]:
 
 
 def test_links_of_the_pages_lead_somewhere():
-    """Links, and paths in backquotes that begin with ../, which is how records point to what lies beside them."""
+    """Links, and paths in backquotes that begin with ../, which is how records point to what lies
+    beside them."""
     pages, checked = [*(ROOT / "records").rglob("*.md"), *(ROOT / "tools").rglob("*.md")], 0
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -901,17 +985,21 @@ def test_links_of_the_pages_lead_somewhere():
                 continue
             path = page.parent / target if target else page
             assert path.exists(), f"{page.relative_to(ROOT)}: {target}"
-            assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), f"{page.relative_to(ROOT)}: #{anchor}"
+            assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), (
+                f"{page.relative_to(ROOT)}: #{anchor}"
+            )
             checked += 1
     assert checked > 100
 
 
 def test_no_log_is_larger_than_promised():
     for path in (ROOT / "records").rglob("*.jsonl"):
-        assert os.path.getsize(path) < 100_000 or path.name == "results.jsonl", path  # of a comparison: many runs
+        # of a comparison: many runs
+        assert os.path.getsize(path) < 100_000 or path.name == "results.jsonl", path
 
 
 def test_records_hold_evidence_and_no_program_but_the_sources_that_were_run():
     root = ROOT / "records"
-    programs = {path for path in root.rglob("*.py") if "unfinished" not in path.parts}  # a run under way writes there
+    # a run under way writes there
+    programs = {path for path in root.rglob("*.py") if "unfinished" not in path.parts}
     assert programs == set(root.glob("*/*/train_gpt.py")) != set()

@@ -31,8 +31,14 @@ BAD_DATA = {  # name: what happens to the folder, words of the sentence
     "manifest is no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
     "manifest is no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), ["manifest.json"]),
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
-    "manifest without files": (lambda f: (f / "manifest.json").write_text('{"vocab_size": 257}'), ["manifest.json"]),
-    "manifest without sha256": (lambda f: edit_manifest(f, files={n: {} for n in os.listdir(f)}), ["manifest.json"]),
+    "manifest without files": (
+        lambda f: (f / "manifest.json").write_text('{"vocab_size": 257}'),
+        ["manifest.json"],
+    ),
+    "manifest without sha256": (
+        lambda f: edit_manifest(f, files={n: {} for n in os.listdir(f)}),
+        ["manifest.json"],
+    ),
     "manifest with no shards": (lambda f: edit_manifest(f, files={}), ["train"]),
     "wrong vocabulary": (lambda f: edit_manifest(f, vocab_size=256), ["256", "257"]),
     "wrong document start": (lambda f: edit_manifest(f, document_start=0), ["256"]),
@@ -40,14 +46,26 @@ BAD_DATA = {  # name: what happens to the folder, words of the sentence
     "missing second shard": (lambda f: (f / "train_000002.bin").unlink(), ["train_000002.bin", "missing"]),
     "missing validation shard": (lambda f: (f / "val_000000.bin").unlink(), ["val_000000.bin", "missing"]),
     "truncated shard": (lambda f: cut(f, "train_000001.bin", 20000), ["train_000001.bin", "truncated"]),
-    "truncated second shard": (lambda f: cut(f, "train_000002.bin", 20001), ["train_000002.bin", "truncated"]),
+    "truncated second shard": (
+        lambda f: cut(f, "train_000002.bin", 20001),
+        ["train_000002.bin", "truncated"],
+    ),
     "truncated header": (lambda f: cut(f, "val_000000.bin", 100), ["val_000000.bin"]),
     "empty shard": (lambda f: cut(f, "train_000001.bin", 0), ["train_000001.bin"]),
     "wrong magic": (lambda f: patch_shard(f, "train_000001.bin", 0, 7), ["train_000001.bin", "20240520"]),
-    "wrong version": (lambda f: patch_shard(f, "val_000000.bin", 1, 2), ["val_000000.bin", "20240520, 2), not"]),
+    "wrong version": (
+        lambda f: patch_shard(f, "val_000000.bin", 1, 2),
+        ["val_000000.bin", "20240520, 2), not"],
+    ),
     "sha256 mismatch": (lambda f: patch_shard(f, "train_000002.bin", 266, 3), ["train_000002.bin", "sha256"]),
-    "foreign token": (lambda f: patch_shard(f, "train_000001.bin", 266, 257, True), ["train_000001.bin", "257"]),
-    "foreign validation token": (lambda f: patch_shard(f, "val_000000.bin", 266, 65535, True), ["val_000000.bin", "65535"]),
+    "foreign token": (
+        lambda f: patch_shard(f, "train_000001.bin", 266, 257, True),
+        ["train_000001.bin", "257"],
+    ),
+    "foreign validation token": (
+        lambda f: patch_shard(f, "val_000000.bin", 266, 65535, True),
+        ["val_000000.bin", "65535"],
+    ),
 }
 
 
@@ -64,7 +82,9 @@ def test_bad_data_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_unused_shards_may_be_missing(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_shards_may_be_missing(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(data_dir / "shakespeare", tmp_path / "shakespeare")
     (tmp_path / "shakespeare/train_000002.bin").unlink()
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
@@ -72,8 +92,11 @@ def test_unused_shards_may_be_missing(tmp_path: Path, data_dir: Path, monkeypatc
     assert outcome.lines[0]["data"].keys() == {"train_000001.bin", "val_000000.bin"}
 
 
-def test_every_training_token_may_be_used_but_no_more(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    """The longest schedule that the shards allow runs to its end; one step more is refused before anything starts."""
+def test_every_training_token_may_be_used_but_no_more(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The longest schedule that the shards allow runs to its end; one step more is refused before
+    anything starts."""
 
     def enough(steps: int) -> bool:
         track, _ = train_gpt.parse_command_line(options(schedule__steps=steps, schedule__extension=0))
@@ -124,22 +147,26 @@ def test_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, na
 
 
 COUNTS = ["data.rows=0", "model.heads=0", "data.row_tokens=0", "data.row_tokens=-5", "schedule.steps=0",
-          "evaluation.log_every=0", "evaluation.every=0", "evaluation.tokens=0", "evaluation.row_tokens=0"]  # fmt: skip
+          "evaluation.log_every=0", "evaluation.every=0", "evaluation.tokens=0",
+          "evaluation.row_tokens=0"]  # fmt: skip
 IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
     "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
-    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages", "schedule.stages=((0,16),)": "(short, long window)",
-    "schedule.stages=((0.5,(8,8)),)": "begin at 0", "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising",
-    "schedule.stages=((0,(8,8),0),)": "at least 1", "schedule.stages=((0,(8,8),1,96.5),)": "document cut",
-    "schedule.stages=((0,(8,8),1,96,'a'),)": "takes", "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
+    "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages",
+    "schedule.stages=((0,16),)": "(short, long window)", "schedule.stages=((0.5,(8,8)),)": "begin at 0",
+    "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising", "schedule.stages=((0,(8,8),0),)": "at least 1",
+    "schedule.stages=((0,(8,8),1,96.5),)": "document cut", "schedule.stages=((0,(8,8),1,96,'a'),)": "takes",
+    "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
     "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
-    "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap", "model.paired=(5,)": "block number",
-    "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts", "model.value_gate_inputs=33": "value_gate_inputs",
-    "timeout=0": "timeout", "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
-    "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs", "model.mlp_ratio=0": "mlp_ratio",
-    "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips", "model.value_tables=((0,-5),)": "tables",
-    "matrix.lr_mul=()": "lr_mul", "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every",
-    "model.ngrams=((2,0),)": "ngrams", "gate.lr_mul=()": "lr_mul", "gate.lr_mul=((0,1),)": "lr_mul",
+    "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap",
+    "model.paired=(5,)": "block number", "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts",
+    "model.value_gate_inputs=33": "value_gate_inputs", "timeout=0": "timeout",
+    "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
+    "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs",
+    "model.mlp_ratio=0": "mlp_ratio", "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips",
+    "model.value_tables=((0,-5),)": "tables", "matrix.lr_mul=()": "lr_mul",
+    "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every", "model.ngrams=((2,0),)": "ngrams",
+    "gate.lr_mul=()": "lr_mul", "gate.lr_mul=((0,1),)": "lr_mul",
     "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
     "model.fp8_head=(0.0,1.0,1.0)": "fp8_head", "model.fp8_head=(1.0,1.0,1.0)": "multiples of 16",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
@@ -154,7 +181,9 @@ def test_impossible_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     before = signal.signal(signal.SIGALRM, alarm)
     signal.alarm(5)
     try:
-        message = refusal([*options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0), f"--{setting}"], capsys)
+        message = refusal(
+            [*options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0), f"--{setting}"], capsys
+        )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -173,7 +202,8 @@ def test_impossible_world_size_lists_the_allowed_ones(
     error = capsys.readouterr().err
     assert stop.value.code == 1 and not (tmp_path / "out").exists()
     if rank == 0:
-        assert error.startswith("train_gpt.py: 5 processes") and "[1, 2, 3, 4, 6, 12]" in error and error.count("\n") == 1
+        assert error.startswith("train_gpt.py: 5 processes") and "[1, 2, 3, 4, 6, 12]" in error
+        assert error.count("\n") == 1
     else:
         assert error == ""
 
@@ -193,7 +223,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, step: int, log_every: int
 ) -> None:
     original = train_gpt.learning_rate_factor
-    monkeypatch.setattr(train_gpt, "learning_rate_factor", lambda s, at: math.nan if at == step else original(s, at))
+    monkeypatch.setattr(
+        train_gpt, "learning_rate_factor", lambda s, at: math.nan if at == step else original(s, at)
+    )
     changes = dict(checkpoint_every=2, evaluation__log_every=log_every, evaluation__every=100)
     message = refusal(options(out=tmp_path, **changes), capsys)
     assert message.startswith("not finite at step") and "the last checkpoint is kept" in message
@@ -207,12 +239,15 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name, step, log_every", [("lm_head", 9, 4), ("mlp", 9, 1), ("skip", 5, 100), ("embed", 1, 7)])
+@pytest.mark.parametrize(
+    "name, step, log_every", [("lm_head", 9, 4), ("mlp", 9, 1), ("skip", 5, 100), ("embed", 1, 7)]
+)
 def test_a_gradient_that_is_not_finite_is_located(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     name: str, step: int, log_every: int, value: float,
 ) -> None:  # fmt: skip
-    """The step and the group, although it is seen only with the next log line or validation (every 7 steps)."""
+    """The step and the group, although it is seen only with the next log line or validation (every
+    7 steps)."""
     original, calls = train_gpt.Trainer.forward_backward, []
 
     def forward_backward(self: train_gpt.Trainer, *args: Any) -> torch.Tensor:
@@ -224,13 +259,18 @@ def test_a_gradient_that_is_not_finite_is_located(
         return loss
 
     monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
-    changes = dict(evaluation__log_every=log_every, head__every=1, embed__every=1, checkpoint_every=2, model__tied=0)
+    changes = dict(
+        evaluation__log_every=log_every, head__every=1, embed__every=1, checkpoint_every=2, model__tied=0
+    )
     message = refusal(options(out=tmp_path, **changes), capsys)
-    others = {"skip": "residual, value_mix, xsa, skip, smear, backout"}.get(name, name)  # small tensors share a unit
+    # small tensors share a unit
+    others = {"skip": "residual, value_mix, xsa, skip, smear, backout"}.get(name, name)
     assert f": gradients of {others} since step {step};" in message
     assert len(calls) <= min(-(-step // log_every) * log_every, -(-step // 7) * 7)
     for path in tmp_path.rglob("*.pt"):
-        assert all(p.isfinite().all() for p in torch.load(path, weights_only=True)["model"].values()), path.name
+        assert all(p.isfinite().all() for p in torch.load(path, weights_only=True)["model"].values()), (
+            path.name
+        )
 
 
 def test_log_of_a_non_finite_loss_is_json(
@@ -246,7 +286,8 @@ def test_huge_learning_rate_stops_with_one_sentence(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: "
+                                                "you tried to allocate 9 bytes"),
                                    MemoryError()], ids=["device", "cpu", "numpy"])  # fmt: skip
 def test_too_little_memory_names_the_knob(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("data_dir")
 # --------------------------------------------------------------------------------------------------
 # Resume
 
-RESUMED = dict(checkpoint_every=3)  # embed and head wait for every second step: saved at 4, 6, 10, 12, 16, 18, and the end
+# embed and head wait for every second step: saved at 4, 6, 10, 12, 16, 18, and the end
+RESUMED = dict(checkpoint_every=3)
 
 
 def resume(out: Path, **overrides: Any) -> Outcome:
@@ -44,11 +45,12 @@ def resume(out: Path, **overrides: Any) -> Outcome:
 
 
 def stop_at(place: str, error: Callable[[], None]) -> contextlib.ExitStack:
-    """Call `error` at a place of a run: "saved 2" after the second checkpoint, "save 2" in the midst of writing it,
-    "rename 2" before it gets its name, "step 9" within a step."""
+    """Call `error` at a place of a run: "saved 2" after the second checkpoint, "save 2" in the midst of
+    writing it, "rename 2" before it gets its name, "step 9" within a step."""
     what, number = place.split()
     target, name = {"saved": (train_gpt, "save_checkpoint"), "save": (train_gpt.os, "fsync"),
-                    "rename": (train_gpt.os, "replace"), "step": (train_gpt, "momentum_at")}[what]  # fmt: skip
+                    "rename": (train_gpt.os, "replace"),
+                    "step": (train_gpt, "momentum_at")}[what]  # fmt: skip
     original, calls = getattr(target, name), []
 
     def patched(*args: Any) -> Any:
@@ -84,7 +86,9 @@ def killed_run(argv: list[str], place: str) -> None:
         train(argv)
 
 
-@pytest.mark.parametrize("place, step", [("saved 2", 6), ("save 2", 4), ("rename 3", 6), ("step 11", 10), ("step 2", 0)])
+@pytest.mark.parametrize(
+    "place, step", [("saved 2", 6), ("save 2", 4), ("rename 3", 6), ("step 11", 10), ("step 2", 0)]
+)
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path, reference: Outcome, place: str, step: int) -> None:
     assert finish(start(killed_run, [(options(out=tmp_path, **RESUMED), place)])) == [-signal.SIGKILL]
     outcome = resume(tmp_path)
@@ -101,13 +105,16 @@ def test_run_stopped_twice_resumes_bit_for_bit(tmp_path: Path, reference: Outcom
     lines = outcome.lines
     assert [line["step"] for line in lines if line["event"] == "resume"] == [6, 12]
     assert [line["step"] for line in lines if line["event"] == "checkpoint"] == [4, 6, 10, 12, 16, 18, 20]
-    assert [line["event"] for line in lines].count("header") == [line["event"] for line in lines].count("final") == 1
+    kinds = [line["event"] for line in lines]
+    assert kinds.count("header") == kinds.count("final") == 1
     times = [line["train_time_s"] for line in lines if "train_time_s" in line]
     assert times == sorted(times)
     assert len(list(tmp_path.glob("*.jsonl"))) == 1
 
 
-def test_interrupted_run_says_so_and_resumes(tmp_path: Path, reference: Outcome, capsys: pytest.CaptureFixture) -> None:
+def test_interrupted_run_says_so_and_resumes(
+    tmp_path: Path, reference: Outcome, capsys: pytest.CaptureFixture
+) -> None:
     with stop_at("step 9", press_ctrl_c):
         assert "interrupted" in refusal(options(out=tmp_path, **RESUMED), capsys)
     check_equal(resume(tmp_path), reference)
@@ -116,7 +123,8 @@ def test_interrupted_run_says_so_and_resumes(tmp_path: Path, reference: Outcome,
 def test_checkpoints_do_not_change_a_run(tmp_path: Path, reference: Outcome) -> None:
     outcome = train(options(out=tmp_path, **RESUMED))
     check_equal(outcome, reference)
-    assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["step_000018.pt", "step_000020.pt"]  # the last two
+    # the last two
+    assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["step_000018.pt", "step_000020.pt"]
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -215,7 +223,9 @@ def test_damaged_checkpoint_is_named_and_passed_over(
     assert not list(out.rglob("evil"))
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(head__lr=0.009), dict(model__backout=-1), dict(data__row_tokens=48)])
+@pytest.mark.parametrize(
+    "change", [dict(seed=1), dict(head__lr=0.009), dict(model__backout=-1), dict(data__row_tokens=48)]
+)
 def test_checkpoint_of_another_run_is_refused(
     tmp_path: Path, stopped: Path, capsys: pytest.CaptureFixture, change: dict
 ) -> None:
@@ -223,12 +233,17 @@ def test_checkpoint_of_another_run_is_refused(
     out = shutil.copytree(stopped, tmp_path / "out")
     message = refusal(options(out=out, resume=path, **change), capsys)
     assert str(path) in message and ("seed" if "seed" in change else "track") in message
-    outcome = resume(out, schedule__steps=2, schedule__extension=0, **change)  # another track: its own, fresh run
+    # another track: its own, fresh run
+    outcome = resume(out, schedule__steps=2, schedule__extension=0, **change)
     assert "resume" not in [line["event"] for line in outcome.lines]
 
 
 def test_checkpoint_of_other_data_is_refused(
-    tmp_path: Path, stopped: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    stopped: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (path,) = stopped.glob("*/step_000006.pt")
     shutil.copytree(data_dir / "shakespeare", tmp_path / "shakespeare")
@@ -244,14 +259,18 @@ def test_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_into_another_folder_keeps_the_log_readable(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
+def test_resume_into_another_folder_keeps_the_log_readable(
+    tmp_path: Path, stopped: Path, reference: Outcome
+) -> None:
     (path,) = stopped.glob("*/step_000006.pt")
     outcome = train(options(out=tmp_path, resume=path))
     assert outcome.final["val_loss"] == reference.final["val_loss"]
     assert "resume" in [line["event"] for line in outcome.lines]
 
 
-@pytest.mark.parametrize("target, name", [(train_gpt.torch, "save"), (train_gpt.os, "fsync"), (train_gpt.os, "replace")])
+@pytest.mark.parametrize(
+    "target, name", [(train_gpt.torch, "save"), (train_gpt.os, "fsync"), (train_gpt.os, "replace")]
+)
 def test_failed_save_leaves_no_checkpoint_and_keeps_the_previous(
     tmp_path: Path, reference: Outcome, capsys: pytest.CaptureFixture, target: Any, name: str
 ) -> None:
@@ -294,14 +313,19 @@ def test_a_log_has_one_writer(tmp_path: Path, stopped: Path, capsys: pytest.Capt
     assert f"another process writes {path}" in message and path.read_bytes() == before
 
 
-def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
-    """Whatever a kill left behind step 6: whole lines, half a line, or not even the line of the checkpoint."""
+def test_lines_after_the_checkpoint_are_written_again(
+    tmp_path: Path, stopped: Path, reference: Outcome
+) -> None:
+    """Whatever a kill left behind step 6: whole lines, half a line, or not even the line of the
+    checkpoint."""
     (path,) = stopped.glob("*.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     saved_line = b'{"event": "checkpoint", "step": 6}\n'
     later = b'{"event": "step", "step": 7, "train_loss": 1.0, "train_time_s": 9.0, "tokens": 1}\n'
     torn = [*lines, later[:30]]
-    for i, content in enumerate((lines, [*lines, saved_line], [*lines, saved_line, later], torn, [*lines, later * 2], [])):
+    for i, content in enumerate(
+        (lines, [*lines, saved_line], [*lines, saved_line, later], torn, [*lines, later * 2], [])
+    ):
         out = shutil.copytree(stopped, tmp_path / str(i))
         (out / path.name).write_bytes(b"".join(content))
         outcome = resume(out)
@@ -310,8 +334,11 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path, stopped: P
         assert outcome.losses == (reference.losses if content else [x for x in reference.losses if x[1] > 6])
 
 
-def test_resumed_from_an_older_checkpoint_and_stopped_again(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
-    """The second resume goes on from the branch that the log holds, not from the later checkpoint of the first."""
+def test_resumed_from_an_older_checkpoint_and_stopped_again(
+    tmp_path: Path, stopped: Path, reference: Outcome
+) -> None:
+    """The second resume goes on from the branch that the log holds, not from the later checkpoint
+    of the first."""
     out = shutil.copytree(stopped, tmp_path / "out")
     (older,) = out.glob("*/step_000004.pt")
     with stop_at("step 5", stop), pytest.raises(Stopped):
@@ -332,13 +359,16 @@ def test_a_finished_run_resumed_by_name_can_be_resumed_again(tmp_path: Path, ref
 
 
 @pytest.mark.parametrize("logged", [True, False])
-def test_a_run_killed_after_its_last_checkpoint_ends(tmp_path: Path, reference: Outcome, logged: bool) -> None:
+def test_a_run_killed_after_its_last_checkpoint_ends(
+    tmp_path: Path, reference: Outcome, logged: bool
+) -> None:
     first = train(options(out=tmp_path, **RESUMED))
     next(tmp_path.glob("*/finished")).unlink()
     if not logged:
         first.log.write_bytes(b"".join(first.log.read_bytes().splitlines(keepends=True)[:-1]))
     outcome = resume(tmp_path)
-    assert outcome.log == first.log and [line["step"] for line in outcome.lines if line["event"] == "resume"] == [20]
+    assert outcome.log == first.log
+    assert [line["step"] for line in outcome.lines if line["event"] == "resume"] == [20]
     assert [line["event"] for line in outcome.lines].count("final") == 1 and list(tmp_path.glob("*/finished"))
     check_equal(outcome, reference)
 
@@ -360,7 +390,8 @@ def test_another_runs_checkpoint_can_be_adopted(
 
 
 def test_an_adopted_run_goes_on_in_its_data(tmp_path: Path, stopped: Path, reference: Outcome) -> None:
-    """The seed is only that of the initial weights: from a checkpoint on, a run of another seed is the same run."""
+    """The seed is only that of the initial weights: from a checkpoint on, a run of another seed is
+    the same run."""
     (path,) = stopped.glob("*/step_000006.pt")
     outcome = train(options(out=tmp_path, resume=path, adopt="true", seed=1))
     assert outcome.losses == [loss for loss in reference.losses if loss[1] > 6]
@@ -380,7 +411,8 @@ def test_an_adopted_checkpoint_must_fit(tmp_path: Path, stopped: Path, capsys: p
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Outcome, list[str]]:
     """A run whose validation takes the whole shard, and the options that use its last checkpoint."""
-    out, tokens = tmp_path_factory.mktemp("trained"), train_gpt.read_shard(data_dir / "shakespeare" / "val_000000.bin")
+    out = tmp_path_factory.mktemp("trained")
+    tokens = train_gpt.read_shard(data_dir / "shakespeare" / "val_000000.bin")
     outcome = train(options(out=out, checkpoint_every=100, evaluation__tokens=int((tokens[1:] != 256).sum())))
     (path,) = out.glob("*/step_000020.pt")
     return outcome, ["--track", "tiny", "--device", "cpu", "--threads", "1", "--resume", str(path)]
@@ -394,19 +426,26 @@ def test_loss_of_a_checkpoint(trained: tuple, data_dir: Path, capsys: pytest.Cap
     assert f"over {outcome.final['val_tokens']:,} tokens" in capsys.readouterr().out
     found = train_gpt.main([*use, "--evaluate", str(folder)])
     stream = np.concatenate([train_gpt.read_shard(path) for path in sorted(folder.glob("*.bin"))])
-    assert f"{found:.4f} nats per token over {(stream[1:] != 256).sum():,} tokens of {folder}" in capsys.readouterr().out
+    said = f"{found:.4f} nats per token over {(stream[1:] != 256).sum():,} tokens of {folder}"
+    assert said in capsys.readouterr().out
 
 
-def test_loss_of_a_checkpoint_whose_head_is_the_embedding_too(trained: tuple, tmp_path: Path, data_dir: Path) -> None:
+def test_loss_of_a_checkpoint_whose_head_is_the_embedding_too(
+    trained: tuple, tmp_path: Path, data_dir: Path
+) -> None:
     first, use = trained
     tokens = first.final["val_tokens"]
     outcome = train(options(out=tmp_path, checkpoint_every=100, evaluation__tokens=tokens, model__tied=2))
     (path,) = tmp_path.glob("*/step_000020.pt")
-    found = train_gpt.main([*use[:-1], str(path), "--evaluate", str(data_dir / "shakespeare" / "val_000000.bin")])
+    found = train_gpt.main(
+        [*use[:-1], str(path), "--evaluate", str(data_dir / "shakespeare" / "val_000000.bin")]
+    )
     assert found == pytest.approx(outcome.final["val_loss"], rel=1e-6)
 
 
-def test_a_sample_takes_likely_tokens_and_follows_the_seed(trained: tuple, capsys: pytest.CaptureFixture) -> None:
+def test_a_sample_takes_likely_tokens_and_follows_the_seed(
+    trained: tuple, capsys: pytest.CaptureFixture
+) -> None:
     _, use = trained
 
     def sample(**fields: Any) -> str:
@@ -435,11 +474,17 @@ def test_a_sample_takes_likely_tokens_and_follows_the_seed(trained: tuple, capsy
 
 
 @pytest.mark.parametrize("section, field, value, sentence", [
-    ("model", "unheard_of", 1, "unheard_of"), ("model", "width", "64", "width takes int"), ("model", "width", 64, "size"),
-    ("data", None, None, "'data'"),
+    ("model", "unheard_of", 1, "unheard_of"), ("model", "width", "64", "width takes int"),
+    ("model", "width", 64, "size"), ("data", None, None, "'data'"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_version_is_not_used(
-    trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, section: str, field: str | None, value: Any, sentence: str
+    trained: tuple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    section: str,
+    field: str | None,
+    value: Any,
+    sentence: str,
 ) -> None:
     _, use = trained
     path = tmp_path / "step_000020.pt"
@@ -456,7 +501,8 @@ def test_a_checkpoint_of_another_version_is_not_used(
 
 @pytest.mark.parametrize("words, sentence", [
     (["--sample", "a"], "need --resume PATH"), (["--evaluate", "x.bin", "--resume"], "need --resume PATH"),
-    (["--evaluate", "nothing.bin"], "nothing.bin is missing"), (["--evaluate", "large.bin"], "holds token 300"),
+    (["--evaluate", "nothing.bin"], "nothing.bin is missing"),
+    (["--evaluate", "large.bin"], "holds token 300"),
 ])  # fmt: skip
 def test_a_checkpoint_cannot_be_used(
     trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,

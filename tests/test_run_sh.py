@@ -1,4 +1,5 @@
-"""run.sh from end to end on a small corpus; environments are stand-ins, nothing is installed or downloaded."""
+"""run.sh from end to end on a small corpus; environments are stand-ins, nothing is installed or
+downloaded."""
 
 import os
 import shutil
@@ -35,7 +36,9 @@ def sentence(done: subprocess.CompletedProcess, program: str = "run.sh") -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess:
+def trained(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> subprocess.CompletedProcess:
     """A run from another working directory; it writes into `out` there."""
     folder = tmp_path_factory.mktemp("elsewhere")
     argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=folder / "out", **SHORT)]
@@ -50,17 +53,21 @@ def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedPr
     assert [path.name for path in trained.folder.iterdir()] == ["out"]
     (log,) = (trained.folder / "out").glob("*.jsonl")
     header, *_, final = events(log)
-    assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5 and header["world_size"] == 1
+    assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5
+    assert header["world_size"] == 1
     assert final["event"] == "final" and final["step"] == 5
     last = trained.stdout.splitlines()[-1]
-    assert all(word in last for word in ("tiny", f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)), last
+    assert all(word in last for word in ("tiny", f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)), (
+        last
+    )
     assert not (ROOT / "logs" / log.name).exists()
 
 
 def test_two_processes_of_torchrun_give_the_same_loss(
     trained: subprocess.CompletedProcess, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(ROOT / "train_gpt.py")]  # fmt: skip
     done = run([*torchrun, *options(out=tmp_path / "out", **SHORT)], environment, tmp_path)
     assert done.returncode == 0, done.stderr
     (log,), (other,) = (folder.glob("*.jsonl") for folder in (tmp_path / "out", trained.folder / "out"))
@@ -81,7 +88,9 @@ def test_bad_options_are_refused_in_one_sentence(
     assert all(word in message for word in words), message
 
 
-def test_torch_that_is_there_but_broken_is_said_in_one_sentence(environment: dict[str, str], tmp_path: Path) -> None:
+def test_torch_that_is_there_but_broken_is_said_in_one_sentence(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is missing')")
     broken = environment | {"PYTHONPATH": str(tmp_path)}
     message = sentence(run([str(ROOT / "run.sh"), "--system", "tiny"], broken, tmp_path))
@@ -89,14 +98,20 @@ def test_torch_that_is_there_but_broken_is_said_in_one_sentence(environment: dic
 
 
 def test_failure_of_the_trainer_is_said_once(environment: dict[str, str], tmp_path: Path) -> None:
-    argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=tmp_path / "out", evaluation__tokens=10**6)]
+    argv = [
+        str(ROOT / "run.sh"),
+        "--system",
+        "tiny",
+        *options(track=None, out=tmp_path / "out", evaluation__tokens=10**6),
+    ]
     assert "1000000" in sentence(run(argv, environment, tmp_path), "train_gpt.py")
     assert not (tmp_path / "out").exists()
 
 
 def test_help_needs_no_python(environment: dict[str, str], tmp_path: Path) -> None:
     done = run([str(ROOT / "run.sh"), "--help"], environment | {"PYTHON": "/nowhere"}, tmp_path)
-    assert done.returncode == 0 and "./run.sh" in done.stdout and "--system" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "./run.sh" in done.stdout and "--system" in done.stdout
+    assert done.stderr == ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +143,9 @@ def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.Comple
     """Run the copy of run.sh; what its Python was asked to do, checks of versions and packages left out."""
     calls = copy / "calls"
     calls.write_text("")
-    environment = dict(PATH="/usr/local/bin:/usr/bin:/bin", PYTHON=str(copy / "fake"), CALLS=str(calls)) | settings
+    environment = (
+        dict(PATH="/usr/local/bin:/usr/bin:/bin", PYTHON=str(copy / "fake"), CALLS=str(calls)) | settings
+    )
     done = run([str(copy / "run.sh"), *argv], environment, copy)
     return done, [line for line in calls.read_text().splitlines() if not line.startswith("-c ")]
 
@@ -139,7 +156,9 @@ def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.Comple
     (["--system"], dict(FAKE_BARE="1"), ["torch", "requirements.txt"]),
     (["--system", "test"], dict(FAKE_BARE="1"), ["pytest", "requirements-dev.txt"]),
 ])  # fmt: skip
-def test_missing_python_or_packages_are_said_in_one_sentence(copy: Path, argv: list, settings: dict, words: list) -> None:
+def test_missing_python_or_packages_are_said_in_one_sentence(
+    copy: Path, argv: list, settings: dict, words: list
+) -> None:
     done, calls = calls_of(copy, *argv, **settings)
     assert all(word in sentence(done) for word in words)
     assert calls == [] and not (copy / ".venv").exists()
@@ -148,10 +167,15 @@ def test_missing_python_or_packages_are_said_in_one_sentence(copy: Path, argv: l
 def test_environment_is_made_once_and_used(copy: Path) -> None:
     done, calls = calls_of(copy, "tiny")
     assert done.returncode == 0, done.stderr
-    assert calls == ["-m venv .venv", "-m pip install --quiet -r requirements.txt", "tools/launch.py --track tiny"]
+    assert calls == [
+        "-m venv .venv",
+        "-m pip install --quiet -r requirements.txt",
+        "tools/launch.py --track tiny",
+    ]
     _, calls = calls_of(copy, "tiny")
     assert not any("venv" in call or "pip" in call for call in calls)
-    _, calls = calls_of(copy, "test", "-x")  # the tests need more packages, then training needs no further ones
+    # the tests need more packages, then training needs no further ones
+    _, calls = calls_of(copy, "test", "-x")
     assert calls == ["-m pip install --quiet -r requirements-dev.txt", "-m pytest -x"]
     _, calls = calls_of(copy, "tiny")
     assert not any("pip" in call for call in calls)

@@ -1,23 +1,37 @@
-"""The schedule of the track `short` at its boundaries (numbers of record #89), and other settings by exact fractions."""
+"""The schedule of the track `short` at its boundaries (numbers of record #89), and other settings
+by exact fractions."""
 
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
-from train_gpt import TRACKS, Schedule, Stage, learning_rate_factor, loss_weights, momentum_at, stages_until, total_steps
+from train_gpt import (
+    TRACKS,
+    Schedule,
+    Stage,
+    learning_rate_factor,
+    loss_weights,
+    momentum_at,
+    stages_until,
+    total_steps,
+)
 
 SHORT = replace(TRACKS["short"].schedule, steps=1270)  # as many as record #89, whose values are known
 WINDOWS = [(128, 384), (384, 896), (640, 1408), (768, 1664)]  # blocks of 128: 1/3, 3/7, 5/11, 6/13
 OTHERS = [
     Schedule(steps=10, extension=0, cooldown=0.3, floor=0.0, momentum_warmup=4, momentum_cooldown=3),
-    Schedule(steps=7, extension=5, cooldown=1.0, floor=0.15, momentum=(0.5, 0.9), momentum_warmup=1, momentum_cooldown=1),
-    Schedule(steps=12, extension=3, cooldown=0.0, momentum_warmup=0, momentum_cooldown=0, stages=[(0, (4, 8))]),
-    Schedule(steps=20, extension=2, cooldown=0.25, floor=1.0, momentum_warmup=15, momentum_cooldown=12),  # ramps that meet
-    Schedule(steps=2, extension=1, stages=[(begin, (8, 8)) for begin in (0, 0.3, 0.6, 1)]),  # fewer steps than stages
+    Schedule(steps=7, extension=5, cooldown=1.0, floor=0.15, momentum=(0.5, 0.9), momentum_warmup=1,
+             momentum_cooldown=1),
+    Schedule(steps=12, extension=3, cooldown=0.0, momentum_warmup=0, momentum_cooldown=0,
+             stages=[(0, (4, 8))]),
+    # ramps that meet
+    Schedule(steps=20, extension=2, cooldown=0.25, floor=1.0, momentum_warmup=15, momentum_cooldown=12),
+    # fewer steps than stages
+    Schedule(steps=2, extension=1, stages=[(begin, (8, 8)) for begin in (0, 0.3, 0.6, 1)]),
     Schedule(steps=30, extension=4, cooldown=0.6, floor=0.15, stages=[
-        (0, (8, 8), 1, 96, 1.0, ((0.5, 0.5), (0.25, 0))), (0.4, (8, 16), 2, 96, 1.5, ((0.5, 0),)), (0.75, (8, 24), 3, 96, 1.7),
-        (1, (8, 32), 3, 96, 9.0, ((1, 2),))]),
+        (0, (8, 8), 1, 96, 1.0, ((0.5, 0.5), (0.25, 0))), (0.4, (8, 16), 2, 96, 1.5, ((0.5, 0),)),
+        (0.75, (8, 24), 3, 96, 1.7), (1, (8, 32), 3, 96, 9.0, ((1, 2),))]),
     TRACKS["tiny"].schedule,
     TRACKS["medium"].schedule,
 ]  # fmt: skip
@@ -26,21 +40,29 @@ OTHERS = [
 def test_numbers_of_the_short_track():
     assert (SHORT.extension, SHORT.cooldown, SHORT.floor, SHORT.decay_power) == (15, 0.6, 0.15, 2)
     data, evaluation = TRACKS["short"].data, TRACKS["short"].evaluation
-    assert [data.rows * data.row_tokens * stage.batch for stage in SHORT.stages] == [131_072, 262_144, 393_216, 393_216]
+    assert [data.rows * data.row_tokens * stage.batch for stage in SHORT.stages] == [
+        131_072,
+        262_144,
+        393_216,
+        393_216,
+    ]
     assert [stage.document_cut for stage in SHORT.stages] == [896, 2048, 2048, 2048]
     assert evaluation.windows == (768, 2560)  # 6/20 blocks
     assert (evaluation.tokens, evaluation.row_tokens, evaluation.target) == (10_485_760, 262_144, 3.28)
 
 
-@pytest.mark.parametrize("step,stage", [(0, 0), (422, 0), (423, 1), (846, 1), (847, 2), (1269, 2), (1270, 3), (1284, 3)])
+@pytest.mark.parametrize(
+    "step,stage", [(0, 0), (422, 0), (423, 1), (846, 1), (847, 2), (1269, 2), (1270, 3), (1284, 3)]
+)
 def test_windows_of_the_short_track(step, stage):
     assert [stage.windows for stage in stages_until(SHORT, step)] == WINDOWS[: stage + 1]
 
 
 @pytest.mark.parametrize(
     "step,factor",
-    [(0, 1.0), (422, 1.0), (423, 1.52), (508, 1.52), (600, 1.3546), (700, 1.1748), (846, 0.9123), (847, 1.0271), (900, 0.9172),
-     (1000, 0.7098), (1100, 0.5025), (1200, 0.2951), (1269, 0.1521), (1270, 0.15), (1284, 0.15)],
+    [(0, 1.0), (422, 1.0), (423, 1.52), (508, 1.52), (600, 1.3546), (700, 1.1748), (846, 0.9123),
+     (847, 1.0271), (900, 0.9172), (1000, 0.7098), (1100, 0.5025), (1200, 0.2951), (1269, 0.1521),
+     (1270, 0.15), (1284, 0.15)],
 )  # fmt: skip
 def test_learning_rate_of_the_short_track(step, factor):
     assert learning_rate_factor(SHORT, step) == pytest.approx(factor, abs=6e-5)
@@ -57,8 +79,8 @@ def test_loss_weights_of_the_short_track(step, weights):
 
 @pytest.mark.parametrize(
     "step,momentum",
-    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.90), (299, 0.95 - 0.1 / 300), (300, 0.95), (301, 0.95), (1234, 0.95),
-     (1235, 0.95), (1236, 0.948), (1260, 0.90), (1283, 0.854), (1284, 0.852)],
+    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.90), (299, 0.95 - 0.1 / 300), (300, 0.95), (301, 0.95),
+     (1234, 0.95), (1235, 0.95), (1236, 0.948), (1260, 0.90), (1283, 0.854), (1284, 0.852)],
 )  # fmt: skip
 def test_momentum_of_the_short_track(step, momentum):
     assert momentum_at(SHORT, step) == pytest.approx(momentum, abs=1e-12)
@@ -84,7 +106,10 @@ def test_every_step_by_exact_fractions(schedule):
         assert learning_rate_factor(s, step) == pytest.approx(float(factor), abs=1e-12)
 
         through = Fraction(step - begins[stage], begins[stage + 1] - begins[stage])
-        weights = [1, *(exact(first) * (1 - through) + exact(last) * through for first, last in s.stages[stage].ahead)]
+        weights = [
+            1,
+            *(exact(first) * (1 - through) + exact(last) * through for first, last in s.stages[stage].ahead),
+        ]
         assert loss_weights(s, step) == pytest.approx([float(w) for w in weights], abs=1e-12)
 
         up = Fraction(step, s.momentum_warmup) if step < s.momentum_warmup else 1

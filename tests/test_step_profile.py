@@ -1,4 +1,5 @@
-"""The profile's operations against torch's own counter, its pairs against brute force, its table against its figures."""
+"""The profile's operations against torch's own counter, its pairs against brute force, its table
+against its figures."""
 
 import os
 
@@ -50,7 +51,8 @@ def profiled(data_dir):
 
 
 def test_operations_are_those_that_torch_counts(profiled):
-    """Exactly for the products of matrices; the attention kernel of a CPU looks at whole blocks, masked pairs included."""
+    """Exactly for the products of matrices; the attention kernel of a CPU looks at whole blocks,
+    masked pairs included."""
     found, counted, _ = profiled
     parts = {row["part"]: row for row in found["parts"]}
     for name in ("MLP", "head and loss"):
@@ -81,7 +83,8 @@ def test_model_operations_behind_mfu(profiled):
     track, _ = train_gpt.parse_command_line(options())
     packer = train_gpt.Packer(train_gpt.shards_of(folder / "shakespeare", track.data)[0], track.data)
     offsets = next(train_gpt.training_steps(packer, track, 30, 0, 1, 17)).batch.offsets.numpy()
-    pairs = step_profile.visible_pairs(offsets, 24) + step_profile.visible_pairs(2 * offsets, 32) / 2  # paired heads
+    # paired heads
+    pairs = step_profile.visible_pairs(offsets, 24) + step_profile.visible_pairs(2 * offsets, 32) / 2
     expected = (6 * products * 24 * 64 + 12 * 32 * pairs) / (found["step_ms"] / 1e3) / 1e9
     assert found["mfu"] == pytest.approx(expected, rel=1e-6)
 

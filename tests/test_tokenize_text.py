@@ -1,4 +1,5 @@
-"""Text and JSON lines to shards: every document once, on its side, whatever the processes; bad lines by file and number."""
+"""Text and JSON lines to shards: every document once, on its side, whatever the processes; bad
+lines by file and number."""
 
 import gzip
 import hashlib
@@ -53,7 +54,8 @@ def run(*words: str | Path) -> str:
     try:
         tokenize_text.main([str(word) for word in words])
     except SystemExit as stop:
-        assert isinstance(stop.code, str) and stop.code.startswith("data/tokenize_text.py: ") and "\n" not in stop.code
+        assert isinstance(stop.code, str) and stop.code.startswith("data/tokenize_text.py: ")
+        assert "\n" not in stop.code
         return stop.code
     return ""
 
@@ -64,14 +66,29 @@ def test_every_document_once_and_on_its_side(tmp_path: Path, data_dir: Path, kin
     content = jsonl(texts) if "json" in kind else "<|endoftext|>\n".join(texts).encode()
     source = tmp_path / f"in.{kind}"
     source.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
-    assert run("mine", source, "--tokenizer", "bytes", "--val-share", "0.2", "--shard-tokens", "1000", "--processes", "2") == ""
+    assert (
+        run(
+            "mine",
+            source,
+            "--tokenizer",
+            "bytes",
+            "--val-share",
+            "0.2",
+            "--shard-tokens",
+            "1000",
+            "--processes",
+            "2",
+        )
+        == ""
+    )
     sides = expected(texts, 0.2)
     assert 10 < len(sides["val"]) < 40
     assert {split: documents(data_dir / "mine", split) for split in sides} == sides
     manifest = shards.read_manifest(data_dir / "mine")
     assert (manifest["corpus"], manifest["vocab_size"], manifest["document_start"]) == ("mine", 257, 256)
     names = sorted(path.name for path in (data_dir / "mine").iterdir())
-    assert names == sorted(["manifest.json", *manifest["files"]]) and "train_000002.bin" in names and "val_000000.bin" in names
+    assert names == sorted(["manifest.json", *manifest["files"]]) and "train_000002.bin" in names
+    assert "val_000000.bin" in names
     for name, entry in manifest["files"].items():
         shards.check_shard(data_dir / "mine" / name, entry, full=True)
         assert entry["tokens"] <= 1000
@@ -85,16 +102,20 @@ def test_the_number_of_processes_and_the_other_files_do_not_matter(
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:60]))
     (tmp_path / "b.jsonl").write_bytes(jsonl(TEXTS[60:]))
     for name, processes in (("one", 1), ("three", 3)):
-        assert run(name, tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--tokenizer", "bytes", "--val-share", ".1",
-                   "--processes", processes) == ""  # fmt: skip
+        assert run(name, tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--tokenizer", "bytes", "--val-share",
+                   ".1", "--processes", processes) == ""  # fmt: skip
     assert run("part", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--val-share", ".1") == ""
-    contents = [{p.name: p.read_bytes() for p in (data_dir / name).glob("*.bin")} for name in ("one", "three")]
+    contents = [
+        {p.name: p.read_bytes() for p in (data_dir / name).glob("*.bin")} for name in ("one", "three")
+    ]
     assert contents[0] == contents[1]
     whole, part = (documents(data_dir / name, "val") for name in ("one", "part"))
     assert part and part == whole[: len(part)]
 
 
-def test_gpt2_tokens_come_from_tiktoken(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2_tokens_come_from_tiktoken(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in = SimpleNamespace(encode_ordinary=lambda text: [len(word) for word in text.split(" ")])
     monkeypatch.setattr(tokenize_text, "gpt2", lambda: stand_in)
     (tmp_path / "in.jsonl").write_bytes(jsonl(["a <|endoftext|> b", *TEXTS]))
@@ -102,7 +123,9 @@ def test_gpt2_tokens_come_from_tiktoken(tmp_path: Path, data_dir: Path, monkeypa
     manifest = shards.read_manifest(data_dir / "mine")
     assert (manifest["vocab_size"], manifest["document_start"]) == (50257, 50256)
     both = documents(data_dir / "mine", "train", 50256) + documents(data_dir / "mine", "val", 50256)
-    assert sorted(both) == sorted([[len(word) for word in text.split(" ")] for text in ["a <|endoftext|> b", *TEXTS]])
+    assert sorted(both) == sorted(
+        [[len(word) for word in text.split(" ")] for text in ["a <|endoftext|> b", *TEXTS]]
+    )
 
 
 GOOD = jsonl(["a", "b"])
@@ -148,7 +171,9 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, data_dir: Path, cut: bool)
     else:
         content[200] ^= 255
     (tmp_path / "in.jsonl.gz").write_bytes(content)
-    assert f"{tmp_path / 'in.jsonl.gz'}: cannot be read" in run("mine", tmp_path / "in.jsonl.gz", "--tokenizer", "bytes")
+    assert f"{tmp_path / 'in.jsonl.gz'}: cannot be read" in run(
+        "mine", tmp_path / "in.jsonl.gz", "--tokenizer", "bytes"
+    )
     assert not list(data_dir.rglob("*"))
 
 
@@ -176,7 +201,9 @@ def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
     script = str(ROOT / "data" / "tokenize_text.py")
     command = [sys.executable, script, "mine", "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DATA_DIR": str(data_dir)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DATA_DIR": str(data_dir)}
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     validated = sum(map(len, documents(data_dir / "mine", "val")))
     assert done.stdout.splitlines()[-1] == f"./run.sh tiny --data.corpus mine --evaluation.tokens {validated}"

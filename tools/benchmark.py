@@ -1,14 +1,17 @@
 """Benchmarks: time to target beside a plain GPT with AdamW, the optimizer step, the loader. Not a timed test.
 
-    python tools/benchmark.py                    everything; appends to records/benchmarks/<date>_<machine>.jsonl
+    python tools/benchmark.py                    everything
     python tools/benchmark.py target [--pairs 3] [--lr LR]
     python tools/benchmark.py grid               learning rates of the baseline (not timed)
     python tools/benchmark.py optimizer | loader
     python tools/benchmark.py table FILE...      the table of a log, nothing is run
 
-The baseline is a plain pre-norm GPT in good faith: 4 layers x 256, 4 heads, rotary, GELU, AdamW, the loader, window,
-precision, compiler and threads of the track `tiny`, its own batch size and schedule, stopped at the first validation
-that reaches the target. Contenders take turns in one run, each in a fresh process with a warm compile cache.
+What is measured is appended to records/benchmarks/<date>_<machine>.jsonl.
+
+The baseline is a plain pre-norm GPT in good faith: 4 layers x 256, 4 heads, rotary, GELU, AdamW, the
+loader, window, precision, compiler and threads of the track `tiny`, its own batch size and schedule,
+stopped at the first validation that reaches the target. Contenders take turns in one run, each in a
+fresh process with a warm compile cache.
 """
 
 from __future__ import annotations
@@ -81,14 +84,17 @@ class Block(nn.Module):
 class Baseline(nn.Module):
     """Pre-norm GPT; `forward` has the signature of train_gpt.GPT and returns summed nats."""
 
-    def __init__(self, vocab: int, width: int = 256, heads: int = 4, layers: int = 4, max_tokens: int = 32_768):
+    def __init__(
+        self, vocab: int, width: int = 256, heads: int = 4, layers: int = 4, max_tokens: int = 32_768
+    ):
         super().__init__()
         self.embed, self.norm = nn.Embedding(vocab, width), nn.LayerNorm(width, bias=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, vocab, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 0.02)
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
         half = width // heads // 2
         angles = torch.arange(max_tokens)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angles.cos()[:, None], persistent=False)
@@ -104,7 +110,9 @@ class Baseline(nn.Module):
             for block in self.blocks:
                 x = block(x, layout, cos, sin)
             logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+        )
 
 
 def baseline_lr(step: int, steps: int) -> float:
@@ -113,11 +121,13 @@ def baseline_lr(step: int, steps: int) -> float:
 
 
 def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
-    """Train until a validation reaches the target; tokens and seconds of training, without compiling and validation."""
+    """Train until a validation reaches the target; tokens and seconds of training, without
+    compiling and validation."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     track = train_gpt.TRACKS["tiny"]
-    data, window = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, epochs=100), BASELINE_WINDOW
+    data = dataclasses.replace(track.data, rows=BASELINE_ROWS, row_tokens=4096, epochs=100)
+    window = BASELINE_WINDOW
     fixed = train_gpt.Track(data, schedule=train_gpt.Schedule(stages=(train_gpt.Stage(0, (window, window)),)))
     steps = horizon // (data.rows * data.row_tokens)
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data")) / data.corpus
@@ -128,7 +138,10 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
     decay = [p for p in model.parameters() if p.ndim == 2]
     other = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     packer = train_gpt.Packer(training, data)
@@ -156,11 +169,23 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
         tokens += data.rows * data.row_tokens
         if step + 1 == steps or ((step + 1) % VALIDATE_EVERY == 0 and step + 1 >= 0.6 * steps):
             losses.append((tokens, validate()))
-            print(f"baseline lr {lr} step {step + 1}/{steps} validation loss {losses[-1][1]:.4f} {seconds:.1f} s", flush=True)
+            print(
+                f"baseline lr {lr} step {step + 1}/{steps} validation loss {losses[-1][1]:.4f} "
+                f"{seconds:.1f} s",
+                flush=True,
+            )
             reached = losses[-1][1] <= track.evaluation.target
             if reached:
                 break
-    return dict(lr=lr, seed=seed, steps=step + 1, tokens=tokens, train_time_s=seconds, val_loss=losses[-1][1], reached=reached)
+    return dict(
+        lr=lr,
+        seed=seed,
+        steps=step + 1,
+        tokens=tokens,
+        train_time_s=seconds,
+        val_loss=losses[-1][1],
+        reached=reached,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,23 +195,29 @@ def train_baseline(lr: float, seed: int, threads: int, horizon: int) -> dict:
 def machine() -> dict:
     described = train_gpt.environment(torch.device("cpu"), train_gpt.Comm())
     keep = ("source_sha256", "git_commit", "torch", "device", "cpus", "threads")
-    features = sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True and ("bf16" in k or "amx" in k))
+    features = sorted(
+        k for k, v in torch.cpu.get_capabilities().items() if v is True and ("bf16" in k or "amx" in k)
+    )
     return {**{key: described[key] for key in keep}, "bfloat16": features}
 
 
 def subprocess_json(*arguments: str) -> dict:
     """The last line that a fresh process of this script prints, as JSON."""
-    process = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def run_tiny(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track", "tiny", "--seed", str(seed), "--out", out]
+        command = [sys.executable, str(ROOT / "train_gpt.py"), "--track", "tiny", "--seed", str(seed),
+                   "--out", out]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)
         events = [json.loads(line) for line in next(Path(out).glob("*.jsonl")).read_text().splitlines()]
     final = events[-1]
-    return dict(seed=seed, steps=final["step"], compile=events[0]["compile"], startup_s=sum(events[0]["startup_s"].values()),
+    return dict(seed=seed, steps=final["step"], compile=events[0]["compile"],
+                startup_s=sum(events[0]["startup_s"].values()),
                 **{k: final[k] for k in ("tokens", "train_time_s", "val_loss", "reached")})  # fmt: skip
 
 
@@ -198,7 +229,8 @@ def measure_target(pairs: int, lr: float, threads: int) -> Iterator[dict]:
 
 
 def measure_grid(threads: int) -> Iterator[dict]:
-    """Loss of the baseline at the end of a short schedule for each learning rate; one thread each, side by side."""
+    """Loss of the baseline at the end of a short schedule for each learning rate; one thread each,
+    side by side."""
 
     def run(lr: float) -> dict:
         return subprocess_json("baseline", "--lr", str(lr), "--threads", "1", "--horizon", str(GRID_HORIZON))
@@ -242,14 +274,17 @@ def measure_optimizer(threads: int) -> Iterator[dict]:
         torch.set_num_threads(count)
         contenders = {
             "15 bare batched products": products,
-            "torch.optim.Muon": torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True).step,
+            "torch.optim.Muon": torch.optim.Muon(
+                matrices, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True
+            ).step,
             "MuonEq: Nesterov, polar_express, decay": muoneq(equilibrate="none").step,
             "MuonEq: + NorMuon": muoneq(equilibrate="none", normuon=True).step,
             "MuonEq: + row equilibration": muoneq(equilibrate="row").step,
             "MuonEq: + both": muoneq(equilibrate="row", normuon=True).step,
         }
         for name, seconds in interleaved(contenders, ROUNDS).items():
-            yield {"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count, "seconds": seconds}
+            yield {"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count,
+                   "seconds": seconds}  # fmt: skip
     torch.set_num_threads(threads)
 
 
@@ -264,7 +299,9 @@ def measure_loader() -> Iterator[dict]:
         header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count
         shard = Path(folder) / "train_000001.bin"
         shard.write_bytes(header.tobytes() + tokens.tobytes())
-        corpus = Path(os.environ.get("DATA_DIR", ROOT / "data")) / tracks["tiny"].data.corpus / "train_000001.bin"
+        corpus = (
+            Path(os.environ.get("DATA_DIR", ROOT / "data")) / tracks["tiny"].data.corpus / "train_000001.bin"
+        )
         cases = {"tiny": (corpus, tracks["tiny"]), "short, FineWeb format": (shard, tracks["short"])}
         for name, (path, track) in cases.items():
             data = dataclasses.replace(track.data, epochs=10**6)
@@ -279,7 +316,12 @@ def measure_loader() -> Iterator[dict]:
                     read = sum(next(steps).tokens for _ in range(rounds))
                     seconds.append((time.perf_counter() - began) / read)
                 rate = 1 / world_size / statistics.median(seconds)
-                yield {"event": "loader", "name": name, "world_size": world_size, "tokens_per_s_per_rank": rate}
+                yield {
+                    "event": "loader",
+                    "name": name,
+                    "world_size": world_size,
+                    "tokens_per_s_per_rank": rate,
+                }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,16 +333,25 @@ def table(events: list[dict]) -> str:
     host = next(e for e in events if e["event"] == "machine")
     bf16 = ", ".join(host["bfloat16"]) or "none"
     lines = [f"{host['device']}, {host['cpus']} cores, torch {host['torch']}, bf16 instructions: {bf16}", ""]
-    timed = {kind: [e for e in events if e["event"] == kind and e["reached"]] for kind in ("tiny", "baseline")}
+    timed = {
+        kind: [e for e in events if e["event"] == kind and e["reached"]] for kind in ("tiny", "baseline")
+    }
     runs = {kind: [e for e in events if e["event"] == kind] for kind in ("tiny", "baseline")}
     if all(timed.values()):
         seconds = {kind: statistics.median(e["train_time_s"] for e in done) for kind, done in timed.items()}
-        lines += ["| time to 1.50 nats per byte | reached | steps | tokens | training time | of the baseline |"]
+        lines += [
+            "| time to 1.50 nats per byte | reached | steps | tokens | training time | of the baseline |"
+        ]
         lines += ["| --- | --- | --- | --- | --- | --- |"]
-        for kind, label in (("baseline", f"plain GPT, AdamW lr {timed['baseline'][0]['lr']}"), ("tiny", "track tiny")):
+        for kind, label in (
+            ("baseline", f"plain GPT, AdamW lr {timed['baseline'][0]['lr']}"),
+            ("tiny", "track tiny"),
+        ):
             middle = [statistics.median(e[k] for e in timed[kind]) for k in ("steps", "tokens")]
-            lines.append(f"| {label} | {len(timed[kind])} of {len(runs[kind])} | {middle[0]:,.0f} | {middle[1]:,.0f} "
-                         f"| {seconds[kind]:.1f} s | {seconds[kind] / seconds['baseline']:.3f} |")  # fmt: skip
+            lines.append(f"| {label} | {len(timed[kind])} of {len(runs[kind])} | {middle[0]:,.0f} | "
+                         f"{middle[1]:,.0f} "
+                         f"| {seconds[kind]:.1f} s | "
+                         f"{seconds[kind] / seconds['baseline']:.3f} |")  # fmt: skip
         lines.append("")
     if grid := sorted((e for e in events if e["event"] == "grid"), key=lambda e: e["lr"]):
         lines += ["| baseline learning rate | tokens | validation loss |", "| --- | --- | --- |"]
@@ -314,16 +365,22 @@ def table(events: list[dict]) -> str:
             middle = {e["name"]: statistics.median(e["seconds"]) for e in steps if e["threads"] == threads}
             products, torch_muon = list(middle.values())[:2]
             for name, s in middle.items():
-                lines.append(f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |")
+                lines.append(
+                    f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |"
+                )
         lines.append("")
     if loads := [e for e in events if e["event"] == "loader"]:
         lines += ["| loader | processes | million tokens per second and rank |", "| --- | --- | --- |"]
-        lines += [f"| {e['name']} | {e['world_size']} | {e['tokens_per_s_per_rank'] / 1e6:.1f} |" for e in loads]
+        lines += [
+            f"| {e['name']} | {e['world_size']} | {e['tokens_per_s_per_rank'] / 1e6:.1f} |" for e in loads
+        ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     jobs = ["all", "target", "grid", "optimizer", "loader", "baseline", "table"]
     parser.add_argument("what", nargs="?", default="all", choices=jobs)
     parser.add_argument("files", nargs="*", type=Path)
@@ -346,10 +403,13 @@ def main() -> None:
     path = ROOT / "records" / "benchmarks" / f"{time.strftime('%Y-%m-%d')}_{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     parts = {"optimizer": lambda: measure_optimizer(a.threads), "loader": measure_loader,
-             "grid": lambda: measure_grid(a.threads), "target": lambda: measure_target(a.pairs, a.lr, a.threads)}  # fmt: skip
+             "grid": lambda: measure_grid(a.threads),
+             "target": lambda: measure_target(a.pairs, a.lr, a.threads)}  # fmt: skip
     events, wanted = [], parts if a.what == "all" else [a.what]
     with open(path, "a") as file:
-        for event in itertools.chain([{"event": "machine", **machine()}], *(parts[what]() for what in wanted)):
+        for event in itertools.chain(
+            [{"event": "machine", **machine()}], *(parts[what]() for what in wanted)
+        ):
             file.write(json.dumps(event) + "\n")
             file.flush()
             events.append(event)

@@ -1,41 +1,48 @@
 """Comparisons of variants from one small table: which is better, by how much, how surely.
 
-    python tools/compare.py run FOLDER [--workers N] [--only VARIANT ...]     what FOLDER/table.json asks for; goes on
-    python tools/compare.py time FOLDER [--rounds N] [--only VARIANT ...]     what variants cost in time
-    python tools/compare.py report FOLDER [--check]                           FOLDER/report.md and its figures
+    python tools/compare.py run FOLDER [--workers N] [--only VARIANT ...]    what FOLDER/table.json asks for
+    python tools/compare.py time FOLDER [--rounds N] [--only VARIANT ...]    what variants cost in time
+    python tools/compare.py report FOLDER [--check]                          FOLDER/report.md, its figures
+
+The first two go on where they were stopped.
 
 table.json:
     {"title": "What the parts are worth", "track": "tiny", "options": ["--schedule.steps", "130"],
      "seeds": 2, "finalist_seeds": 4,
      "variants": {"full": {},
-                  "no n-grams": {"options": ["--model.ngrams", "()"], "against": "full", "why": "text for the report"},
+                  "no n-grams": {"options": ["--model.ngrams", "()"], "against": "full",
+                                 "why": "text for the report"},
                   "Muon": {"preset": "muon", "against": "full",
                            "grid": {"--matrix.lr": [0.02, 0.04, 0.08]}}}}
 
-A variant's options follow those of its "preset" (lib/presets.py: the field's optimizers), which follow those of the table.
+A variant's options follow those of its "preset" (lib/presets.py: the field's optimizers), which follow
+those of the table.
 
-Every variant, or every value of its `grid`, is run with `seeds` seeds, then with `finalist_seeds` (0) further ones: of a grid
-only the value with the lowest mean of the final validation losses, which is then judged by the further ones alone, since the
-runs that chose a value flatter it. Seeds count from `first_seed` (0), for all variants alike. A variant may have its own
-`seeds` and `finalist_seeds`.
+Every variant, or every value of its `grid`, is run with `seeds` seeds, then with `finalist_seeds` (0)
+further ones: of a grid only the value with the lowest mean of the final validation losses, which is then
+judged by the further ones alone, since the runs that chose a value flatter it. Seeds count from
+`first_seed` (0), for all variants alike. A variant may have its own `seeds` and `finalist_seeds`.
 
-A difference is the mean over the seeds that a variant and its reference share, with the 95% interval and two-sided p of the
-paired t-test: runs of one seed start from the same weights (where shapes agree) and all see the same data in the same order,
-so what a seed does to both cancels, and unlike Welch's test this one holds whether or not they are correlated. p is corrected
-over all differences of a report (Holm 1979), the intervals are not. A mean's own 95% interval is the t interval over its runs;
-those of two variants may overlap although their difference is sure.
+A difference is the mean over the seeds that a variant and its reference share, with the 95% interval and
+two-sided p of the paired t-test: runs of one seed start from the same weights (where shapes agree) and
+all see the same data in the same order, so what a seed does to both cancels, and unlike Welch's test
+this one holds whether or not they are correlated. p is corrected over all differences of a report (Holm
+1979), the intervals are not. A mean's own 95% interval is the t interval over its runs; those of two
+variants may overlap although their difference is sure.
 
-"pairs": true in the table adds the differences of all pairs of variants to the report, with a figure of those to the lowest
-mean, and p is corrected over all of them.
-"curves": true adds a figure of the training curves, and of the steps by which variants lead their references.
+"pairs": true in the table adds the differences of all pairs of variants to the report, with a figure of
+those to the lowest mean, and p is corrected over all of them. "curves": true adds a figure of the
+training curves, and of the steps by which variants lead their references.
 
-FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already. FOLDER/results.jsonl gets a line
-for each finished run; the report follows from it and the table alone. --workers N divides the cores, or gives worker i the
-i-th GPU; then the report has no times, since runs beside each other slow each other.
+FOLDER/train_gpt.py is what is run: a copy of the repository's, unless one lies there already.
+FOLDER/results.jsonl gets a line for each finished run; the report follows from it and the table alone.
+--workers N divides the cores, or gives worker i the i-th GPU; then the report has no times, since runs
+beside each other slow each other.
 
-Runs that follow each other differ in time by much more than most variants do. `time` therefore trains each variant and its
-reference in turns in one process (lib/in_turns.py), N rounds (40) of both schedules, and each reference against itself, which
-shows how far such a ratio can be trusted; FOLDER/times.jsonl gets a line for each pair, and the report their ratios.
+Runs that follow each other differ in time by much more than most variants do. `time` therefore trains
+each variant and its reference in turns in one process (lib/in_turns.py), N rounds (40) of both
+schedules, and each reference against itself, which shows how far such a ratio can be trusted;
+FOLDER/times.jsonl gets a line for each pair, and the report their ratios.
 """
 
 from __future__ import annotations
@@ -59,7 +66,18 @@ from tqdm import tqdm
 
 from lib import in_turns
 from lib.claims import ROOT, sha256, write
-from lib.comparison import HEADER, Job, Variant, add, best, planned, read_results, read_table, read_times, report
+from lib.comparison import (
+    HEADER,
+    Job,
+    Variant,
+    add,
+    best,
+    planned,
+    read_results,
+    read_table,
+    read_times,
+    report,
+)
 from lib.logs import Point, Run, read_log
 from lib.runner import alone, exit_status, positive, run_script
 
@@ -81,22 +99,27 @@ def check_options(source: Path, variants: Sequence[Variant]) -> None:
 
 
 def thinned(points: Sequence[Point]) -> list[list[float]]:
-    """[step, loss], at most `POINTS` of them: each is the mean of the points since the one before, the last step stays."""
+    """[step, loss], at most `POINTS` of them: each is the mean of the points since the one before,
+    the last step stays."""
     width = max(1, math.ceil(len(points) / POINTS))
     parts = [points[max(0, end - width) : end] for end in range(len(points), 0, -width)][::-1]
     return [[part[-1].step, round(sum(p.loss for p in part) / len(part), 5)] for part in parts]
 
 
 def result_of(job: Job, options: list[str], is_alone: bool, run: Run) -> dict[str, Any]:
-    """The line of results.jsonl. A run that diverged ends at its last finite loss and has the validation loss null."""
+    """The line of results.jsonl.
+
+    A run that diverged ends at its last finite loss and has the validation loss null.
+    """
     last = max((*run.train, *run.val), key=lambda p: p.step, default=Point(0, math.nan, 0.0, 0))
     final = dict(step=last.step, val_loss=None, train_time_s=last.seconds, tokens=last.tokens,
                  target=run.header["settings"]["evaluation"]["target"], reached=False)  # fmt: skip
     if run.final:
         final = {key: run.final[key] for key in final}
     return {
-        **job._asdict(), "options": options, "alone": is_alone, "header": {key: run.header[key] for key in HEADER},
-        "final": final, "train": thinned(run.train), "val": [[p.step, p.loss, p.seconds] for p in run.val],
+        **job._asdict(), "options": options, "alone": is_alone,
+        "header": {key: run.header[key] for key in HEADER}, "final": final, "train": thinned(run.train),
+        "val": [[p.step, p.loss, p.seconds] for p in run.val],
     }  # fmt: skip
 
 
@@ -108,7 +131,10 @@ class Workers:
         if count > len(cores):
             raise ValueError(f"{count} workers are more than the {len(cores)} cores here")
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        self.folder, self.count, self.stopping, self.free = folder, count, threading.Event(), queue.SimpleQueue()
+        self.folder = folder
+        self.count = count
+        self.stopping = threading.Event()
+        self.free = queue.SimpleQueue()
         for i in range(count):
             self.free.put((i, cores[i * (len(cores) // count) :][: len(cores) // count], gpus[i % len(gpus)]))
 
@@ -125,8 +151,10 @@ class Workers:
 
         try:
             scratch = self.folder / "unfinished" / str(number)
-            status, said = run_script(self.folder / "train_gpt.py", [*options, "--seed", str(job.seed)], scratch, heard,
-                                      environment={"CUDA_VISIBLE_DEVICES": gpu} if self.count > 1 else {})  # fmt: skip
+            words = [*options, "--seed", str(job.seed)]
+            environment = {"CUDA_VISIBLE_DEVICES": gpu} if self.count > 1 else {}
+            source = self.folder / "train_gpt.py"
+            status, said = run_script(source, words, scratch, heard, environment=environment)
             if status is None:
                 return None
             logs = list(scratch.glob("*.jsonl"))
@@ -147,6 +175,7 @@ def choose(variants: Sequence[Variant], names: Sequence[str] | None) -> list[Var
 @contextlib.contextmanager
 def growing(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What adds a line to the file `path`, at once; nothing else is timed meanwhile."""
+
     def keep(line: dict[str, Any]) -> None:
         file.write((json.dumps(line, allow_nan=False) + "\n").encode())
         file.flush()
@@ -157,24 +186,34 @@ def growing(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def source_of(folder: Path, variants: Sequence[Variant], known: Iterable[str]) -> Path:
-    """What is run in a folder, the repository's script in a new one; ValueError when lines are `known` from another."""
+    """What is run in a folder, the repository's script in a new one; ValueError when lines are
+    `known` from another."""
     source = folder / "train_gpt.py"
     if not source.exists():
         write(source, (ROOT / "train_gpt.py").read_bytes())
     if {*known} - {sha256(source)}:
-        raise ValueError(f"{source} is not what {folder} was run with; a folder goes on only with the same source")
+        raise ValueError(
+            f"{source} is not what {folder} was run with; a folder goes on only with the same source"
+        )
     check_options(source, variants)
     return source
 
 
 def command_run(a: argparse.Namespace) -> int:
     _, variants = read_table(a.folder)
-    chosen, workers, named = choose(variants, a.only), Workers(a.folder, a.workers), {v.name: v for v in variants}
+    chosen = choose(variants, a.only)
+    workers = Workers(a.folder, a.workers)
+    named = {v.name: v for v in variants}
     with growing(a.folder / "results.jsonl") as keep:
         results = read_results(a.folder, variants)
         source_of(a.folder, variants, (line["header"]["source_sha256"] for line in results.values()))
         total = sum(len(v.screen()) + len(v.further) for v in chosen)
-        bar = tqdm(total=total, initial=sum(job in results for job in planned(chosen, results)), unit="run", dynamic_ncols=True)
+        bar = tqdm(
+            total=total,
+            initial=sum(job in results for job in planned(chosen, results)),
+            unit="run",
+            dynamic_ncols=True,
+        )
         while todo := [job for job in planned(chosen, results) if job not in results]:
             with concurrent.futures.ThreadPoolExecutor(a.workers) as pool:
                 commands = [(job, named[job.variant].command(job.value), bar.set_postfix_str) for job in todo]
@@ -210,7 +249,9 @@ def command_time(a: argparse.Namespace) -> int:
                 raise ValueError(f"the grid of {first[0]!r} has no best value yet; `run` comes before `time`")
             options = [named[name].command(values[name]) for name in pair]
             words = [str(source), str(a.rounds), *map(json.dumps, options)]
-            status, said = run_script(Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False)
+            status, said = run_script(
+                Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False
+            )
             if status:
                 raise ValueError(f"{pair[0]} against {pair[1]} failed, it said: {said}")
             keep({"variant": pair[0], "against": pair[1], "options": options, **json.loads(said)})
@@ -225,7 +266,8 @@ def command_report(a: argparse.Namespace) -> int:
         for fresh in sorted(Path(made).iterdir()):
             path = a.folder / fresh.name
             # pixels depend on matplotlib's version; what they show stands in the text
-            if not path.exists() or (path.suffix == ".md" or not a.check) and path.read_bytes() != fresh.read_bytes():
+            counts = path.suffix == ".md" or not a.check
+            if not path.exists() or counts and path.read_bytes() != fresh.read_bytes():
                 stale.append(fresh.name)
                 if not a.check:
                     write(path, fresh.read_bytes())
@@ -235,21 +277,32 @@ def command_report(a: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="what table.json asks for and results.jsonl does not have yet")
     p.add_argument("folder", type=Path, metavar="FOLDER", help="holds table.json")
-    p.add_argument("--workers", type=positive, default=1, help="runs beside each other (default: 1, only then times count)")
+    p.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        help="runs beside each other (default: 1, only then times count)",
+    )
     p.add_argument("--only", nargs="+", metavar="VARIANT", help="no other variants")
     p.set_defaults(function=command_run)
     p = commands.add_parser("time", help="training times of variants and references, in turns in one process")
     p.add_argument("folder", type=Path, metavar="FOLDER", help="holds table.json")
-    p.add_argument("--rounds", type=positive, default=40, help="parts into which both schedules are cut (default: 40)")
+    p.add_argument(
+        "--rounds", type=positive, default=40, help="parts into which both schedules are cut (default: 40)"
+    )
     p.add_argument("--only", nargs="+", metavar="VARIANT", help="no other variants")
     p.set_defaults(function=command_time)
     p = commands.add_parser("report", help="report.md and figures from results.jsonl and table.json")
     p.add_argument("folder", type=Path, metavar="FOLDER")
-    p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the report is stale")
+    p.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 when the report is stale"
+    )
     p.set_defaults(function=command_report)
     a = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     return exit_status("compare.py", lambda: a.function(a))

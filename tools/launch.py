@@ -53,7 +53,10 @@ def processes_for(rows: int, devices: int) -> int:
 
 
 def plan(words: Sequence[str]) -> Plan:
-    """The plan for a command line of train_gpt.py; ValueError for what it would refuse before it looks at data."""
+    """The plan for a command line of train_gpt.py.
+
+    ValueError for what the trainer would refuse before it looks at data.
+    """
     train_gpt = trainer()
     import torch
 
@@ -68,9 +71,9 @@ def plan(words: Sequence[str]) -> Plan:
 
 
 def make_data(corpus: str) -> bool:
-    """Run the script that makes a corpus, unless the corpus is there. False when the script failed, which it says itself.
+    """Run the script that makes a corpus, unless the corpus is there.
 
-    ValueError when there is no such script.
+    False when the script failed, which it has said itself. ValueError when there is no such script.
     """
     folder = Path(os.environ.get("DATA_DIR") or os.path.relpath(ROOT / "data"))
     if (folder / corpus / "manifest.json").is_file():
@@ -101,7 +104,7 @@ def start(processes: int, words: Sequence[str]) -> int:
                 say(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
         _, first = error.get_first_failure()
         return first.exitcode or 1
-    except SignalException:  # of torchrun: SIGTERM, SIGINT, SIGHUP or SIGQUIT, which it has passed on to the ranks
+    except SignalException:  # SIGTERM, SIGINT, SIGHUP or SIGQUIT; torchrun has ended the ranks
         return INTERRUPTED
     return 0
 

@@ -3,9 +3,9 @@
     python tools/monitor.py [--every 25]                         any option of train_gpt.py may follow
     torchrun --standalone --nproc_per_node=8 tools/monitor.py
 
-Trains as train_gpt.py does, to the same losses bit for bit, and writes logs/<run_id>.monitor.jsonl: a line for every K-th
-step, the same for any number of processes up to rounding, and in the end the seconds that the monitor itself took. They
-are part of the training time.
+Trains as train_gpt.py does, to the same losses bit for bit, and writes logs/<run_id>.monitor.jsonl: a
+line for every K-th step, the same for any number of processes up to rounding, and in the end the seconds
+that the monitor itself took. They are part of the training time.
 
 parameters   of each that the step updates
   weight_rms   after the step, of the exact fp32 copy where there is one
@@ -15,8 +15,8 @@ parameters   of each that the step updates
   entering     least and largest singular value of what is orthogonalised: the equilibrated momentum, as it is
   leaving      the same of the result, before NorMuon and the learning rate
   decayed      share of the weights that cautious decay makes smaller in this step
-layers       of each block before the update, from a pass without graphs over the beginning of the step's first row: twice the
-             long window, at least 512 tokens
+layers       of each block before the update, from a pass without graphs over the beginning of the step's
+             first row: twice the long window, at least 512 tokens
   output_rms   of the stream behind the block
   logit_max    largest q k, softmax scale included, among the pairs that attention looks at
 null: not finite.
@@ -42,7 +42,8 @@ import train_gpt  # noqa: E402
 
 EVERY = 25
 PROBE = 512  # tokens at least
-# columns of a parameter: sums of squares, a count, ranges of singular values; of a layer: a mean square and the largest logit
+# columns of a parameter: sums of squares, a count, ranges of singular values; of a layer: a mean
+# square and the largest logit
 WEIGHTS, UPDATE, GRADIENT, DECAYED, ENTERING, LEAVING, COLUMNS = 0, 1, 2, 3, slice(4, 6), slice(6, 8), 8
 OUTPUT, LOGIT = 0, 1
 
@@ -66,23 +67,29 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def singular_range(x: Tensor) -> Tensor:
-    """Least and largest singular value of a matrix (m, n), fp64 (2,), NaN where it is not finite.
-    From the smaller Gram matrix: 10 to 100 times as fast as svdvals on a CPU, and in fp64 good to 1e-8 of the largest."""
+    """Least and largest singular value of a matrix (m, n), fp64 (2,), NaN where it is not finite. From
+    the smaller Gram matrix: 10 to 100 times as fast as svdvals on a CPU, and in fp64 good to 1e-8 of the
+    largest."""
     x = x.double() if x.size(0) <= x.size(1) else x.double().mT
     gram = x @ x.mT
-    found = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # which refuses what is not finite
+    # which refuses what is not finite
+    found = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp_min(0).sqrt()
     return found[[0, -1]] + 0 * gram.sum()
 
 
 def largest_logit(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Largest score of q, k (B, T, H, d) among the visible pairs of a blocked layout's `mask`, products in fp32."""
+    """Largest score of q, k (B, T, H, d) among the visible pairs of a blocked layout's `mask`,
+    products in fp32."""
     in_blocks, C = train_gpt.in_blocks, mask.size(-2)
-    scores = (in_blocks(q.float(), C) @ in_blocks(k.float(), C, True).mT).masked_fill(~mask, -math.inf)  # (B, n, H, C, 2 C)
-    return scores.amax(-1).transpose(2, 3).flatten(1, 2)[:, : q.size(1)].amax()  # without the queries that pad the row
+    # (B, n, H, C, 2 C)
+    scores = (in_blocks(q.float(), C) @ in_blocks(k.float(), C, True).mT).masked_fill(~mask, -math.inf)
+    # without the queries that pad the row
+    return scores.amax(-1).transpose(2, 3).flatten(1, 2)[:, : q.size(1)].amax()
 
 
 def pieces(unit: train_gpt.Unit, place: int, size: int) -> Iterator[tuple[str, slice]]:
-    """The parameters behind `size` entries of the unit's stack from entry `place` on, and where among these they are."""
+    """The parameters behind `size` entries of the unit's stack from entry `place` on, and where
+    among these they are."""
     begin = 0
     for name, count in zip(unit.names, unit.counts):
         part = slice(max(begin - place, 0), min(begin + count - place, size))
@@ -93,16 +100,26 @@ def pieces(unit: train_gpt.Unit, place: int, size: int) -> Iterator[tuple[str, s
 
 class Monitor:
     """Takes the place of methods of one trainer; at a monitored step also of what the optimizer calls.
-    Each rank adds up what it owns of the stacks, rank 0 runs the probe; one sum over ranks brings it all to the host."""
+    Each rank adds up what it owns of the stacks, rank 0 runs the probe; one sum over ranks brings it all
+    to the host."""
+
     def __init__(self, trainer: train_gpt.Trainer, every: int):
         self.trainer, self.every = trainer, 1  # the warm-up shows every step, to run everything once
         self.log, self.seconds, self.began = None, 0.0, 0.0
-        self.warm_up, self.forward_backward, self.step = trainer.warm_up, trainer.forward_backward, trainer.optimizer.step
-        self.originals = train_gpt.Unit.update, train_gpt.Unit.decay, train_gpt.orthogonalize, train_gpt.attend
+        self.warm_up = trainer.warm_up
+        self.forward_backward = trainer.forward_backward
+        self.step = trainer.optimizer.step
+        self.originals = (
+            train_gpt.Unit.update,
+            train_gpt.Unit.decay,
+            train_gpt.orthogonalize,
+            train_gpt.attend,
+        )
         units, layers = trainer.optimizer.units, trainer.track.model.layers
         self.rows = {name: i for i, name in enumerate(name for unit in units for name in unit.names)}
         largest = max(unit.chunk * max(1, unit.tail.numel()) for unit in units)
-        self.buffer = torch.empty(largest, device=trainer.device)  # allocating it each time takes a CPU longer than its use
+        # allocating it each time takes a CPU longer than its use
+        self.buffer = torch.empty(largest, device=trainer.device)
         self.found = torch.zeros(len(self.rows) + layers, COLUMNS, dtype=torch.float64, device=trainer.device)
 
         def warm_up() -> None:
@@ -112,7 +129,10 @@ class Monitor:
         def forward_backward(batch: train_gpt.Batch, weights: Sequence[float]) -> Tensor:
             self.batch, self.windows = batch, trainer.stage.windows
             return self.forward_backward(batch, weights)
-        trainer.warm_up, trainer.forward_backward, trainer.optimizer.step = warm_up, forward_backward, self.monitored_step
+
+        trainer.warm_up = warm_up
+        trainer.forward_backward = forward_backward
+        trainer.optimizer.step = self.monitored_step
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -154,6 +174,7 @@ class Monitor:
         def attend(q: Tensor, k: Tensor, v: Tensor, layout: train_gpt.Layout) -> Tensor:
             self.found[layer, LOGIT] = largest_logit(q, k, layout.mask)
             return self.originals[3](q, k, v, layout)
+
         with (torch.compiler.set_stance("force_eager"), put(train_gpt, attend=attend),
               put(model, fused=False, layout=train_gpt.blocked_layout)):  # fmt: skip
             model.stream(inputs, offsets, self.windows, self.trainer.longest, run)
@@ -194,15 +215,23 @@ class Monitor:
         self.originals[1](unit, weights, update, agree)
 
     def report(self, step: int, active: Sequence[train_gpt.Unit]) -> None:
-        found = [[x if math.isfinite(x) else None for x in row] for row in self.trainer.comm.all_reduce(self.found).tolist()]
+        found = [
+            [x if math.isfinite(x) else None for x in row]
+            for row in self.trainer.comm.all_reduce(self.found).tolist()
+        ]
         parameters, model = {}, self.trainer.model
 
         def root(x: float | None, count: int = 1) -> float | None:
             return x if x is None else math.sqrt(x / count)
+
         for unit in active:
             for name, p, count in zip(unit.names, unit.params, unit.counts):
                 row, n = found[self.rows[name]], p.numel()
-                line = dict(weight_rms=root(row[WEIGHTS], n), update_rms=root(row[UPDATE], n), grad_norm=root(row[GRADIENT]))
+                line = dict(
+                    weight_rms=root(row[WEIGHTS], n),
+                    update_rms=root(row[UPDATE], n),
+                    grad_norm=root(row[GRADIENT]),
+                )
                 if unit.matrix:
                     line.update(matrix=self.turn % count, entering=row[ENTERING], leaving=row[LEAVING])
                 parameters[name] = line | (dict(decayed=row[DECAYED] / n) if cautious(unit) else {})
@@ -222,15 +251,18 @@ def watch(trainer: train_gpt.Trainer, every: int) -> dict[str, Any]:
 
     class Log(train_gpt.Log):
         """The run's log, which opens the monitor's with it: a resumed run has each step once there too."""
+
         def open(self, step: int) -> None:
             super().open(step)
-            monitor.log, monitor.began = Original(self.path.with_suffix(".monitor.jsonl")), trainer.clock.seconds
+            monitor.log = Original(self.path.with_suffix(".monitor.jsonl"))
+            monitor.began = trainer.clock.seconds
             monitor.log.open(step)
 
     Original = train_gpt.Log
     with put(train_gpt, Log=Log):
         final = trainer.train()
-    if monitor.log and (seconds := final["train_time_s"] - monitor.began):  # 0: resumed at its end, nothing to add
+    # 0: resumed at its end, nothing to add
+    if monitor.log and (seconds := final["train_time_s"] - monitor.began):
         share = dict(monitor_s=monitor.seconds, train_time_s=seconds, share=monitor.seconds / seconds)
         monitor.log.write("overhead", step=final["step"], **share)
         print(f"monitor: {share['share']:.2%} of the training time, log {monitor.log.path}")

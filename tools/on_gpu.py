@@ -3,11 +3,12 @@
     python tools/on_gpu.py OUT                      track short on one GPU
     python tools/on_gpu.py OUT --attention fa3      any option of train_gpt.py may follow
 
-Runs one after the other: the tests that need a GPU; a start with an empty compile cache and one with a full one; the
-profile of a step, plain, with --memory low, compiled as a whole and on other attention kernels where there are any.
-What was left out for want of time is named. Tokens come from DATA_DIR, or are made up where it has none: times and
-memory do not depend on them. All output, logs and results.json lie in OUT (as do a compile cache and made-up shards,
-which nobody needs later); the last thing printed is a table.
+Runs one after the other: the tests that need a GPU; a start with an empty compile cache and one with a
+full one; the profile of a step, plain, with --memory low, compiled as a whole and on other attention
+kernels where there are any. What was left out for want of time is named. Tokens come from DATA_DIR, or
+are made up where it has none: times and memory do not depend on them. All output, logs and results.json
+lie in OUT (as do a compile cache and made-up shards, which nobody needs later); the last thing printed
+is a table.
 """
 
 from __future__ import annotations
@@ -33,14 +34,25 @@ import train_gpt  # noqa: E402
 
 SECONDS = 520
 STEPS = 12
-SHORT_RUN = {"schedule.steps": STEPS, "schedule.extension": 0, "evaluation.every": 1000, "evaluation.log_every": 1}
+SHORT_RUN = {
+    "schedule.steps": STEPS,
+    "schedule.extension": 0,
+    "evaluation.every": 1000,
+    "evaluation.log_every": 1,
+}
 
 
 def make_tokens(folder: Path, track: train_gpt.Track) -> None:
-    """Shards of tokens drawn by Zipf's law; the median document is a fifth of the cut (FineWeb's has 403), the tail is long."""
+    """Shards of tokens drawn by Zipf's law; the median document is a fifth of the cut (FineWeb's
+    has 403), the tail is long."""
     data, rng, files = track.data, np.random.default_rng(0), {}
-    cut, batch = (max(getattr(stage, name) for stage in track.schedule.stages) for name in ("document_cut", "batch"))
-    need = {"train_000001.bin": 3 * STEPS * data.rows * batch * data.row_tokens, "val_000000.bin": 2 * track.evaluation.tokens}
+    cut, batch = (
+        max(getattr(stage, name) for stage in track.schedule.stages) for name in ("document_cut", "batch")
+    )
+    need = {
+        "train_000001.bin": 3 * STEPS * data.rows * batch * data.row_tokens,
+        "val_000000.bin": 2 * track.evaluation.tokens,
+    }
     for name, count in need.items():
         rank = (data.vocab_size ** rng.random(count)).astype(np.uint16) - 1
         tokens = np.where(rank == data.document_start, 0, rank).astype(np.uint16)
@@ -63,7 +75,9 @@ class Measurements:
     def save(self) -> None:
         (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def run(self, name: str, command: list[str], at_least: float, at_most: float = 240, **environment: str) -> bool:
+    def run(
+        self, name: str, command: list[str], at_least: float, at_most: float = 240, **environment: str
+    ) -> bool:
         """Whether the command ended well; it is left out when less than `at_least` seconds remain."""
         left, began = min(at_most, self.end - time.monotonic()), time.monotonic()
         if left < at_least:
@@ -93,8 +107,12 @@ def measure(measurements: Measurements, options: list[str]) -> None:
     def start(name: str) -> None:
         folder = out / file_name(name, "")
         shutil.rmtree(folder, ignore_errors=True)
-        if measurements.run(name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache):
-            header, *lines = [json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()]
+        if measurements.run(
+            name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache
+        ):
+            header, *lines = [
+                json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()
+            ]
             step_s = (lines[-1]["train_time_s"] - lines[1]["train_time_s"]) / (STEPS - 2)
             results[name] |= {"startup_s": header["startup_s"], "step_s": step_s, "head": header["head"],
                               "peak_memory_bytes": lines[-1]["peak_memory_bytes"]}  # fmt: skip
@@ -106,7 +124,8 @@ def measure(measurements: Measurements, options: list[str]) -> None:
             results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
 
     start("empty cache")
-    profile("plain", "--trace", str(out / "trace.json.gz"))  # what matters most comes first: the time is bounded
+    # what matters most comes first: the time is bounded
+    profile("plain", "--trace", str(out / "trace.json.gz"))
     start("full cache")
     profile("low memory", "--memory", "low")
     for kind, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
@@ -117,7 +136,10 @@ def measure(measurements: Measurements, options: list[str]) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = ["| part | status | start, s | step, ms | MFU | peak memory, GB |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| part | status | start, s | step, ms | MFU | peak memory, GB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, found in results.items():
         profile = found.get("profile", {})
         start = f"{sum(found['startup_s'].values()):.1f}" if "startup_s" in found else ""

@@ -1,4 +1,5 @@
-"""Records that verify themselves: run a script several times, compare two, check a claim, draw tables and figures.
+"""Records that verify themselves: run a script several times, compare two, check a claim, draw tables
+and figures.
 
     python tools/record.py run --track tiny --name NAME --runs 5 [--source FILE] [-- --matrix.lr 0.02 ...]
     python tools/record.py ab --baseline DIR_OR_FILE --candidate DIR_OR_FILE --pairs 5 [--until-decided]
@@ -8,8 +9,9 @@
     python tools/record.py plot curves|leading|history ...
     python tools/record.py import DIR               statistics of logs of the public speedrun
 
-A record is a folder records/<track>/<date>_<name>/ with train_gpt.py as run, runs/*.jsonl, pairs.jsonl when it was timed
-against another, a README.md that says what changed, and result.json, which this tool computes from the logs.
+A record is a folder records/<track>/<date>_<name>/ with train_gpt.py as run, runs/*.jsonl, pairs.jsonl
+when it was timed against another, a README.md that says what changed, and result.json, which this tool
+computes from the logs.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ from lib.tables import chance, claim, history, number, page_text, pages, title, 
 def command_run(a: argparse.Namespace) -> int:
     folder = new_record(a.root, a.track, a.name, a.source)
     record = Record(folder, a.overrides, a.processes)
-    with alone(a.root), tqdm(total=a.runs, initial=min(a.runs, len(record.runs)), unit="run", dynamic_ncols=True) as bar:
+    done = min(a.runs, len(record.runs))
+    with alone(a.root), tqdm(total=a.runs, initial=done, unit="run", dynamic_ncols=True) as bar:
         while len(record.runs) < a.runs:
             run = record.run(record.next_seed(), bar)
             bar.update()
             final = run.final
-            bar.write(f"{run.path.name}: validation loss {final['val_loss']:.4f} after {final['step']} steps, "
-                      f"{final['train_time_s']:.2f} s")  # fmt: skip
+            bar.write(f"{run.path.name}: validation loss {final['val_loss']:.4f} "
+                      f"after {final['step']} steps, {final['train_time_s']:.2f} s")  # fmt: skip
     print(claim(write_result(folder)))
     return 0
 
@@ -77,7 +80,9 @@ def command_ab(a: argparse.Namespace) -> int:
             for record in (baseline, candidate):
                 bar.set_postfix_str(f"filling the compile cache of {record.folder.name}")
                 record.run(0, bar, only_warm=True)
-        while valid() < most and not (a.until_decided and (settled(baseline, candidate, ours()) or overdue(a, began))):
+        while valid() < most and not (
+            a.until_decided and (settled(baseline, candidate, ours()) or overdue(a, began))
+        ):
             order = "baseline first" if len(ours()) % 2 == 0 else "candidate first"
             sides = (baseline, candidate) if order == "baseline first" else (candidate, baseline)
             runs = {record: record.run(record.next_seed(), bar) for record in sides}
@@ -86,7 +91,8 @@ def command_ab(a: argparse.Namespace) -> int:
                 record.discard(run)
             line = {
                 "baseline": baseline.folder.name, "order": order, "planned": planned,
-                "baseline_run": runs[baseline].header["run_id"], "candidate_run": runs[candidate].header["run_id"],
+                "baseline_run": runs[baseline].header["run_id"],
+                "candidate_run": runs[candidate].header["run_id"],
                 "discarded": "a compile inside the clock" if compiled else None,
             }  # fmt: skip
             with open(path, "a") as file:
@@ -103,7 +109,8 @@ def command_ab(a: argparse.Namespace) -> int:
 def settled(baseline: Record, candidate: Record, pairs: list[dict[str, Any]]) -> bool:
     """Whether `stats.sequential` has decided both questions of a record.
 
-    Time: the candidate is faster, or slower, or within 1% of the baseline. Loss: its mean is below the target or above.
+    Time: the candidate is faster, or slower, or within 1% of the baseline. Loss: its mean is below the
+    target or above.
     """
     runs = [{run.header["run_id"]: run for run in record.runs} for record in (baseline, candidate)]
     good = [pair for pair in pairs if not pair["discarded"]]
@@ -133,7 +140,8 @@ def command_verify(a: argparse.Namespace) -> int:
             text = claim(result) + f"\n  {'holds' if result['holds'] else 'DOES NOT HOLD'}"
             reports.append(result)
         except ValueError as error:
-            text, result = f"{folder.name}: REFUSED\n" + "\n".join(f"  {line}" for line in str(error).splitlines()), {}
+            text = f"{folder.name}: REFUSED\n" + "\n".join(f"  {line}" for line in str(error).splitlines())
+            result = {}
             reports.append({"name": folder.name, "holds": False, "refused": str(error).splitlines()})
         bad |= not result.get("holds")
         if not a.json:
@@ -145,7 +153,10 @@ def command_verify(a: argparse.Namespace) -> int:
 
 def command_plan(a: argparse.Namespace) -> int:
     n = stats.runs_needed(a.sd, a.margin, a.power)
-    print(f"{n} runs: with sd {a.sd} and a true margin of {a.margin}, p < {stats.ALPHA} has probability {a.power} or more")
+    print(
+        f"{n} runs: with sd {a.sd} and a true margin of {a.margin}, p < {stats.ALPHA} has probability "
+        f"{a.power} or more"
+    )
     return 0
 
 
@@ -154,18 +165,27 @@ def command_import(a: argparse.Namespace) -> int:
         raise ValueError(f"{a.folder} is not a folder")
     runs, refused = public_runs(a.folder)
     if not runs:
-        raise ValueError(f"{a.folder} holds no log of the public speedrun" + "".join(f"\n  {line}" for line in refused))
+        raise ValueError(
+            f"{a.folder} holds no log of the public speedrun" + "".join(f"\n  {line}" for line in refused)
+        )
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        key = run.header["source_sha256"], run.header["steps"], run.final["step"], run.header["world_size"], run.header["torch"]
+        key = (
+            run.header["source_sha256"],
+            run.header["steps"],
+            run.final["step"],
+            run.header["world_size"],
+            run.header["torch"],
+        )
         groups.setdefault(key, []).append(run)
     report = []
     for (digest, steps, last, world_size, torch), members in groups.items():
-        losses, seconds = [run.final["val_loss"] for run in members], [run.final["train_time_s"] for run in members]
+        losses = [run.final["val_loss"] for run in members]
+        seconds = [run.final["train_time_s"] for run in members]
         report.append({
-            "folder": os.path.commonpath([str(run.path.parent) for run in members]), "source_sha256": digest, "steps": steps,
-            "last_step": last, "world_size": world_size, "torch": torch, "device": members[0].header["device"],
-            "target": a.target, "val_loss": stats.describe(losses),
+            "folder": os.path.commonpath([str(run.path.parent) for run in members]), "source_sha256": digest,
+            "steps": steps, "last_step": last, "world_size": world_size, "torch": torch,
+            "device": members[0].header["device"], "target": a.target, "val_loss": stats.describe(losses),
             "p": stats.p_below(losses, a.target) if len(losses) > 1 else None,
             "train_time_s": stats.describe(seconds), "files": [run.path.name for run in members],
         })  # fmt: skip
@@ -175,13 +195,18 @@ def command_import(a: argparse.Namespace) -> int:
     for group in report:
         loss, seconds = group["val_loss"], group["train_time_s"]
         machine = f"{group['world_size']} x {group['device']}" if group["device"] else "unknown machine"
-        print(f"{group['folder']}: n {loss['n']}, {group['last_step']} of {group['steps']} steps, mean validation loss "
-              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, p {chance(group['p'])} against {a.target}; training time mean "
+        print(f"{group['folder']}: n {loss['n']}, {group['last_step']} of {group['steps']} steps, "
+              "mean validation loss "
+              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, p {chance(group['p'])} against {a.target}; "
+              "training time mean "
               f"{seconds['mean']:.2f} s, sd {number(seconds['sd'], 2)}; "
               f"{machine}, torch {group['torch'] or 'unknown'}, "
               f"source {group['source_sha256'][:12]}")  # fmt: skip
     if len(report) > 1:
-        print(f"{len(report)} groups: sources, steps, torch versions or numbers of processes differ, so they are not one claim")
+        print(
+            f"{len(report)} groups: sources, steps, torch versions or numbers of processes differ, "
+            "so they are not one claim"
+        )
     for line in refused:
         print(f"not read: {line}")
     return 0
@@ -217,7 +242,9 @@ def command_plot(a: argparse.Namespace) -> int:
         figures.history(history(results), {r["name"]: title(track / r["name"]) for r in results}, a.out)
     elif a.kind == "curves":
         # a track stands for its records, oldest first
-        of_track = {path: [a.root / path / r["name"] for r in history(results_of(a.root / path))] for path in a.runs}
+        of_track = {
+            path: [a.root / path / r["name"] for r in history(results_of(a.root / path))] for path in a.runs
+        }
         figures.curves([run for path in a.runs for run in of_track[path] or [path]], a.loss, a.span, a.out)
     elif len(a.runs) != 2:
         raise ValueError("plot leading takes two arguments: run A and run B")
@@ -228,38 +255,64 @@ def command_plot(a: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    argv, overrides = (list(argv), []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ROOT / "records", help="folder of the tracks (default: records/)")
+    argv, overrides = (
+        (list(argv), []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT / "records", help="folder of the tracks (default: records/)"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         return sub
 
-    p = command("run", command_run, "N complete runs with independent seeds into records/<track>/<date>_<name>/; "
+    p = command("run", command_run, "N complete runs with independent seeds into "
+                                    "records/<track>/<date>_<name>/; "
                 "goes on where it was interrupted. Options after -- go to train_gpt.py.")  # fmt: skip
     p.add_argument("--track", default="tiny")
     p.add_argument("--name", required=True, help="of the record")
-    p.add_argument("--runs", type=whole, required=True, help="in all, those that are there included; 0 only writes result.json")
-    p.add_argument("--source", type=Path, default=ROOT / "train_gpt.py", help="script to run (default: train_gpt.py)")
-    p.add_argument("--processes", type=positive, default=1, help="processes of a run, one for each GPU (default: 1)")
+    p.add_argument(
+        "--runs",
+        type=whole,
+        required=True,
+        help="in all, those that are there included; 0 only writes result.json",
+    )
+    p.add_argument(
+        "--source", type=Path, default=ROOT / "train_gpt.py", help="script to run (default: train_gpt.py)"
+    )
+    p.add_argument(
+        "--processes", type=positive, default=1, help="processes of a run, one for each GPU (default: 1)"
+    )
 
-    p = command("ab", command_ab, "Interleaved A/B on this machine: ratio of the training times, difference of the losses. "
-                "The order is swapped from pair to pair, caches are warm, a pair with a compile inside the clock does not "
+    p = command("ab", command_ab, "Interleaved A/B on this machine: ratio of the training times, "
+                                  "difference of the losses. "
+                "The order is swapped from pair to pair, caches are warm, a pair with a compile inside the "
+                "clock does not "
                 "count. Options after -- go to the candidate.")  # fmt: skip
     p.add_argument("--baseline", type=Path, required=True, help="record folder or script")
     p.add_argument("--candidate", type=Path, required=True, help="record folder or script")
-    p.add_argument("--pairs", type=positive, default=stats.MINIMUM_PAIRS, help="valid pairs in all (default: 5)")
-    p.add_argument("--until-decided", action="store_true", help="go on until time and loss are settled (sequential test)")
+    p.add_argument(
+        "--pairs", type=positive, default=stats.MINIMUM_PAIRS, help="valid pairs in all (default: 5)"
+    )
+    p.add_argument(
+        "--until-decided", action="store_true", help="go on until time and loss are settled (sequential test)"
+    )
     p.add_argument("--max-pairs", type=positive, default=40, help="with --until-decided (default: 40)")
     p.add_argument("--minutes", type=float, help="with --until-decided: no new pair after this time")
     p.add_argument("--track", default="tiny", help="where a script's record folder is made")
     p.add_argument("--name", help="of the record that is made for a script")
     p.add_argument("--processes", type=positive, default=1, help="processes of a run (default: 1)")
 
-    p = command("verify", command_verify, "Recompute each claim from the logs alone; exit status 0 only if all hold.")
+    p = command(
+        "verify", command_verify, "Recompute each claim from the logs alone; exit status 0 only if all hold."
+    )
     p.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="record folders (default: all)")
     p.add_argument("--json", action="store_true", help="for machines")
 
@@ -268,16 +321,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--margin", type=float, required=True, help="how far the true mean lies below the target")
     p.add_argument("--power", type=float, default=0.9, help="wanted probability (default: 0.9)")
 
-    p = command("table", command_table, "Make the tables between the markers of README.md and of the pages in records/ anew.")
+    p = command(
+        "table",
+        command_table,
+        "Make the tables between the markers of README.md and of the pages in records/ anew.",
+    )
     p.add_argument("--check", action="store_true", help="change nothing; exit status 1 when they are stale")
 
-    p = command("plot", command_plot, "PNG figures. curves: loss against tokens, steps and time, mean and band over seeds. "
-                "leading: how many more steps B needs for each loss of A. history: a track's records by date.")  # fmt: skip
+    p = command("plot", command_plot, "PNG figures. curves: loss against tokens, steps and time, "
+                                      "mean and band over seeds. "
+                "leading: how many more steps B needs for each loss of A. history: "
+                "a track's records by date.")  # fmt: skip
     p.add_argument("kind", choices=("curves", "leading", "history"))
     p.add_argument("runs", nargs="+", type=Path, metavar="RUNS",
-                   help="record folders, logs, folders of public logs; of history and curves: a track")  # fmt: skip
+                   help="record folders, logs, folders of public logs; of history and curves: "
+                        "a track")  # fmt: skip
     p.add_argument("--loss", choices=("val", "train"), default="val", help="which curve (default: val)")
-    p.add_argument("--span", type=positive, default=1, help="smoothing: steps of a running mean (default: 1, none)")
+    p.add_argument(
+        "--span", type=positive, default=1, help="smoothing: steps of a running mean (default: 1, none)"
+    )
     p.add_argument("--out", type=Path, required=True, help="the PNG to write")
 
     p = command("import", command_import, "Statistics of the logs of the public speedrun below a folder.")

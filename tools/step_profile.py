@@ -4,11 +4,12 @@
     python tools/step_profile.py --trace trace.json               also a trace of three steps, for chrome://tracing
     torchrun --standalone --nproc_per_node=8 tools/step_profile.py --track short
 
-The parts run forward and backward on rows of the training data, compiled as in training, in the windows of the
-schedule's last stage; the first rows of a step stand for all. The floor of a part is its arithmetic over the rate of a
-large product (in FP8 for a head in FP8), or the bytes that it must move (what it reads once, what it writes once) over
-the rate of a large copy, whichever is longer. MFU counts 6 operations per parameter in a product and token, and 12 D per
-visible pair of tokens, over the rate of a large product in the precision of the activations.
+The parts run forward and backward on rows of the training data, compiled as in training, in the windows
+of the schedule's last stage; the first rows of a step stand for all. The floor of a part is its
+arithmetic over the rate of a large product (in FP8 for a head in FP8), or the bytes that it must move
+(what it reads once, what it writes once) over the rate of a large copy, whichever is longer. MFU counts
+6 operations per parameter in a product and token, and 12 D per visible pair of tokens, over the rate of
+a large product in the precision of the activations.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def ceilings(device: torch.device, dtype: torch.dtype, clock: train_gpt.Clock) -
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(count // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size**3 / seconds_of(lambda: a @ b, clock), 2 * count / seconds_of(lambda: target.copy_(source), clock)
+    product = seconds_of(lambda: a @ b, clock)
+    copy = seconds_of(lambda: target.copy_(source), clock)
+    return 2 * size**3 / product, 2 * count / copy
 
 
 def visible_pairs(offsets: np.ndarray, window: int) -> int:
@@ -63,7 +66,8 @@ def visible_pairs(offsets: np.ndarray, window: int) -> int:
 
 
 def optimizer_work(optimizer: train_gpt.MuonEq) -> tuple[float, float]:
-    """Operations and bytes of an update of all units on this rank: products, and each state, gradient and weight once."""
+    """Operations and bytes of an update of all units on this rank: products, and each state,
+    gradient and weight once."""
     operations = moved = 0.0
     for unit in optimizer.units:
         elements = unit.chunk * max(1, unit.tail.numel())
@@ -76,7 +80,8 @@ def optimizer_work(optimizer: train_gpt.MuonEq) -> tuple[float, float]:
 
 
 def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gpt.Stage) -> dict[str, tuple]:
-    """Name -> (call, how often in a step, operations, bytes) of one forward and backward pass over one micro-batch."""
+    """Name -> (call, how often in a step, operations, bytes) of one forward and backward pass over
+    one micro-batch."""
     model, device, c = trainer.model, trainer.device, trainer.track.model
     windows, rows = stage.windows, trainer.micro_rows[stage.batch]
     inputs, targets, offsets = (x[:rows].to(device) for x in batch)
@@ -94,20 +99,28 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
             torch.autograd.backward(out, [torch.ones_like(x) for x in out])
             for x in (x for x in args if isinstance(x, Tensor)):
                 x.grad = None
-        if trainer.compiled != "none" and part not in [getattr(model, name) for name in model.COMPILED[trainer.compiled]]:
+
+        if trainer.compiled != "none" and part not in [
+            getattr(model, name) for name in model.COMPILED[trainer.compiled]
+        ]:
             part = torch.compile(part, dynamic=False, fullgraph=True)
         return call
 
     weights = [leaf(4 * D, D), leaf(c.heads, c.gate_inputs), leaf(2)]
     found = {}
     kinds = Counter((i in c.long_blocks, 1 + (i in c.paired)) for i in model.attention_blocks)
-    for (long, twice), count in sorted(kinds.items()):  # paired heads: two positions for each token, of half the heads
+    # paired heads: two positions for each token, of half the heads
+    for (long, twice), count in sorted(kinds.items()):
         window, where = windows[long], twice * offsets
         layout = train_gpt.blocked_layout(where, twice * T, window)
         if model.fused:
             layout = train_gpt.fused_layout(where, twice * T, train_gpt.window_size(window), twice * cut)
-        pairs, heads = visible_pairs(where.cpu().numpy(), window), (B, twice * T, c.heads // twice, D // c.heads)
-        q, k, v = ((train_gpt.norm(leaf(*heads).detach()) * s).requires_grad_() for s in (c.attention_scale, 1.0, 1.0))
+        pairs = visible_pairs(where.cpu().numpy(), window)
+        heads = (B, twice * T, c.heads // twice, D // c.heads)
+        q, k, v = (
+            (train_gpt.norm(leaf(*heads).detach()) * s).requires_grad_()
+            for s in (c.attention_scale, 1.0, 1.0)
+        )
         name = f"attention kernel, window {window}" + ", paired heads" * (twice - 1)
         # five products backward: the scores once more, and the gradients of weights, q, k and v
         work = 14 * D // twice * pairs
@@ -117,7 +130,12 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
             name = "attention with its projections, this window in all blocks"
             found[name] = (call, passes * A, 14 * D * pairs + 24 * n * D * D, 4 * n * D * size)
     work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
-    found["MLP"] = (backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)), passes * c.layers, work, bytes_moved)
+    found["MLP"] = (
+        backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)),
+        passes * c.layers,
+        work,
+        bytes_moved,
+    )
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
     at_once = min(n, model.LOGITS_AT_ONCE[model.low_memory])
     call = backward(model.loss, leaf(at_once, D), targets.flatten()[:at_once, None])
@@ -141,7 +159,9 @@ def communication(trainer: train_gpt.Trainer) -> tuple[Callable[[], None], float
             comm.all_gather(full.to(unit.dtype), chunk.to(unit.dtype)).wait()
 
     share = (comm.world_size - 1) / comm.world_size
-    return call, share * sum(x.numel() * (4 + unit.dtype.itemsize) / unit.group["every"] for unit, x in zip(units, buffers))
+    return call, share * sum(
+        x.numel() * (4 + unit.dtype.itemsize) / unit.group["every"] for unit, x in zip(units, buffers)
+    )
 
 
 def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
@@ -168,12 +188,16 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     (rate, bandwidth), fp8 = ceilings(device, trainer.dtype, clock), 0.0
     if trainer.model.fp8:
         a, b = (torch.randn(8192, 8192, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-        fp8 = 2 * 8192**3 / seconds_of(lambda: train_gpt.fp8_product(a, b, (1.0, 1.0), torch.bfloat16, True), clock)
+        scales = (1.0, 1.0)
+        product = seconds_of(lambda: train_gpt.fp8_product(a, b, scales, torch.bfloat16, True), clock)
+        fp8 = 2 * 8192**3 / product
     rows = []
 
     def add(name: str, seconds: float, operations: float, moved: float) -> None:
         floor = max(operations / (fp8 if name == "head and loss" and fp8 else rate), moved / bandwidth)
-        rows.append(dict(part=name, ms=1e3 * seconds, floor_ms=1e3 * floor, operations=operations, bytes=moved))
+        rows.append(
+            dict(part=name, ms=1e3 * seconds, floor_ms=1e3 * floor, operations=operations, bytes=moved)
+        )
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -191,36 +215,51 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
         for _ in range(trainer.period):
             trainer.optimizer.step(tokens=count)
 
-    add("optimizer, with its communication", seconds_of(update, clock) / trainer.period, *optimizer_work(trainer.optimizer))
+    add(
+        "optimizer, with its communication",
+        seconds_of(update, clock) / trainer.period,
+        *optimizer_work(trainer.optimizer),
+    )
     if world_size > 1:
         call, sent = communication(trainer)
         rows.append(dict(part="communication alone", ms=1e3 * seconds_of(call, clock), bytes=sent))
-    rows.append(dict(part="data, prepared in the background", ms=1e3 * seconds_of(lambda: next(batches), clock)))
+    rows.append(
+        dict(part="data, prepared in the background", ms=1e3 * seconds_of(lambda: next(batches), clock))
+    )
     # the matrices of the model take part in a product for each token, the pairs of tokens in each block
-    kernels = [often * operations for name, (_, often, operations, _) in parts.items() if name.startswith("attention kernel")]
+    kernels = [
+        often * operations
+        for name, (_, often, operations, _) in parts.items()
+        if name.startswith("attention kernel")
+    ]
     matrices = sum(getattr(trainer.model, name).numel() for name in ("qk", "vo", "mlp", "lm_head"))
     tokens = read // world_size
     model_operations = 6 * matrices * tokens + 12 / 14 * sum(kernels)
     if trace:
-        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", "CUDA")][: 1 + (device.type == "cuda")]
+        names = ("CPU", "CUDA") if device.type == "cuda" else ("CPU",)
+        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in names]
         with torch.profiler.profile(activities=activities) as recorder:
             for _ in range(3):
                 step()
         if rank == 0:
             recorder.export_chrome_trace(trace)
     return dict(
-        device=trainer.environment["device"], torch=torch.__version__, world_size=world_size, track=trainer.run.track,
-        dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention, windows=stage.windows, tokens=tokens,
-        products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole, forward_backward_ms=1e3 * both, parts=rows,
-        mfu=model_operations / whole / rate, peak_memory_bytes=memory,
+        device=trainer.environment["device"], torch=torch.__version__, world_size=world_size,
+        track=trainer.run.track, dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention,
+        windows=stage.windows, tokens=tokens, products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole,
+        forward_backward_ms=1e3 * both, parts=rows, mfu=model_operations / whole / rate,
+        peak_memory_bytes=memory,
     )  # fmt: skip
 
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['device']} x {found['world_size']}, torch {found['torch']}, track {found['track']}, {found['dtype']}, "
-        f"attention {found['attention']}, {found['tokens']:,} tokens per process, windows {tuple(found['windows'])}",
-        f"large product {found['products_per_s'] / 1e12:.2f} Tflop/s, large copy {found['bytes_per_s'] / 1e9:.1f} GB/s",
+        f"{found['device']} x {found['world_size']}, torch {found['torch']}, track {found['track']}, "
+        f"{found['dtype']}, "
+        f"attention {found['attention']}, {found['tokens']:,} tokens per process, "
+        f"windows {tuple(found['windows'])}",
+        f"large product {found['products_per_s'] / 1e12:.2f} Tflop/s, large copy "
+        f"{found['bytes_per_s'] / 1e9:.1f} GB/s",
         "", "| part | ms | of the step | floor, ms | over its floor |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     whole = found["step_ms"]

@@ -1,4 +1,5 @@
-"""What a record folder proves: the checks on its logs, the tests of its claim, its comparison with another record."""
+"""What a record folder proves: the checks on its logs, the tests of its claim, its comparison with
+another record."""
 
 from __future__ import annotations
 
@@ -20,18 +21,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rules(track: str) -> dict[str, Any]:
-    """What a track fixes, as flat settings: its data's tokens and what counts as its target. Empty for unknown tracks."""
+    """What a track fixes, as flat settings: its data's tokens and what counts as its target.
+
+    Empty for unknown tracks.
+    """
     sys.path.insert(0, str(ROOT))
     import train_gpt
 
     if track not in train_gpt.TRACKS:
         return {}
     settings = flat(dataclasses.asdict(train_gpt.TRACKS[track]))
-    fixed = ("data.corpus", "data.vocab_size", "data.document_start", "data.predict_start", "evaluation.target")
+    fixed = ("data.corpus", "data.vocab_size", "data.document_start", "data.predict_start",
+             "evaluation.target")  # fmt: skip
     return {key: settings[key] for key in (*fixed, "evaluation.tokens")}
 
 
-SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")  # header fields that all runs of a record share
+# header fields that all runs of a record share
+SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")
 
 
 def flaws(run: Run) -> list[str]:
@@ -44,7 +50,8 @@ def flaws(run: Run) -> list[str]:
     if final["compiles_in_timed_region"]:
         found.append(f"final.compiles_in_timed_region is {final['compiles_in_timed_region']}")
     for name, value in zip(("step", "val_loss", "train_time_s", "tokens"), run.val[-1] if run.val else ()):
-        if abs(final[name] - value) > (0.01 if name == "train_time_s" else 0):  # seconds; the clock is read again at the end
+        # seconds; the clock is read again at the end
+        if abs(final[name] - value) > (0.01 if name == "train_time_s" else 0):
             found.append(f"final.{name} is not that of the last validation")
     track, settings = run.header["track"], flat(run.header["settings"])
     allowed = rules(track)
@@ -57,7 +64,9 @@ def flaws(run: Run) -> list[str]:
     if final["val_tokens"] < wanted:
         found.append(f"final.val_tokens is {final['val_tokens']}, the track says {wanted}")
     if final["target"] != settings.get("evaluation.target", final["target"]):
-        found.append(f"final.target is {final['target']}, settings.evaluation.target {settings['evaluation.target']}")
+        found.append(
+            f"final.target is {final['target']}, settings.evaluation.target {settings['evaluation.target']}"
+        )
     if final.get("reached") is not (final["val_loss"] <= final["target"]):
         found.append("final.reached does not follow from final.val_loss and final.target")
     return [f"{run.path}: {text}" for text in found]
@@ -77,7 +86,8 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
     for field, value in (
         ("seed", lambda run: run.header["seed"]),
         ("run_id", lambda run: run.header["run_id"]),
-        ("final.val_loss", lambda run: run.final["val_loss"] if run.final else run.path),  # a copy with another seed
+        # a copy with another seed
+        ("final.val_loss", lambda run: run.final["val_loss"] if run.final else run.path),
     ):
         seen: dict[Any, Run] = {}
         for run in runs:
@@ -86,7 +96,9 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
     if not source.is_file():
         found.append(f"{source} is missing: the source that was run")
     elif (digest := sha256(source)) != first.header["source_sha256"]:
-        found.append(f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}")
+        found.append(
+            f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}"
+        )
     return found
 
 
@@ -101,12 +113,15 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
-    """Lines of pairs.jsonl: {baseline, order, planned, baseline_run, candidate_run, discarded}; [] where there is none."""
+    """Lines of pairs.jsonl: {baseline, order, planned, baseline_run, candidate_run, discarded}; []
+    where there is none."""
     path = folder / "pairs.jsonl"
     try:
         pairs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for pair in pairs:
-            if not all(isinstance(pair[key], str) for key in ("baseline", "order", "baseline_run", "candidate_run")):
+            if not all(
+                isinstance(pair[key], str) for key in ("baseline", "order", "baseline_run", "candidate_run")
+            ):
                 raise ValueError
             pair["planned"], pair["discarded"]
     except (ValueError, KeyError, TypeError):
@@ -115,7 +130,8 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 
 
 def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The A/B of a record against one baseline, from both folders' logs alone; ValueError when they do not fit together."""
+    """The A/B of a record against one baseline, from both folders' logs alone; ValueError when they
+    do not fit together."""
     sides = [{run.header["run_id"]: run for run in read_runs(side)} for side in (baseline, folder)]
     couples = []
     for number, pair in enumerate(pairs, 1):
@@ -139,8 +155,8 @@ def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[s
 def judge(couples: list[list[Run]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratio of training times (candidate over baseline), difference of losses, and what it is worth in steps.
 
-    The number of pairs was fixed in advance when every pair says the same number and that many are there: paired t-test on
-    the log ratios. Otherwise `stats.sequential` gives p and interval.
+    The number of pairs was fixed in advance when every pair says the same number and that many are
+    there: paired t-test on the log ratios. Otherwise `stats.sequential` gives p and interval.
     """
     if not couples:
         raise ValueError("there is no valid pair yet")
@@ -158,30 +174,38 @@ def judge(couples: list[list[Run]], pairs: list[dict[str, Any]]) -> dict[str, An
     return {
         "pairs": len(ratios), "discarded": sum(bool(pair["discarded"]) for pair in pairs),
         "rule": "fixed" if fixed else "sequential", "pairs_used": used,
-        "ratio": math.exp(sum(ratios) / len(ratios)), "low": math.exp(low), "high": math.exp(high) if high < 700 else None,
-        "p": p, "faster": used >= stats.MINIMUM_PAIRS and p < stats.ALPHA,
-        "loss": welch, "loss_per_step": slope, "steps_equivalent": welch["difference"] / slope if slope else None,
+        "ratio": math.exp(sum(ratios) / len(ratios)), "low": math.exp(low),
+        "high": math.exp(high) if high < 700 else None, "p": p,
+        "faster": used >= stats.MINIMUM_PAIRS and p < stats.ALPHA, "loss": welch, "loss_per_step": slope,
+        "steps_equivalent": welch["difference"] / slope if slope else None,
         "device": couples[-1][0].header.get("device"),
     }  # fmt: skip
 
 
 def loss_per_step(runs: Sequence[Run], share: float = 0.2) -> float | None:
-    """Slope of the training loss over the last `share` of the steps, averaged over runs (nats per token and step, < 0).
+    """Slope of the training loss over the last `share` of the steps, averaged over runs (nats per token
+    and step, < 0).
 
-    Least squares over the logged steps. Inside the cooldown a curve falls faster than final losses do when the whole
-    schedule is stretched, so dividing a difference of losses by this slope gives a cautious number of steps.
+    Least squares over the logged steps. Inside the cooldown a curve falls faster than final losses do
+    when the whole schedule is stretched, so dividing a difference of losses by this slope gives a
+    cautious number of steps.
     """
     slopes = []
     for run in runs:
         points = [p for p in run.train if p.step > (1 - share) * run.final["step"]]
         if len(points) >= 3:
-            slopes.append(statistics.linear_regression([p.step for p in points], [p.loss for p in points]).slope)
+            slopes.append(
+                statistics.linear_regression([p.step for p in points], [p.loss for p in points]).slope
+            )
     slope = sum(slopes) / len(slopes) if slopes else 0.0
     return slope if slope < 0 else None
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """result.json of a record, from its logs alone. ValueError (one line per problem) when they prove nothing."""
+    """result.json of a record, from its logs alone.
+
+    ValueError (one line per problem) when they prove nothing.
+    """
     runs = read_runs(folder)
     if not runs:
         raise ValueError(f"{folder}: runs: there is no log")
@@ -192,20 +216,29 @@ def summarize(folder: Path) -> dict[str, Any]:
     target = min(run.final["target"] for run in runs)
     machines = {}
     for device in dict.fromkeys(run.header.get("device", "") for run in runs):
-        machines[device] = stats.describe([r.final["train_time_s"] for r in runs if r.header.get("device", "") == device])
+        machines[device] = stats.describe(
+            [r.final["train_time_s"] for r in runs if r.header.get("device", "") == device]
+        )
     # where the losses had a say in when to stop, the test must allow for that
     sequential = any(pair["planned"] is None for pair in pairs)
-    p = stats.sequential([loss - target for loss in losses])["p_below"] if sequential else stats.p_below(losses, target)
+    p = (
+        stats.sequential([loss - target for loss in losses])["p_below"]
+        if sequential
+        else stats.p_below(losses, target)
+    )
     result = {
         "track": header["track"], "name": folder.name, "source_sha256": header["source_sha256"],
         "first_run": header["run_id"][:15], "target": target, "val_loss": stats.describe(losses),
         "margin": target - sum(losses) / len(losses), "p": p, "rule": "sequential" if sequential else "fixed",
-        "reaches_target": p < stats.ALPHA, "steps": final["step"], "tokens": final["tokens"], "val_tokens": final["val_tokens"],
-        "world_size": header["world_size"], "torch": header["torch"], "dtype": header.get("dtype"),
-        "train_time_s": machines, "seeds": [run.header["seed"] for run in runs], "beats": [],
+        "reaches_target": p < stats.ALPHA, "steps": final["step"], "tokens": final["tokens"],
+        "val_tokens": final["val_tokens"], "world_size": header["world_size"], "torch": header["torch"],
+        "dtype": header.get("dtype"), "train_time_s": machines, "seeds": [run.header["seed"] for run in runs],
+        "beats": [],
     }  # fmt: skip
     for baseline in dict.fromkeys(pair["baseline"] for pair in pairs):
-        result["beats"].append(compare(folder.parent / baseline, folder, [p for p in pairs if p["baseline"] == baseline]))
+        result["beats"].append(
+            compare(folder.parent / baseline, folder, [p for p in pairs if p["baseline"] == baseline])
+        )
     return result
 
 
@@ -234,9 +267,11 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The claim of a record, recomputed; ValueError when it cannot be computed or its result.json says something else.
+    """The claim of a record, recomputed; ValueError when it cannot be computed or its result.json says
+    something else.
 
-    result["holds"]: mean loss below the target with p < 0.01, and faster than every baseline it was timed against.
+    result["holds"]: mean loss below the target with p < 0.01, and faster than every baseline it was
+    timed against.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -250,10 +285,16 @@ def verify(folder: Path) -> dict[str, Any]:
     if not same(stored, result):
         keys = differing(stored, result) if isinstance(stored, dict) else ["it"]
         wrong = [k for k in keys if not isinstance(stored, dict) or not same(stored.get(k), result.get(k))]
-        raise ValueError(f"{folder / 'result.json'}: {', '.join(wrong)} is not what the logs give; it was edited or is stale")
+        raise ValueError(
+            f"{folder / 'result.json'}: {', '.join(wrong)} is not what the logs give; "
+            "it was edited or is stale"
+        )
     return result | {"holds": result["reaches_target"] and all(b["faster"] for b in result["beats"])}
 
 
 def record_folders(root: Path) -> list[Path]:
-    """Every record below the folder of the tracks; a folder with a table.json is a comparison (compare.py)."""
-    return sorted(path.parent for path in root.glob("*/*/train_gpt.py") if not (path.parent / "table.json").exists())
+    """Every record below the folder of the tracks; a folder with a table.json is a comparison
+    (compare.py)."""
+    return sorted(
+        path.parent for path in root.glob("*/*/train_gpt.py") if not (path.parent / "table.json").exists()
+    )

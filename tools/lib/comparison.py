@@ -1,4 +1,5 @@
-"""A comparison of variants: its table, its results, and the report that follows from both (see compare.py)."""
+"""A comparison of variants: its table, its results, and the report that follows from both (see
+compare.py)."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ from .logs import Point, Run, is_number
 from .presets import PRESETS
 from .tables import chance, number
 
-VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str, "grid": dict}
-TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int, "variants": dict,
-         "pairs": bool, "curves": bool}  # fmt: skip
+VARIANT = {"preset": str, "options": list, "seeds": int, "finalist_seeds": int, "against": str, "why": str,
+           "grid": dict}  # fmt: skip
+TABLE = {"title": str, "track": str, "options": list, "seeds": int, "finalist_seeds": int, "first_seed": int,
+         "variants": dict, "pairs": bool, "curves": bool}  # fmt: skip
 HEADER = ("run_id", "source_sha256", "torch", "device", "world_size", "threads", "dtype")
 SAME = ("source_sha256", "torch", "device", "world_size", "dtype")  # in all runs of a folder
 
@@ -44,7 +46,8 @@ class Variant:
         return ["--track", self.track, *self.options, *([self.option, str(value)] if self.option else [])]
 
     def judges(self) -> set[int]:
-        """Seeds of the runs by which the variant is judged: after a choice only those that had no part in it."""
+        """Seeds of the runs by which the variant is judged: after a choice only those that had no
+        part in it."""
         return {*self.further} if self.option and self.further else {*self.seeds, *self.further}
 
     def screen(self) -> list[Job]:
@@ -100,21 +103,29 @@ def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
             raise ValueError(f"{where}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         grid = given.get("grid", {"": [None]})
         values = next(iter(grid.values()), None)
-        numbers = isinstance(values, list) and len(values) > 1 and all(is_number(value) and value > 0 for value in values)
+        numbers = (
+            isinstance(values, list)
+            and len(values) > 1
+            and all(is_number(value) and value > 0 for value in values)
+        )
         if "grid" in given and not (len(grid) == 1 and numbers and values == sorted(set(values))):
-            raise ValueError(f"{where}: a grid is one option with two or more positive numbers, each above the one before")
+            raise ValueError(
+                f"{where}: a grid is one option with two or more positive numbers, each above the one before"
+            )
         first, mine = table.get("first_seed", 0), table | given
         last = first + mine["seeds"]
         variants.append(Variant(
             name, given.get("against", ""), given.get("why", ""), table["track"],
             (*table.get("options", ()), *PRESETS.get(preset, ()), *given.get("options", ())),
-            " ".join([*[f"preset {preset}"] * bool(preset), *given.get("options", ())]), next(iter(grid)), tuple(values),
-            range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
+            " ".join([*[f"preset {preset}"] * bool(preset), *given.get("options", ())]), next(iter(grid)),
+            tuple(values), range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
         ))  # fmt: skip
     named = {v.name: v for v in variants}
     for v in variants:
         if v.against and not v.judges() & named[v.against].judges():
-            raise ValueError(f"{path}: {v.name!r} is judged by other seeds than {v.against!r}; give both finalist_seeds")
+            raise ValueError(
+                f"{path}: {v.name!r} is judged by other seeds than {v.against!r}; give both finalist_seeds"
+            )
     return table, variants
 
 
@@ -122,7 +133,9 @@ def add(results: Results, line: dict[str, Any]) -> None:
     """ValueError for a line that is no result, repeats one or does not fit those before it."""
     try:
         job, header = Job(line["variant"], line["value"], line["seed"]), line["header"]
-        [header[key] for key in HEADER], line["final"]["val_loss"], line["options"], line["alone"], line["train"], line["val"]
+        # what is missing is a KeyError now, not in the midst of a report
+        [line[key] for key in ("options", "alone", "train", "val")], line["final"]["val_loss"]
+        [header[key] for key in HEADER]
     except (KeyError, TypeError):
         raise ValueError("not a result") from None
     if job in results:
@@ -135,7 +148,8 @@ def add(results: Results, line: dict[str, Any]) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1, none where there is no file; a last one that a kill has torn does not count."""
+    """The lines of a file, counted from 1, none where there is no file; a last one that a kill has
+    torn does not count."""
     return enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1)
 
 
@@ -148,10 +162,16 @@ def read_results(folder: Path, variants: Sequence[Variant]) -> Results:
             add(results, line)
             v = named.get(line["variant"])
             if v and line["value"] in v.values and line["options"] != v.command(line["value"]):
-                raise ValueError(f"{v.name!r} was run with other options than the table's; give it a new name")
+                raise ValueError(
+                    f"{v.name!r} was run with other options than the table's; give it a new name"
+                )
         except ValueError as error:
             raise ValueError(f"{path}, line {place}: {error}") from None
-    return {job: line for job, line in results.items() if job.variant in named and job.value in named[job.variant].values}
+    return {
+        job: line
+        for job, line in results.items()
+        if job.variant in named and job.value in named[job.variant].values
+    }
 
 
 def read_times(folder: Path, variants: Sequence[Variant]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -160,15 +180,25 @@ def read_times(folder: Path, variants: Sequence[Variant]) -> dict[tuple[str, str
     for place, text in whole_lines(path):
         try:
             line = json.loads(text)
-            pair, sides, first = (line["variant"], line["against"]), line["seconds"], next(iter(times.values()), line)
-            if [key for key in SAME if line[key] != first[key]] or pair in times or len({*map(len, sides)}) != 1:
+            pair = (line["variant"], line["against"])
+            sides = line["seconds"]
+            first = next(iter(times.values()), line)
+            mixed = any(line[key] != first[key] for key in SAME)
+            if mixed or pair in times or len({*map(len, sides)}) != 1:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {place}: no times, or times that do not mix with those before") from None
+            raise ValueError(
+                f"{path}, line {place}: no times, or times that do not mix with those before"
+            ) from None
         if not {*pair} <= named.keys() or pair[1] not in (pair[0], named[pair[0]].against):
             continue
-        if any(words not in map(named[name].command, named[name].values) for name, words in zip(pair, line["options"])):
-            raise ValueError(f"{path}, line {place}: {pair[0]!r} was timed with other options than the table's")
+        if any(
+            words not in map(named[name].command, named[name].values)
+            for name, words in zip(pair, line["options"])
+        ):
+            raise ValueError(
+                f"{path}, line {place}: {pair[0]!r} was timed with other options than the table's"
+            )
         times[pair] = line
     return times
 
@@ -180,7 +210,8 @@ def loss_of(line: dict[str, Any]) -> float:
 
 
 def best(v: Variant, results: Results) -> float | None:
-    """The value with the lowest mean over the screening seeds that all values have; None when there is none or no grid."""
+    """The value with the lowest mean over the screening seeds that all values have; None when there
+    is none or no grid."""
     seeds = [seed for seed in v.seeds if all(Job(v.name, value, seed) in results for value in v.values)]
     means = {value: sum(loss_of(results[Job(v.name, value, seed)]) for seed in seeds) for value in v.values}
     value = min(means, key=means.get)
@@ -188,13 +219,15 @@ def best(v: Variant, results: Results) -> float | None:
 
 
 def planned(variants: Sequence[Variant], results: Results) -> list[Job]:
-    """Seed by seed, so that a comparison that is stopped has all variants; then finalists, as far as they are known."""
+    """Seed by seed, so that a comparison that is stopped has all variants; then finalists, as far
+    as they are known."""
     jobs, further = [job for v in variants for job in v.screen()], []
     for v in variants:
         value = best(v, results)
         if all(job in results for job in v.screen()) and (value is not None or not v.option):
             further += [Job(v.name, value, seed) for seed in v.further]
-    return [job for part in (jobs, further) for job in sorted(part, key=lambda job: job.seed)]  # a stable sort
+    # a stable sort
+    return [job for part in (jobs, further) for job in sorted(part, key=lambda job: job.seed)]
 
 
 def judged(v: Variant, results: Results) -> dict[int, dict[str, Any]]:
@@ -206,7 +239,9 @@ def judged(v: Variant, results: Results) -> dict[int, dict[str, Any]]:
 
 def training_curve(lines: Sequence[dict], steps: int) -> dict[str, np.ndarray]:
     """Mean over these runs, smoothed over a tenth of so many steps."""
-    runs = [Run(Path(), x["header"], x["final"], [], [Point(*p, 0.0, None) for p in x["train"]]) for x in lines]
+    runs = [
+        Run(Path(), x["header"], x["final"], [], [Point(*p, 0.0, None) for p in x["train"]]) for x in lines
+    ]
     return figures.mean_curve(runs, "train", steps // 10)
 
 
@@ -215,7 +250,8 @@ def both_curves(runs: Sequence[dict], reference: Sequence[dict]) -> list[dict[st
 
 
 def steps_apart(runs: Sequence[dict], reference: Sequence[dict]) -> float | None:
-    """Steps to the lowest training loss that both reach, minus the reference's; None when there is no such loss."""
+    """Steps to the lowest training loss that both reach, minus the reference's; None when there is
+    no such loss."""
     mine, its = both_curves(runs, reference)
     ahead = mine["loss"].min() <= its["loss"].min()
     lead = figures.leading_steps(its, mine)[1] if ahead else -figures.leading_steps(mine, its)[1]
@@ -245,7 +281,8 @@ def compared(sides: Sequence[Sequence[dict]]) -> dict[str, Any]:
 
 
 def correct(tests: Sequence[tuple[tuple[str, str], dict[str, Any]]]) -> int:
-    """Gives each ((a, b), difference) with a p its `holm`. The number of tests: a against b and b against a are one."""
+    """Gives each ((a, b), difference) with a p its `holm`. The number of tests: a against b and b
+    against a are one."""
     same: dict[frozenset[str], list[dict]] = {}
     for names, ab in tests:
         if ab.get("p") is not None:
@@ -257,11 +294,13 @@ def correct(tests: Sequence[tuple[tuple[str, str], dict[str, Any]]]) -> int:
 
 
 def reached(line: dict[str, Any]) -> tuple[float, float]:
-    """(step, seconds) at which the validation loss first comes to the target, linear between validations; inf for never."""
+    """(step, seconds) at which the validation loss first comes to the target, linear between
+    validations; inf for never."""
     target, points = line["final"]["target"], line["val"]
     for (step, loss, seconds), (next_step, next_loss, next_seconds) in zip(points[:1] + points, points):
         if next_loss <= target:
-            part = (loss - target) / (loss - next_loss) if loss > target else 1.0  # the first one follows on none
+            # the first one follows on none
+            part = (loss - target) / (loss - next_loss) if loss > target else 1.0
             return step + part * (next_step - step), seconds + part * (next_seconds - seconds)
     return math.inf, math.inf
 
@@ -289,7 +328,9 @@ def reached_in_words(lines: Sequence[dict]) -> list[str]:
     return cells or ["-", "-"]
 
 
-def variant_row(v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool, goals: int) -> str:
+def variant_row(
+    v: Variant, runs: dict[int, dict], value: float | None, ab: dict[str, Any], timed: bool, goals: int
+) -> str:
     lines, apart, times = [*runs.values()], ["-"] * 4, ["-"] * 2
     if ab:
         ends = f", {ab['low']:+.4f} to {ab['high']:+.4f}" if ab["p"] is not None else ""
@@ -343,16 +384,22 @@ def all_with(table: dict[str, Any]) -> str:
     return f" All with `{' '.join(table['options'])}`." if table.get("options") else ""
 
 
-def time_lines(table: dict[str, Any], variants: Sequence[Variant], times: dict[tuple[str, str], dict]) -> list[str]:
+def time_lines(
+    table: dict[str, Any], variants: Sequence[Variant], times: dict[tuple[str, str], dict]
+) -> list[str]:
     """The part of the report about times in turns."""
-    first, heads = next(iter(times.values())), ["variant", "against", "rounds", "time, ratio and 95% interval", "options"]
+    first = next(iter(times.values()))
+    heads = ["variant", "against", "rounds", "time, ratio and 95% interval", "options"]
     lines = [
         "## Time in turns", "",
-        f"Training time of a variant over that of its reference, both in turns in one process, on {first['world_size']} x "
+        "Training time of a variant over that of its reference, both in turns in one process, "
+        f"on {first['world_size']} x "
         f"{first['device']}, threads: {first['threads']}, torch {first['torch']}, {first['dtype']}, "
         f"train_gpt.py {first['source_sha256'][:12]}.{all_with(table)}", "",
-        "Ratio of the sums over all rounds, Cochran's interval for it. What a reference against itself is away from 1 is the",
-        "error that the interval does not know of, such as where in memory a process has put its weights.", "",
+        "Ratio of the sums over all rounds, Cochran's interval for it. What a reference against itself is "
+        "away from 1 is the",
+        "error that the interval does not know of, such as where in memory a process has put its "
+        "weights.", "",
         table_row(heads), table_row(["---"] * len(heads)),
     ]  # fmt: skip
     places = {v.name: place for place, v in enumerate(variants)}
@@ -361,7 +408,9 @@ def time_lines(table: dict[str, Any], variants: Sequence[Variant], times: dict[t
         own = " ".join([*[v.own] * bool(v.own), *line["options"][0][-2:] * bool(v.option)])
         words = f"{r['ratio']:.3f}, {r['low']:.3f} to {r['high']:.3f}"
         reference = "itself" if name == against else against
-        lines.append(table_row([name, reference, str(len(line["seconds"][0])), words, f"`{own}`" if own else "-"]))
+        lines.append(
+            table_row([name, reference, str(len(line["seconds"][0])), words, f"`{own}`" if own else "-"])
+        )
     return lines
 
 
@@ -380,9 +429,11 @@ def report(folder: Path, out: Path) -> None:
 
 
 def tested(table: dict[str, Any], variants: Sequence[Variant], runs: dict[str, dict[int, dict]]) -> tuple:
-    """(each variant against its reference, every pair if the table asks for it, names with the lowest mean first).
+    """(each variant against its reference, every pair if the table asks for it, names with the lowest
+    mean first).
 
-    The first by name, the second by two names; without variants of which a run diverged in the second and third.
+    The first by name, the second by two names; without variants of which a run diverged in the second
+    and third.
     """
     found = {v.name: compared(shared(runs[v.name], runs[v.against])) if v.against else {} for v in variants}
     means = {v.name: statistics.mean(map(loss_of, runs[v.name].values())) for v in variants if runs[v.name]}
@@ -393,44 +444,64 @@ def tested(table: dict[str, Any], variants: Sequence[Variant], runs: dict[str, d
 
 def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Results, out: Path) -> list[str]:
     """The part of the report about runs; its figures are written into `out`."""
-    runs, values = {v.name: judged(v, results) for v in variants}, {v.name: best(v, results) for v in variants}
+    runs = {v.name: judged(v, results) for v in variants}
+    values = {v.name: best(v, results) for v in variants}
     found, every, order = tested(table, variants, runs)
     tests = correct([*(((v.name, v.against), found[v.name]) for v in variants), *every.items()])
     missing = sum(job not in results for job in planned(variants, results))
     threads = sorted({line["header"]["threads"] for line in results.values()})
-    timed, header = all(line["alone"] for line in results.values()) and len(threads) == 1, [*results.values()][0]["header"]
+    timed = all(line["alone"] for line in results.values()) and len(threads) == 1
+    header = [*results.values()][0]["header"]
     lines = [
-        f"Track `{variants[0].track}`, {len(results)} runs{f' of {len(results) + missing}' if missing else ''} on "
-        f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, torch {header['torch']}, "
+        f"Track `{variants[0].track}`, {len(results)} "
+        f"runs{f' of {len(results) + missing}' if missing else ''} on "
+        f"{header['world_size']} x {header['device']}, threads: {' or '.join(map(str, threads))}, "
+        f"torch {header['torch']}, "
         f"{header['dtype']}, train_gpt.py {header['source_sha256'][:12]}."
         f"{'' if timed else ' Runs beside each other: no times.'}"
         f"{all_with(table)}", "",
-        "Losses in nats per token. Differences are those to the reference, means over the seeds that both have, paired t-test;",
-        f"p is corrected for {tests} tests (Holm){', those of every pair' if every else ''}, the intervals are not. "
+        "Losses in nats per token. Differences are those to the reference, means over the seeds that both "
+        "have, paired t-test;",
+        f"p is corrected for {tests} tests (Holm){', those of every pair' if every else ''}, "
+        "the intervals are not. "
         "Steps: to the lowest training loss that both",
-        "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is worth.",
+        "reach, minus the reference's; inside a cooldown they are fewer than what a longer schedule is "
+        "worth.",
     ]  # fmt: skip
     goals, pool = [], [line for side in runs.values() for line in side.values()]
-    if len(targets := {line["final"]["target"] for line in pool}) == 1 and any(reached(line)[0] < math.inf for line in pool):
+    if len(targets := {line["final"]["target"] for line in pool}) == 1 and any(
+        reached(line)[0] < math.inf for line in pool
+    ):
         goals = [f"{unit} to {min(targets):g}" for unit in ("steps", "seconds")[: 1 + timed]]
-        lines += ["To the target: where the validation curve, linear between validations, first comes so low; median over the",
+        lines += ["To the target: where the validation curve, linear between validations, "
+                  "first comes so low; median over the",
                   "runs, one that never does being the last, and how many do."]  # fmt: skip
-    names = ["variant", "n", "validation loss: mean, 95% interval", "sd", "difference, 95% interval", "pairs", "p (Holm)",
-             "steps", *goals, *["time, median", "ratio of times"] * timed, "options", "why"]  # fmt: skip
+    names = ["variant", "n", "validation loss: mean, 95% interval", "sd", "difference, 95% interval", "pairs",
+             "p (Holm)", "steps", *goals, *["time, median", "ratio of times"] * timed, "options",
+             "why"]  # fmt: skip
     for name in sorted({v.against for v in variants}, key=[v.against for v in variants].index):
-        lines += ["", f"## Against {name}" if name else "## References", "", table_row(names), table_row(["---"] * len(names))]
+        lines += [
+            "",
+            f"## Against {name}" if name else "## References",
+            "",
+            table_row(names),
+            table_row(["---"] * len(names)),
+        ]
         rows = [(v, runs[v.name], values[v.name], found[v.name]) for v in variants if v.against == name]
         lines += [variant_row(*row, timed, len(goals)) for row in rows]
     if shown := {v: found[v.name] for v in variants if found[v.name]}:
         references = {v.against for v in shown}
-        one, than = len(references) == 1, f"that of {min(references)}" if len(references) == 1 else "the reference's"
+        one = len(references) == 1
+        than = f"that of {min(references)}" if len(references) == 1 else "the reference's"
         labels = {v.name if one else f"{v.name} against {v.against}": ab for v, ab in shown.items()}
         figures.differences(labels, out / "differences.png", than)
         lines += ["", "![differences of the validation loss](differences.png)"]
     if every:
         lines += ["", "## Every pair", "",
-                  "Row minus column, lowest mean first, without variants of which a run diverged. Bold: p below 0.05; the",
-                  "chance of even one bold pair that is equal in truth is at most 5%. A pair that is not bold is not shown to",
+                  "Row minus column, lowest mean first, without variants of which a run diverged. Bold: "
+                  "p below 0.05; the",
+                  "chance of even one bold pair that is equal in truth is at most 5%. "
+                  "A pair that is not bold is not shown to",
                   "be equal.", "",
                   *pair_rows(order, every)]  # fmt: skip
         if behind := above_the_lowest(order, runs, every):
@@ -439,10 +510,16 @@ def loss_lines(table: dict[str, Any], variants: Sequence[Variant], results: Resu
     if table.get("curves") and order:
         sides = {name: [*runs[name].values()] for name in order}
         trained = {name: training_curve(side, side[0]["final"]["step"]) for name, side in sides.items()}
-        both = {v.name: both_curves(*shared(runs[v.name], runs[v.against])) for v in variants if found[v.name]}
-        figures.training(trained, {name: figures.leading_steps(*pair) for name, pair in both.items()}, out / "curves.png")
-        lines += ["", "## Curves", "", "Lowest mean of the final losses first, without variants of which a run diverged.", "",
-                  "![training loss, and further steps that the reference needs for the same loss](curves.png)"]  # fmt: skip
+        both = {
+            v.name: both_curves(*shared(runs[v.name], runs[v.against])) for v in variants if found[v.name]
+        }
+        figures.training(
+            trained, {name: figures.leading_steps(*pair) for name, pair in both.items()}, out / "curves.png"
+        )
+        lines += ["", "## Curves", "", "Lowest mean of the final losses first, "
+                                       "without variants of which a run diverged.", "",
+                  "![training loss, and further steps that the reference needs for the same "
+                  "loss](curves.png)"]  # fmt: skip
     if grids := [v for v in variants if v.option]:
         heads = ["variant", "value", "n", "validation loss: mean, 95% interval", "sd", ""]
         lines += ["", "## Grids", "", table_row(heads), table_row(["---"] * 6)]

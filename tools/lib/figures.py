@@ -46,9 +46,11 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def mean_curve(runs: Sequence[Run], loss: str, span: int) -> dict[str, np.ndarray]:
-    """The curve of a set of runs at the steps that all of them logged: loss and sd over runs, step, seconds, tokens.
+    """The curve of a set of runs at the steps that all of them logged: loss and sd over runs, step,
+    seconds, tokens.
 
-    Each run is smoothed over the last `span` steps before the mean is taken. ValueError when there is no common step.
+    Each run is smoothed over the last `span` steps before the mean is taken. ValueError when there is no
+    common step.
     """
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     curves = [{p.step: p for p in (run.val if loss == "val" else run.train)} for run in runs]
@@ -88,14 +90,16 @@ def said(loss: str, span: int) -> str:
 
 
 def show_end(axis: plt.Axes, losses: Sequence[np.ndarray], part: float) -> None:
-    """Cuts off what lies above all curves after this part of them: the steep beginning would flatten the rest."""
+    """Cuts off what lies above all curves after this part of them: the steep beginning would
+    flatten the rest."""
     lowest, highest = min(loss.min() for loss in losses), max(loss[int(part * len(loss))] for loss in losses)
     if highest > lowest:
         axis.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
 
 
 def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
-    """Loss against tokens, steps and training time: mean over the runs of each path, band of one sd over seeds."""
+    """Loss against tokens, steps and training time: mean over the runs of each path, band of one sd
+    over seeds."""
     sets = {path: any_runs(path) for path in paths}
     found = {path: mean_curve(runs, loss, span) for path, runs in sets.items()}
     axes_wanted = [axis for axis in AXES if all(axis in curve for curve in found.values())]
@@ -103,7 +107,9 @@ def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
     if "tokens" in units and max(curve["tokens"].max() for curve in found.values()) >= MILLION:
         units["tokens"] = MILLION
     size = 5 * len(axes_wanted), 4.5 + 0.25 * -(-len(found) // 3)
-    figure, axes = plt.subplots(1, len(axes_wanted), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(axes_wanted), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     for path, curve in found.items():
         for axis, x in zip(axes[0], axes_wanted):
             label = f"{name_of(path)} (n = {len(sets[path])})"
@@ -117,17 +123,21 @@ def curves(paths: Sequence[Path], loss: str, span: int, out: Path) -> None:
     show_end(axes[0][0], [curve["loss"] for curve in found.values()], 0.2)
     axes[0][0].set_ylabel("nats per token")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(axes_wanted), fontsize=9, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(axes_wanted), fontsize=9, frameon=False
+    )
     devices = sorted({run.header.get("device", "") for runs in sets.values() for run in runs} - {""})
-    figure.suptitle(f"{said(loss, span).capitalize()}; band: one sd over seeds; {', '.join(devices)}", fontsize=10)
+    figure.suptitle(
+        f"{said(loss, span).capitalize()}; band: one sd over seeds; {', '.join(devices)}", fontsize=10
+    )
     save(figure, out)
 
 
 def leading_steps(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(steps of A, further steps that B needs for A's loss there), where both curves have come that low.
 
-    The step at which a curve comes to a loss for the first time, linear between logged steps; losses that A has seen before
-    or B never reaches are left out.
+    The step at which a curve comes to a loss for the first time, linear between logged steps; losses
+    that A has seen before or B never reaches are left out.
     """
 
     def falling(curve: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +155,8 @@ def leading(a: Path, b: Path, loss: str, span: int, out: Path) -> None:
     """For each point of A's curve: how many more steps B needs to come as low, absolute and as a ratio."""
     runs = any_runs(a), any_runs(b)
     steps, lead = leading_steps(*(mean_curve(side, loss, span) for side in runs))
-    steps, lead = steps[steps > 0], lead[steps > 0]  # the first validation of a public log comes before the first step
+    # the first validation of a public log comes before the first step
+    steps, lead = steps[steps > 0], lead[steps > 0]
     if not len(steps):
         raise ValueError(f"{a} and {b} have no loss in common")
     names = name_of(a), name_of(b)
@@ -172,7 +183,9 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
     for result in results:
         when = datetime.datetime.strptime(result["first_run"], "%Y%m%d-%H%M%S")
         for device, seconds in result["train_time_s"].items():
-            lines[f"{result['world_size']} x {device}"].append((when, seconds["median"], titles[result["name"]]))
+            lines[f"{result['world_size']} x {device}"].append(
+                (when, seconds["median"], titles[result["name"]])
+            )
     spread = max(s for points in lines.values() for _, s, _ in points)
     spread /= min(s for points in lines.values() for _, s, _ in points)
     for device, points in lines.items():
@@ -180,11 +193,12 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
         axis.step(times, seconds, where="post", marker="o", label=device)
         for number, (x, y, name) in enumerate(points, 1):
             late = x > times[0] + (times[-1] - times[0]) / 2  # its text goes to the left
-            near = number > 1 and seconds[number - 2] / y < spread**0.05  # there the text of the one before stands
+            # there the text of the one before stands
+            near = number > 1 and seconds[number - 2] / y < spread**0.05
             below = late or near
-            axis.annotate(f"{number}: {wrapped(name, 40)}, {y:.1f} s", (x, y), (-8 if late else 8, -5 if below else 4),
-                          textcoords="offset points", fontsize=9, ha="right" if late else "left",
-                          va="top" if below else "bottom",
+            axis.annotate(f"{number}: {wrapped(name, 40)}, {y:.1f} s", (x, y),
+                          (-8 if late else 8, -5 if below else 4), textcoords="offset points", fontsize=9,
+                          ha="right" if late else "left", va="top" if below else "bottom",
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
     axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -194,15 +208,18 @@ def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path
     axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=9)
-    figure.suptitle(f"Records of the track {results[0]['track']}: time to {results[0]['target']} nats per token", fontsize=11)
+    figure.suptitle(
+        f"Records of the track {results[0]['track']}: time to {results[0]['target']} nats per token",
+        fontsize=11,
+    )
     save(figure, out)
 
 
 def differences(found: dict[str, dict[str, Any]], out: Path, than: str = "the reference's") -> None:
     """Results of `stats.paired` by label: a dot each, lowest on top, with its interval where there is one.
 
-    A filled dot has p (Holm) below 0.05. Where a linear axis would hide the small ones behind a large one, it is linear up to
-    0.01 nats and logarithmic beyond.
+    A filled dot has p (Holm) below 0.05. Where a linear axis would hide the small ones behind a large
+    one, it is linear up to 0.01 nats and logarithmic beyond.
     """
     ordered = sorted(found.items(), key=lambda item: -item[1]["difference"])
     figure, axis = plt.subplots(figsize=(8, 1.8 + 0.3 * len(ordered)), layout="constrained")
@@ -211,30 +228,37 @@ def differences(found: dict[str, dict[str, Any]], out: Path, than: str = "the re
         middle, known = ab["difference"], ab["p"] is not None
         low, high = (ab["low"], ab["high"]) if known else (middle, middle)
         filled = ab.get("holm") is not None and ab["holm"] < 0.05
-        axis.errorbar([middle], [place], xerr=[[middle - low], [high - middle]] if known else None, fmt="o", capsize=3,
-                      color="C0", markerfacecolor="C0" if filled else "white")  # fmt: skip
+        axis.errorbar([middle], [place], xerr=[[middle - low], [high - middle]] if known else None, fmt="o",
+                      capsize=3, color="C0", markerfacecolor="C0" if filled else "white")  # fmt: skip
         intervals.append((low, high))
-    axis.set_yticks(range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=9)
+    axis.set_yticks(
+        range(len(ordered)), [f"{label} (n = {ab['pairs']})" for label, ab in ordered], fontsize=9
+    )
     axis.set_xlabel("nats per token")
     lowest, highest = min(low for low, _ in intervals), max(high for _, high in intervals)
     width = float(np.median([high - low for low, high in intervals]))
     if width < 0.03 * (highest - lowest):
         largest = max(-lowest, highest)
-        sizes = [x for x in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if x <= largest] or [largest]
+        sizes = [x for x in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if x <= largest] or [
+            largest
+        ]
         ticks = [x for x in (*(-x for x in reversed(sizes)), 0, *sizes) if lowest <= x <= highest or x == 0]
         axis.set_xscale("symlog", linthresh=0.01, linscale=1.2)
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=90)
         axis.set_xticks([], minor=True)
     if lowest - (highest - lowest) <= 0 <= highest + (highest - lowest):
         axis.axvline(0, color="black", linewidth=0.8)
-    figure.suptitle(f"Final validation loss minus {than}, 95% interval; filled: p (Holm) below 0.05", fontsize=10)
+    figure.suptitle(
+        f"Final validation loss minus {than}, 95% interval; filled: p (Holm) below 0.05", fontsize=10
+    )
     axis.margins(y=0.6 / len(ordered))
     axis.grid(alpha=0.3)
     save(figure, out)
 
 
 def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]]]], out: Path) -> None:
-    """(option, label, best value, losses of the runs at each value; inf: diverged): mean and sd over the option, log scale.
+    """(option, label, best value, losses of the runs at each value; inf: diverged): mean and sd over the
+    option, log scale.
 
     One panel for each option. A cross at the top marks a value at which a run diverged, a ring the best one.
     """
@@ -245,9 +269,13 @@ def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]
             good = {x: y for x, y in losses.items() if y and np.isfinite(y).all()}
             sd = [np.std(y, ddof=1) if len(y) > 1 else 0.0 for y in good.values()]
             mean = {x: np.mean(y) for x, y in good.items()}
-            (line, *_) = axis.errorbar(mean.keys(), mean.values(), yerr=sd, marker=".", capsize=3, label=label)
+            (line, *_) = axis.errorbar(
+                mean.keys(), mean.values(), yerr=sd, marker=".", capsize=3, label=label
+            )
             bad = [x for x, y in losses.items() if y and x not in good]
-            axis.plot(bad, [0.97] * len(bad), "x", color=line.get_color(), transform=axis.get_xaxis_transform())
+            axis.plot(
+                bad, [0.97] * len(bad), "x", color=line.get_color(), transform=axis.get_xaxis_transform()
+            )
             if best in good:
                 axis.plot([best], [mean[best]], "o", markersize=11, fillstyle="none", color=line.get_color())
         ticks = sorted({x for option, *_, losses in curves if option == wanted for x in losses})
@@ -261,12 +289,19 @@ def grids(curves: Sequence[tuple[str, str, float | None, dict[float, list[float]
     save(figure, out)
 
 
-def training(curves: dict[str, dict[str, np.ndarray]], leads: dict[str, tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """Left the curves of `mean_curve` by label, right the `leading_steps` of some of these labels over their references."""
+def training(
+    curves: dict[str, dict[str, np.ndarray]], leads: dict[str, tuple[np.ndarray, np.ndarray]], out: Path
+) -> None:
+    """Left the curves of `mean_curve` by label, right the `leading_steps` of some of these labels
+    over their references."""
     columns = -(-len(curves) // 26)  # of the legend
     figure, axes = plt.subplots(1, 2, figsize=(10 + 2.7 * columns, 5), layout="constrained")
     for place, (label, curve) in enumerate(curves.items()):
-        look = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":", "-.")[place // 10 % 4], "linewidth": 1.2}
+        look = {
+            "color": f"C{place % 10}",
+            "linestyle": ("-", "--", ":", "-.")[place // 10 % 4],
+            "linewidth": 1.2,
+        }
         axes[0].plot(curve["step"], curve["loss"], label=label, **look)
         if label in leads:
             axes[1].plot(*leads[label], **look)

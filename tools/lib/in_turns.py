@@ -1,10 +1,14 @@
-"""Training times of two settings of one script, in turns in one process, so that what the machine does meanwhile meets both.
+"""Training times of two settings of one script, in turns in one process.
 
-    python tools/lib/in_turns.py --out FOLDER SCRIPT ROUNDS A B      A and B: options of the script, as JSON lists
+    python tools/lib/in_turns.py --out FOLDER SCRIPT ROUNDS A B
 
-Prints a JSON object as its last line: the machine, and "seconds", those of A's rounds and of B's. Both go through their whole
-schedules, a ROUNDS-th of the steps at a time, the order swapped from round to round: all that is inside the clock of a run, but
-for the logs. compare.py starts it once for each pair of variants.
+A and B are options of the script, as JSON lists. In turns, so that what the machine does meanwhile meets
+both.
+
+Prints a JSON object as its last line: the machine, and "seconds", those of A's rounds and of B's. Both
+go through their whole schedules, a ROUNDS-th of the steps at a time, the order swapped from round to
+round: all that is inside the clock of a run, but for the logs. compare.py starts it once for each pair
+of variants.
 """
 
 from __future__ import annotations
@@ -49,7 +53,10 @@ def main(argv: list[str]) -> None:
     script, (a, b) = load(path), [[*out, *json.loads(side)] for side in sides]
 
     def both(first: Any) -> dict[str, Any]:
-        machine = {key: first.environment[key] for key in ("source_sha256", "torch", "device", "world_size", "threads")}
+        machine = {
+            key: first.environment[key]
+            for key in ("source_sha256", "torch", "device", "world_size", "threads")
+        }
         seconds = script.main(b, lambda second: in_turns(script, [first, second], int(rounds)))
         return {**machine, "dtype": first.key["dtype"], "seconds": seconds}
 

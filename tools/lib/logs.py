@@ -1,4 +1,5 @@
-"""Run logs: ours (JSON lines, see train_gpt.py) and those of the public speedrun, read into the same `Run`."""
+"""Run logs: ours (JSON lines, see train_gpt.py) and those of the public speedrun, read into the
+same `Run`."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def is_number(value: Any) -> bool:
 
 
 # what a claim is computed from; a log in which one of these is missing or of another kind proves nothing
-HEADER = {"run_id": str, "track": str, "settings": dict, "source_sha256": str, "torch": str, "world_size": int, "seed": int}
+HEADER = {"run_id": str, "track": str, "settings": dict, "source_sha256": str, "torch": str,
+          "world_size": int, "seed": int}  # fmt: skip
 FINAL = ("step", "val_loss", "val_tokens", "train_time_s", "tokens", "target", "compiles_in_timed_region")
 
 
@@ -83,7 +85,9 @@ def read_log(path: Path) -> Run:
     def curve(kind: str, loss: str) -> list[Point]:
         try:
             chosen = [e for e in events if e["event"] == kind and e[loss] is not None]
-            return [Point(int(e["step"]), float(e[loss]), float(e["train_time_s"]), e["tokens"]) for e in chosen]
+            return [
+                Point(int(e["step"]), float(e[loss]), float(e["train_time_s"]), e["tokens"]) for e in chosen
+            ]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}: a {kind} event lacks step, {loss}, train_time_s or tokens") from None
 
@@ -98,22 +102,26 @@ def different_settings(a: Run, b: Run) -> list[str]:
 
 SEPARATOR = re.compile(r"^={100}\s*$", re.MULTILINE)
 RESULT = re.compile(
-    r"^step:(\d+)/(\d+) val_loss:([\d.]+|nan|inf) train_time:([\d.]+)(ms|s) step_avg:[\d.]+ms", re.MULTILINE | re.IGNORECASE
+    r"^step:(\d+)/(\d+) val_loss:([\d.]+|nan|inf) train_time:([\d.]+)(ms|s) step_avg:[\d.]+ms",
+    re.MULTILINE | re.IGNORECASE,
 )
 
 
 def read_public_log(path: Path) -> Run:
     """A log of the public speedrun: source, a line of 100 `=`, environment, again `=`, then the results.
 
-    The oldest ones have a line of `=` before the source as well. Results count only after the environment, so that a source
-    that prints or documents such lines is not taken for its own result. ValueError when there are none.
+    The oldest ones have a line of `=` before the source as well. Results count only after the
+    environment, so that a source that prints or documents such lines is not taken for its own result.
+    ValueError when there are none.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     parts = SEPARATOR.split(text)
     source = 1 if not parts[0].strip() else 0
     results = [match.groups() for part in parts[source + 2 :] for match in RESULT.finditer(part)]
     if not results:
-        raise ValueError(f"{path}: no line `step:i/N val_loss:x train_time:yms step_avg:zms` after two lines of 100 `=`")
+        raise ValueError(
+            f"{path}: no line `step:i/N val_loss:x train_time:yms step_avg:zms` after two lines of 100 `=`"
+        )
     code, environment = parts[source].strip(), "\n".join(parts[source + 1 :])
     torch = re.search(r"pytorch (?:version )?(\S+)", environment, re.IGNORECASE)
     world_size = re.search(r"world_size=(\d+)", environment)
@@ -124,12 +132,15 @@ def read_public_log(path: Path) -> Run:
         for step, _, loss, time, unit in results
     ]
     header = {
-        "run_id": path.stem, "source_sha256": hashlib.sha256(code.encode()).hexdigest(), "steps": int(results[-1][1]),
-        "torch": torch.group(1) if torch else "", "world_size": int(world_size.group(1)) if world_size else len(cards),
+        "run_id": path.stem, "source_sha256": hashlib.sha256(code.encode()).hexdigest(),
+        "steps": int(results[-1][1]), "torch": torch.group(1) if torch else "",
+        "world_size": int(world_size.group(1)) if world_size else len(cards),
         "device": next(filter(None, device.groups()), "") if device else "",
     }  # fmt: skip
     last = val[-1]
-    return Run(path, header, {"step": last.step, "val_loss": last.loss, "train_time_s": last.seconds}, val, [])
+    return Run(
+        path, header, {"step": last.step, "val_loss": last.loss, "train_time_s": last.seconds}, val, []
+    )
 
 
 def public_runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -145,11 +156,15 @@ def public_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def any_runs(path: Path) -> list[Run]:
-    """Runs for a figure: a log, a record folder, a folder of logs, or a folder of public logs. ValueError for none."""
+    """Runs for a figure: a log, a record folder, a folder of logs, or a folder of public logs.
+
+    ValueError for none.
+    """
     if path.is_file():
         return [read_log(path) if path.suffix == ".jsonl" else read_public_log(path)]
     folder = path / "runs" if (path / "runs").is_dir() else path
-    logs = [log for log in sorted(folder.glob("*.jsonl")) if not log.name.endswith(".monitor.jsonl")]  # of tools/monitor.py
+    # beside the logs may lie those of tools/monitor.py
+    logs = [log for log in sorted(folder.glob("*.jsonl")) if not log.name.endswith(".monitor.jsonl")]
     runs = [read_log(log) for log in logs] or public_runs(path)[0]
     finished = [run for run in runs if run.final]
     if not finished:

@@ -1,4 +1,5 @@
-"""Runs of a script in processes of their own, records that grow by complete runs, and what the command lines share."""
+"""Runs of a script in processes of their own, records that grow by complete runs, and what the
+command lines share."""
 
 from __future__ import annotations
 
@@ -27,27 +28,43 @@ from .logs import Run, different_settings, flat, read_log, text_of
 
 # the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
 # (a preexec_fn would do the same, but not safely beside other threads)
-TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+TIED = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 def run_script(
-    script: Path, options: Sequence[str], scratch: Path, heard: Callable[[dict[str, Any]], Any], processes: int = 1,
+    script: Path,
+    options: Sequence[str],
+    scratch: Path,
+    heard: Callable[[dict[str, Any]], Any],
+    processes: int = 1,
     environment: dict[str, str] | None = None,
 ) -> tuple[int | None, str]:
     """Run a script to its end, its log growing in the folder `scratch`, which is emptied first.
 
-    `heard(event)` gets the last event of the log, {} before the first, every second; a true answer kills the run.
-    Returns (exit status, None after a true answer; the last line that the script printed).
-    """  # fmt: skip
+    `heard(event)` gets the last event of the log, {} before the first, every second; a true answer kills
+    the run. Returns (exit status, None after a true answer; the last line that the script printed).
+    """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     tied = ["-c", TIED] if sys.platform == "linux" else []
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *tied, *launch, str(script), "--out", str(scratch), *options]
-    environment = {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ | (environment or {})
+    environment = (
+        {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ | (environment or {})
+    )
     killed = False
     with open(scratch / "output.txt", "wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             while child.poll() is None and not killed:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -77,8 +94,11 @@ class Record:
         return [word for key, value in settings.items() for word in (f"--{key}", text_of(value))]
 
     def next_seed(self) -> int:
-        """Seeds follow from the folder's name and the source, so that nobody picks them and two records share none."""
-        digest = hashlib.sha256(self.folder.name.encode() + (self.folder / "train_gpt.py").read_bytes()).hexdigest()
+        """Seeds follow from the folder's name and the source, so that nobody picks them and two
+        records share none."""
+        digest = hashlib.sha256(
+            self.folder.name.encode() + (self.folder / "train_gpt.py").read_bytes()
+        ).hexdigest()
         discarded = [read_log(path) for path in (self.folder / "discarded").glob("*.jsonl")]
         used = {run.header["seed"] for run in (*self.runs, *discarded)}
         return next(seed for seed in itertools.count(int(digest[:6], 16)) if seed not in used)
@@ -92,7 +112,9 @@ class Record:
 
         def heard(event: dict[str, Any]) -> bool:
             if "train_loss" in event:
-                bar.set_postfix_str(f"{self.folder.name} seed {seed} step {event['step']} loss {event['train_loss']:.3f}")
+                bar.set_postfix_str(
+                    f"{self.folder.name} seed {seed} step {event['step']} loss {event['train_loss']:.3f}"
+                )
             return only_warm and bool(event)
 
         options = ["--track", self.track, "--seed", str(seed), *self.options]
@@ -104,7 +126,9 @@ class Record:
             raise ValueError(f"a run of {self.folder} failed, it said: {said}")
         run = read_log(logs[0])
         if self.runs and (keys := different_settings(self.runs[0], run)):
-            raise ValueError(f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name")
+            raise ValueError(
+                f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name"
+            )
         (self.folder / "runs").mkdir(exist_ok=True)
         self.runs.append(dataclasses.replace(run, path=self.folder / "runs" / run.path.name))
         os.replace(run.path, self.runs[-1].path)
@@ -132,12 +156,15 @@ def alone(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another record.py or compare.py is at work in {root}; two would slow each other") from None
+            raise ValueError(
+                f"another record.py or compare.py is at work in {root}; two would slow each other"
+            ) from None
         yield
 
 
 def new_record(root: Path, track: str, name: str, source: Path) -> Path:
-    """The folder <root>/<track>/<date>_<name> with a copy of the source; one that has this name and source goes on."""
+    """The folder <root>/<track>/<date>_<name> with a copy of the source; one that has this name and
+    source goes on."""
     if not source.is_file():
         raise ValueError(f"{source} does not exist")
     if not name or not name.replace("-", "").replace("_", "").isalnum():
@@ -159,9 +186,11 @@ def positive(text: str) -> int:
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
-    """What `work` returns; one sentence and 1 for what a user can do something about, 130 for an interrupt."""
+    """What `work` returns; one sentence and 1 for what a user can do something about, 130 for an
+    interrupt."""
     if threading.current_thread() is threading.main_thread():
-        for stop in (signal.SIGINT, signal.SIGTERM):  # also where the shell has told its background jobs to ignore them
+        # also where the shell has told its background jobs to ignore them
+        for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, signal.default_int_handler)
     try:
         return work()

@@ -1,4 +1,5 @@
-"""The statistics behind record claims: t-tests, how many runs a claim needs, and a rule for stopping an A/B early."""
+"""The statistics behind record claims: t-tests, how many runs a claim needs, and a rule for
+stopping an A/B early."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ MINIMUM_PAIRS = 5
 
 
 def p_below(values: Sequence[float], bound: float = 0.0) -> float:
-    """p of the one-sided one-sample t-test: how likely a sample this far below is when the true mean is `bound`.
+    """p of the one-sided one-sample t-test: how likely a sample this far below is when the true mean is
+    `bound`.
 
     1 for fewer than two values. Values without any spread give 0 or 1.
     """
@@ -40,26 +42,39 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """mean(a) - mean(b), its 95% interval and the two-sided p of Welch's test (variances may differ); nulls below n = 2."""
+    """mean(a) - mean(b), its 95% interval and the two-sided p of Welch's test (variances may
+    differ); nulls below n = 2."""
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return {"difference": difference, "low": None, "high": None, "p": None}
     test = stats.ttest_ind(a, b, equal_var=False)
     ends = test.confidence_interval(0.95)
-    return {"difference": difference, "low": float(ends.low), "high": float(ends.high), "p": float(test.pvalue)}
+    return {
+        "difference": difference,
+        "low": float(ends.low),
+        "high": float(ends.high),
+        "p": float(test.pvalue),
+    }
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Mean of a - b, pair by pair, its 95% t interval and two-sided p; nulls but for the mean below two pairs."""
+    """Mean of a - b, pair by pair, its 95% t interval and two-sided p; nulls but for the mean below
+    two pairs."""
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if len(d) < 2:
         return {"difference": float(d.mean()), "low": None, "high": None, "p": None}
     low, high = interval(d)
-    return {"difference": float(d.mean()), "low": low, "high": high, "p": min(1.0, 2 * min(p_below(d), p_below(-d)))}
+    return {
+        "difference": float(d.mean()),
+        "low": low,
+        "high": high,
+        "p": min(1.0, 2 * min(p_below(d), p_below(-d))),
+    }
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """sum(a) / sum(b) of pairs and its 95% interval: the ratio estimator (Cochran 1977, chapter 6), t with n - 1 degrees."""
+    """sum(a) / sum(b) of pairs and its 95% interval: the ratio estimator (Cochran 1977, chapter 6),
+    t with n - 1 degrees."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     found, n = x.sum() / y.sum(), len(x)
     error = math.sqrt(n * ((x - found * y) ** 2).sum() / (n - 1)) / y.sum()
@@ -68,7 +83,8 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p of each test when the chance of any false one among all of them counts (Holm 1979)."""
+    """Holm's step-down correction: p of each test when the chance of any false one among all of
+    them counts (Holm 1979)."""
     order = np.argsort(values)
     adjusted = np.maximum.accumulate((len(values) - np.arange(len(values))) * np.asarray(values)[order])
     result = np.empty(len(values))
@@ -107,15 +123,16 @@ def looks(most: int) -> list[int]:
 def sequential(values: Sequence[float]) -> dict[str, Any]:
     """Is the mean below or above 0, judged at looks that were fixed in advance; valid whenever one stops.
 
-    Look k = 1, 2, ... happens after 5, 7, 10, 14, 20, ... values (`looks`) and may spend alpha / (k (k + 1)) of the error
-    alpha: alpha / 2, alpha / 6, alpha / 12, ... These sum to alpha, so by the union bound the chance that any look, however
-    many there are, declares a mean of 0 to be below it is at most alpha; whatever stopped the experiment, and whatever is
-    looked at in between, changes nothing, because between looks nothing is decided. (Alpha spending as by Lan and DeMets
-    1983, with the bound instead of the joint distribution, so that no dependence between looks is assumed.)
+    Look k = 1, 2, ... happens after 5, 7, 10, 14, 20, ... values (`looks`) and may spend alpha / (k (k +
+    1)) of the error alpha: alpha / 2, alpha / 6, alpha / 12, ... These sum to alpha, so by the union
+    bound the chance that any look, however many there are, declares a mean of 0 to be below it is at
+    most alpha; whatever stopped the experiment, and whatever is looked at in between, changes nothing,
+    because between looks nothing is decided. (Alpha spending as by Lan and DeMets 1983, with the bound
+    instead of the joint distribution, so that no dependence between looks is assumed.)
 
-    Returns, from the looks made so far: `p_below` and `p_above`, the smallest k (k + 1) p_k, to be compared with
-    alpha; `low` and `high`, the interval of the last look at level 1 - 0.05 / (k (k + 1)), which by the same argument
-    holds at all looks at once with 95%; `n`, the values it used.
+    Returns, from the looks made so far: `p_below` and `p_above`, the smallest k (k + 1) p_k, to be
+    compared with alpha; `low` and `high`, the interval of the last look at level 1 - 0.05 / (k (k + 1)),
+    which by the same argument holds at all looks at once with 95%; `n`, the values it used.
     """
     result = {"n": 0, "p_below": 1.0, "p_above": 1.0, "low": -math.inf, "high": math.inf}
     for k, n in enumerate(looks(len(values)), 1):

@@ -24,21 +24,29 @@ def claim(result: dict[str, Any]) -> str:
     """A few lines for a terminal."""
     loss = result["val_loss"]
     lines = [
-        f"{result['name']}: {loss['n']} runs of {result['steps']} steps, {result['tokens']:,} tokens: mean validation loss "
-        f"{loss['mean']:.4f}, sd {number(loss['sd'])}, margin {result['margin']:.4f} below {result['target']}, "
-        f"p {chance(result['p'])} ({result['rule']}): " + ("target reached" if result["reaches_target"] else "not shown")
+        f"{result['name']}: {loss['n']} runs of {result['steps']} steps, {result['tokens']:,} tokens: "
+        "mean validation loss "
+        f"{loss['mean']:.4f}, sd {number(loss['sd'])}, margin {result['margin']:.4f} below "
+        f"{result['target']}, "
+        f"p {chance(result['p'])} ({result['rule']}): "
+        + ("target reached" if result["reaches_target"] else "not shown")
     ]
     for device, seconds in result["train_time_s"].items():
-        lines.append(f"  training time on {result['world_size']} x {device}: median {seconds['median']:.2f} s, "
-                     f"mean {seconds['mean']:.2f}, sd {number(seconds['sd'], 2)}, n {seconds['n']}")  # fmt: skip
+        lines.append(f"  training time on {result['world_size']} x {device}: "
+                     f"median {seconds['median']:.2f} s, "
+                     f"mean {seconds['mean']:.2f}, sd {number(seconds['sd'], 2)}, "
+                     f"n {seconds['n']}")  # fmt: skip
     for ab in result["beats"]:
         loss = ab["loss"]
-        lines.append(f"  time over {ab['baseline']}: {ab['ratio']:.4f}, 95% interval {ab['low']:.4f} to {number(ab['high'])}, "
-                     f"one-sided p {chance(ab['p'])} ({ab['rule']}, {ab['pairs']} pairs, {ab['discarded']} discarded): "
+        lines.append(f"  time over {ab['baseline']}: {ab['ratio']:.4f}, 95% interval {ab['low']:.4f} to "
+                     f"{number(ab['high'])}, "
+                     f"one-sided p {chance(ab['p'])} ({ab['rule']}, {ab['pairs']} pairs, "
+                     f"{ab['discarded']} discarded): "
                      + ("faster" if ab["faster"] else "not shown to be faster"))  # fmt: skip
         steps = ab["steps_equivalent"]
         worth = "" if steps is None else f", worth {steps:+.1f} steps at the end of the baseline"
-        lines.append(f"  loss minus the baseline's: {loss['difference']:+.4f}, 95% interval {number(loss['low'])} to "
+        lines.append(f"  loss minus the baseline's: {loss['difference']:+.4f}, "
+                     f"95% interval {number(loss['low'])} to "
                      f"{number(loss['high'])}, Welch p {chance(loss['p'])}{worth}")  # fmt: skip
     return "\n".join(lines)
 
@@ -50,7 +58,10 @@ def optimizer_of(settings: dict[str, Any]) -> str:
         return "AdamW"
     words = ["Muon" if m.get("equilibrate", "none") == "none" else f"MuonEq-{m['equilibrate']}"]
     iterations = m.get("iterations", m.get("steps", "?"))  # its older name
-    return " + ".join(words + ["NorMuon"] * bool(m.get("normuon"))) + f", {m.get('orthogonalize', '?')} {iterations}"
+    return (
+        " + ".join(words + ["NorMuon"] * bool(m.get("normuon")))
+        + f", {m.get('orthogonalize', '?')} {iterations}"
+    )
 
 
 def title(folder: Path) -> str:
@@ -61,11 +72,14 @@ def title(folder: Path) -> str:
 
 
 def history(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The time records of a track, oldest first: each was timed against the one before it; the first was only timed against."""
+    """The time records of a track, oldest first: each was timed against the one before it; the
+    first was only timed against."""
     named = {result["name"]: result for result in results}
 
     def rank(name: str) -> int:
-        return 1 + max((rank(ab["baseline"]) for ab in named[name]["beats"] if ab["baseline"] in named), default=-1)
+        return 1 + max(
+            (rank(ab["baseline"]) for ab in named[name]["beats"] if ab["baseline"] in named), default=-1
+        )
 
     beaten = {ab["baseline"] for result in results for ab in result["beats"]}
     chain = [result for result in results if result["beats"] or result["name"] in beaten or len(results) == 1]
@@ -74,7 +88,9 @@ def history(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def seconds_of(result: dict[str, Any]) -> str:
     world_size, devices = result["world_size"], result["train_time_s"]
-    return ", ".join(f"{seconds['median']:.1f} s on {world_size} x {device}" for device, seconds in devices.items())
+    return ", ".join(
+        f"{seconds['median']:.1f} s on {world_size} x {device}" for device, seconds in devices.items()
+    )
 
 
 def loss_of(result: dict[str, Any]) -> str:
@@ -92,18 +108,22 @@ def link(folder: Path, beside: Path) -> str:
 
 def history_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
     lines = [f"Track `{track}`, target {results[0]['target']} nats per token:", ""]
-    lines += ["| # | record | steps | tokens | validation loss: mean, n, p | training time, median | time over the one before: "
+    lines += ["| # | record | steps | tokens | validation loss: mean, n, p | training time, "
+              "median | time over the one before: "
               "ratio, 95% interval, pairs, p |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for place, r in enumerate(history(results), 1):
-        over = "; ".join(f"{ab['ratio']:.3f}, {ab['low']:.3f} to {number(ab['high'], 3)}, {ab['pairs']}, {chance(ab['p'])}"
+        over = "; ".join(f"{ab['ratio']:.3f}, {ab['low']:.3f} to {number(ab['high'], 3)}, {ab['pairs']}, "
+                         f"{chance(ab['p'])}"
                          for ab in r["beats"])  # fmt: skip
-        lines.append(f"| {place} | {link(root / track / r['name'], beside)} | {r['steps']:,} | {r['tokens']:,} "
+        lines.append(f"| {place} | {link(root / track / r['name'], beside)} | {r['steps']:,} | "
+                     f"{r['tokens']:,} "
                      f"| {loss_of(r)} | {seconds_of(r)} | {over or '-'} |")  # fmt: skip
     return lines
 
 
 def summary_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
-    """The history in few words, for a page that says what the project is; the statistics are in `history_table`."""
+    """The history in few words, for a page that says what the project is; the statistics are in
+    `history_table`."""
     chain = history(results)
     machines = {f"{r['world_size']} x {device}" for r in chain for device in r["train_time_s"]}
     where = f", median training times on {min(machines)}" if len(machines) == 1 else ""
@@ -135,7 +155,8 @@ def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     for members in sorted(groups.values(), key=lambda members: min(m[:2] for m in members)):
         model = members[0][3]["model"]
         first = min((m[2] for m in members), key=lambda r: r["first_run"])
-        lines += ["", f"Track `{track}`, model and batch of {first['name']} ({model['layers']} blocks x {model['width']}, "
+        lines += ["", f"Track `{track}`, model and batch of {first['name']} ({model['layers']} blocks x "
+                      f"{model['width']}, "
                   f"{first['tokens'] / first['steps']:,.0f} tokens in a step):", ""]  # fmt: skip
         lines += ["| rank | record | optimizer of the matrices | steps | validation loss: mean, n, p |"]
         lines += ["| --- | --- | --- | --- | --- |"]
@@ -166,7 +187,8 @@ OFF = (None, 0, 1, -1, "", [])  # what a setting has that does nothing
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings, stages column by column; logs from before there were stages read as if there had been."""
+    """Flat settings, stages column by column; logs from before there were stages read as if there
+    had been."""
     result = flat(settings)
     if "schedule.windows" in result:
         windows, cut = result.pop("schedule.windows"), result.pop("data.document_cut", None)
@@ -184,7 +206,10 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def apart(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """The settings in which two runs differ. One that only one of two scripts knows counts unless it is off there."""
+    """The settings in which two runs differ.
+
+    One that only one of two scripts knows counts unless it is off there.
+    """
     return [key for key in differing(a, b) if key in a and key in b or (a | b)[key] not in OFF]
 
 
@@ -195,11 +220,14 @@ def short(value: Any) -> str:
 
 
 def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
-    """Single runs in <track>/tried/ by time, each beside the record or run before it that is nearest to it."""
+    """Single runs in <track>/tried/ by time, each beside the record or run before it that is
+    nearest to it."""
     known, paths = [], {}
     for place, r in enumerate(history(results), 1):
         settings = comparable(settings_of(root / track / r["name"]))
-        known.append(Known(r["first_run"], f"record {place}", r["steps"], r["val_loss"]["mean"], None, settings))
+        known.append(
+            Known(r["first_run"], f"record {place}", r["steps"], r["val_loss"]["mean"], None, settings)
+        )
     for path in (root / track / "tried").glob("*.jsonl"):
         run = read_log(path)
         final, header = run.final or {}, run.header
@@ -208,7 +236,11 @@ def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
         known.append(Known(time, path.stem, steps, loss, header["seed"], settings))
         paths[path.stem] = path, final.get("tokens", 0)
     known.sort(key=lambda run: (run.time, run.name))
-    lines = [f"Track `{track}`, in the order of time; losses are of one seed, those of a record the mean over its seeds:", ""]
+    lines = [
+        f"Track `{track}`, in the order of time; losses are of one seed, "
+        "those of a record the mean over its seeds:",
+        "",
+    ]
     lines += ["| run | steps | tokens | loss | nearest before it | its loss | what differs |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for place, run in enumerate(known):
@@ -220,7 +252,12 @@ def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
             return len(differs), other.steps != run.steps, other.seed != run.seed, other.time
 
         path, tokens = paths[run.name]
-        cells = [f"[{run.name}]({os.path.relpath(path, beside)})", f"{run.steps:,}", f"{tokens:,}", number(run.loss)]
+        cells = [
+            f"[{run.name}]({os.path.relpath(path, beside)})",
+            f"{run.steps:,}",
+            f"{tokens:,}",
+            number(run.loss),
+        ]
         near = min(known[:place], key=distance, default=None)
         cells += [near.name, number(near.loss), what_differs(near, run)] if near else ["-", "-", "the first"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -244,7 +281,8 @@ NEW_TRIED = "# What was tried\n\n<!-- begin tried -->\n<!-- end tried -->\n"
 
 
 def pages(root: Path) -> list[Path]:
-    """The files with generated tables: of the repository, of the records, of each track, of what was tried there."""
+    """The files with generated tables: of the repository, of the records, of each track, of what
+    was tried there."""
     tracks = sorted({folder.parent for folder in record_folders(root)})
     tried = [track / "tried" for track in tracks if (track / "tried").is_dir()]
     return [folder / "README.md" for folder in (root.parent, root, *tracks, *tried)]
@@ -262,7 +300,8 @@ def page_text(path: Path, root: Path) -> str:
 def with_tables(text: str, root: Path, beside: Path) -> str:
     """A markdown text with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew.
 
-    A page inside the folder of a track, `beside`, has the tables of this track, any other page those of all tracks.
+    A page inside the folder of a track, `beside`, has the tables of this track, any other page those of
+    all tracks.
     """
     inside = beside.relative_to(root).parts if beside.is_relative_to(root) else ()
     proven: dict[str, list[dict[str, Any]]] = {}
