@@ -1,15 +1,23 @@
 """Train a GPT to a target validation loss against the clock. One file, any number of processes, one result.
 
-    ./run.sh                                                      environment, data and the track this machine can run
-    torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs (the same maths on 1, 2 or 4)
+    ./run.sh                                                environment, data, the track for this machine
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   8 GPUs (the same maths on 1, 2 or 4)
     python train_gpt.py --track tiny --seed 3 --matrix.equilibrate row
-    python train_gpt.py --help                                    every track, every field, its value and meaning
+    python train_gpt.py --help                              every field, its values and its meaning
 
-A step is R packed rows of T tokens whatever the number of processes: a rank takes R / N rows, gradients are sums over
-tokens, reduced in fp32 and divided once by the global token count. Record numbers (#42) are those of the public speedrun
-(KellerJordan/modded-nanogpt).
+A step is R packed rows of T tokens whatever the number of processes N: a rank takes R / N rows, gradients are
+sums over tokens, reduced in fp32 and divided once by the global token count. Record numbers such as #42 are
+those of the public speedrun (KellerJordan/modded-nanogpt); numbers such as 2505.16932 are papers on arXiv.
 
-Contents: 1 tracks   2 data   3 attention   4 model   5 optimizer   6 schedule   7 run   8 main
+Contents, in the order in which a token meets them:
+    1 Tracks      every number of a run, as data
+    2 Data        shards, documents packed into rows, validation rows
+    3 Attention   who sees whom, and the kernels
+    4 Model       class GPT
+    5 Optimizer   class MuonEq: Muon, NorMuon, MuonEq and Adam, sharded over ranks
+    6 Schedule    pure functions of the step
+    7 Run         data check, log, checkpoints, class Trainer
+    8 Main        command line, help, devices, process group
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -47,84 +56,160 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
-# 1. Tracks: every number of a run. A track is data, never code. ------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# 1. Tracks
+#
+# Every number of a run stands here. A track is data, never code: a `Track` has one section for each
+# concern (`data`, `model`, `schedule`, ...), and each section is a frozen dataclass whose fields carry
+# their default, their meaning and their least value. The table `TRACKS` at the end of this section
+# holds the tracks. The command line changes single fields: --section.field value.
+#
+# A new setting is one `field` in a section. The help, the check of its type, the log and the
+# checkpoint follow from it.
+# ----------------------------------------------------------------------------------------------------
 
-def field(default: Any, meaning: str, least: float = -math.inf) -> Any:
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least})
+LARGEST_FLOAT = 1e30  # a setting beyond it is a slip of the pen
 
-def fit(value: Any, kind: Any) -> Any:
-    """The value as a field of this type has it: whole numbers as floats, lists as tuples; an error when it does not fit."""
+
+class Stage(NamedTuple):
+    """What changes together during a run (records #46, #72)."""
+
+    begin: float  # the stage begins at step begin * schedule.steps; 1 is the start of the extension
+    windows: tuple[int, int]  # attention windows (short, long), in tokens
+    batch: int = 1  # factor on the rows of a step
+    document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
+    lr: float = 1.0  # factor on the learning rates above their floor
+    # For the targets 2, 3, ... tokens ahead: (first, last) weight of their loss, linear in between (#53).
+    ahead: tuple[tuple[float, float], ...] = ()
+
+
+Numbers = tuple[int, ...]
+Pairs = tuple[tuple[int, int], ...]
+
+
+def field(default: Any, meaning: str, minimum: float = -math.inf) -> Any:
+    """A field of a section of settings."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "minimum": minimum})
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """The value as a field of this type holds it: whole numbers as floats, lists as tuples.
+
+    TypeError or ValueError if it does not fit, OverflowError for a number that is too large or none.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
-        for one in args:
+        for choice in args:
             with contextlib.suppress(TypeError, ValueError):
-                return fit(value, one)
-    elif origin is tuple and isinstance(value, (tuple, list)):
-        kinds = args[:1] * len(value) if args[-1] is ... else args
-        return tuple(fit(*pair) for pair in zip(value, kinds, strict=True))
-    elif kind is Stage and isinstance(value, (tuple, list)):
-        return Stage(*map(fit, Stage(*value), get_type_hints(Stage).values()))
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
-        return float(value)
-    elif value in args if origin is Literal else type(value) is kind is not float:
+                return coerce(value, choice)
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (tuple, list)):
+            kinds = args[:1] * len(value) if args[-1] is ... else args
+            return tuple(coerce(*pair) for pair in zip(value, kinds, strict=True))
+    elif kind is Stage:
+        if isinstance(value, (tuple, list)):
+            return Stage(*map(coerce, Stage(*value), get_type_hints(Stage).values()))
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not abs(value) < LARGEST_FLOAT:  # NaN too
+                raise OverflowError
+            return float(value)
+    elif type(value) is kind:
         return value
     raise TypeError
 
-def takes(f: dataclasses.Field) -> str:
-    """The type of a field in words."""
-    return f.type.removeprefix("Literal").replace("float", "float below 1e30")
+
+def type_in_words(kind: Any) -> str:
+    """What a field of this type takes, in the form in which it is typed."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(args)
+    if origin is types.UnionType:
+        return " or ".join(map(type_in_words, args))
+    if origin is tuple:
+        inside = [type_in_words(arg) for arg in args if arg is not ...]
+        return f"({', '.join(inside)}{', ...' * (args[-1] is ...)})"
+    if kind is Stage:
+        return f"({', '.join(Stage._fields)})"
+    words = {bool: "true|false", str: "text", types.NoneType: "none"}
+    return words.get(kind) or kind.__name__
+
 
 class Settings:
-    """Fields that are checked wherever they come from; ValueError, beginning with the field's name, for what cannot be."""
+    """A section of settings, checked wherever its values come from.
+
+    ValueError, beginning with the name of the field, for a value of another type or below the minimum.
+    """
+
     def __post_init__(self) -> None:
         for f, kind in zip(dataclasses.fields(self), get_type_hints(type(self)).values()):
-            value, least = getattr(self, f.name), f.metadata["least"]
+            value, minimum = getattr(self, f.name), f.metadata["minimum"]
             try:
-                object.__setattr__(self, f.name, fit(value, kind))
+                object.__setattr__(self, f.name, coerce(value, kind))
             except (TypeError, ValueError):
-                raise ValueError(f"{f.name} takes {takes(f)}, not {value!r}: {f.metadata['meaning']}") from None
-            if least > -math.inf and value < least:
-                raise ValueError(f"{f.name} is at least {least}, not {value}")
+                takes = type_in_words(kind)
+                raise ValueError(f"{f.name} takes {takes}, not {value!r}: {f.metadata['meaning']}") from None
+            except OverflowError:
+                raise ValueError(f"{f.name} takes numbers below 1e30, not {value!r}") from None
+            if minimum > -math.inf and value < minimum:
+                raise ValueError(f"{f.name} is at least {minimum}, not {value}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Data(Settings):
     corpus: str = field("fineweb10B", "folder of the shards below DATA_DIR")
     vocab_size: int = field(50257, "tokens that occur, the document start included")
     document_start: int = field(50256, "token before every document")
-    predict_start: bool = field(True, "whether a document start counts as a target, in training and validation")
-    rows: int = field(8, "packed rows of a step over all processes (R), times the batch factor of the stage", 1)
+    predict_start: bool = field(True, "whether a document start counts as a target")
+    rows: int = field(8, "packed rows of a step (R), times the batch of the stage", 1)
     row_tokens: int = field(16_384, "tokens of one row (T); nothing crosses a row border", 1)
     epochs: int = field(1, "how often the shards may be read", 1)
 
+
 @dataclasses.dataclass(frozen=True)
 class Model(Settings):
+    # sizes
     padded_vocab: int = field(288, "rows of the embedding tables and the head")
     width: int = field(192, "width of the residual stream (D)")
     heads: int = field(3, "attention heads (H), each of width D / H", 1)
     layers: int = field(4, "blocks", 1)
     mlp_ratio: int = field(4, "hidden width of the MLP over D", 1)
-    attention_free: tuple[int, ...] = field((), "blocks without attention (#17)")
-    long_blocks: tuple[int, ...] = field((), "blocks with the long window (#20)")
-    value_tables: tuple[tuple[int, int], ...] = field((), "(block, table): value embedding that a block adds to v (#14, #63)")
-    value_gate_inputs: int = field(0, "leading channels of stream and value embedding that gate the latter; 0: no gate", 0)
-    xsa: tuple[int, ...] = field((), "blocks whose heads give up their component along the position's own value (#82)")
-    key_offset: tuple[int, ...] = field((), "blocks whose keys take their unrotated half from the position before (#49)")
-    paired: tuple[int, ...] = field((), "blocks whose heads 0 .. H/2 - 1 and H/2 .. H - 1 see each other's keys (#58)")
-    frozen: int = field(-1, "block whose output the attention of all later blocks reads; -1: none (#77)")
-    ngrams: tuple[tuple[int, int], ...] = field((), "(n, rows): hashed embeddings of the last n tokens, added to the token's")
-    ngram_signs: int = field(0, "fixed patterns of signs, one of which an n-gram's second hash puts on its row; 0: none", 0)
-    skips: tuple[tuple[int, int], ...] = field((), "(source, target): output of one block added before another (#11, #45)")
+    # what a block is made of; blocks are named by their number, from 0
+    attention_free: Numbers = field((), "blocks without attention (#17)")
+    long_blocks: Numbers = field((), "blocks with the long window (#20)")
+    value_tables: Pairs = field((), "(block, table): value embedding added to v (#14, #63)")
+    value_gate_inputs: int = field(0, "channels that gate a value embedding; 0: no gate (#55)", 0)
+    xsa: Numbers = field((), "blocks whose heads give up their part along their own value (#82)")
+    key_offset: Numbers = field((), "blocks with half of each key from the position before (#49)")
+    paired: Numbers = field((), "blocks whose heads h and h + H/2 see each other's keys (#58)")
+    attention_source: int = field(-1, "block whose output all later attention reads; -1: none (#77)")
+    # what is added to the stream
+    ngrams: Pairs = field((), "(n, rows): hashed embeddings of the last n tokens (#62)")
+    ngram_signs: int = field(0, "sign patterns for the rows of n-grams; 0: none (#83)", 0)
+    skips: Pairs = field((), "(source, target): block output added before a block (#11, #45)")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none (#40)")
-    gate_inputs: int = field(12, "leading channels that the attention and smear gates read (#28, #34)", 1)
-    rotary_base: float = field(1024.0, "slowest rotary frequency is 1 / base")
+    gate_inputs: int = field(12, "leading channels that attention and smear gates read (#28, #34)", 1)
+    # positions and logits
+    rotary_base: float = field(1024.0, "the slowest rotary frequency is 1 / base")
     attention_scale: float = field(0.1, "softmax scale at the first window (#20, #31)")
-    softcap: tuple[float, float, float] = field((30.0, 0.0, 7.5), "(A, B, C): logits become A sigmoid((l + B) / C) (#18, #54)")
-    tied: float = field(0.0, "share of the scheduled steps in which the head is the embedding too (#51, #53)", 0)
-    qk_parts: int = field(1, "row blocks of q and of k orthogonalised by themselves, such as pairs of heads (#80)", 1)
-    low_precision: tuple[str, ...] = field((), "parameters in the activations' dtype, with fp32 copies in the optimizer (#57)")
-    fp8_head: tuple[float, ...] = field((), "divisors of inputs, weights and gradients of a head in FP8 (#19); (): none")
+    softcap: tuple[float, float, float] = field(
+        (30.0, 0.0, 7.5), "(A, B, C): logits are A sigmoid((l + B) / C) (#18, #54)"
+    )
+    tied: float = field(0.0, "share of the steps in which the head is the embedding (#51, #53)", 0)
+    # how weights are stored and multiplied
+    qk_parts: int = field(1, "row blocks of q and of k, each orthogonalised by itself (#80)", 1)
+    low_precision: tuple[str, ...] = field(
+        (), "parameters in the activations' dtype, with fp32 master copies (#57)"
+    )
+    fp8_head: tuple[float, ...] = field(
+        (), "divisors of input, weight, gradient of an FP8 head; (): none (#19)"
+    )
+    # the start
     up_std: float = field(0.5, "std of q, k, v and MLP up at the start, times D ** -0.5", 0)
     o_std: float = field(0.0, "std of o at the start, times D ** -0.5 (#64)", 0)
     embed_std: float = field(1.0, "std of the embedding at the start", 0)
@@ -132,292 +217,472 @@ class Model(Settings):
     head_std: float = field(0.0, "std of the head at the start", 0)
     residual_start: float = field(1.0, "factor on the stream before each block at the start (#45)")
 
+
 @dataclasses.dataclass(frozen=True)
-class Matrix(Settings):
-    kind: Literal["matrix", "adam"] = field("matrix", "adam: the settings of `hidden` instead of those below")
+class Muon(Settings):
+    """What a track and a group of the class MuonEq say of a matrix update in the same words."""
+
     lr: float = field(0.03, "learning rate at factor 1", 0)
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: Literal["none", "row", "col", "rowcol"] = field("row", "MuonEq before orthogonalising")
+    equilibrate: Literal["none", "row", "col", "rowcol"] = field(
+        "row", "MuonEq before orthogonalising"
+    )
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
     phase: int | None = field(None, "update from which rowcol becomes row")
-    orthogonalize: str = field("polar_express", "polar_express, newton_schulz or another entry of ORTHOGONALIZERS")
-    steps: int = field(5, "iterations of the orthogonalisation", 1)
-    norm_bound: Literal["frobenius", "spc"] = field("frobenius", "bound of the largest singular value")
-    normuon: bool = field(False, "NorMuon: equalise rows or columns of the update by their running mean square")
-    normuon_axis: Literal["auto", "row", "col"] = field("auto", "what has a mean square of its own; auto: the longer side")
+    orthogonalize: str = field("polar_express", "polar_express, newton_schulz, another of ORTHOGONALIZERS")
+    norm_bound: Literal["frobenius", "spc"] = field(
+        "frobenius", "bound of the largest singular value"
+    )
+    normuon: bool = field(False, "NorMuon: equalise rows or columns by their running mean square")
+    normuon_axis: Literal["auto", "row", "col"] = field(
+        "auto", "what has a mean square; auto: the longer side"
+    )
     beta2: float = field(0.95, "decay of NorMuon's mean square")
-    scale: Literal["spectral", "match_rms_adamw"] = field("spectral", "sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n))")
-    lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns: (up, down) of the MLP (#42)")
+    scale: Literal["spectral", "match_rms_adamw"] = field(
+        "spectral", "sqrt(max(1, m/n)) or 0.2 sqrt(max(m, n))"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate(Muon):
+    """The update of the gates, which are small matrices."""
+
+    kind: Literal["matrix", "adam"] = field(
+        "matrix", "adam: matrix_adam or gate_adam holds instead"
+    )
+    iterations: int = field(5, "iterations of the orthogonalisation", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix(Gate):
+    """The update of the matrices of the blocks: q, k, v, o and the MLP."""
+
+    mlp_lr_mul: float | tuple[float, ...] = field(
+        1.0, "factor on lr in the MLP, or one for each of (up, down) (#42)"
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Settings):
     lr: float = field(0.008, "learning rate at factor 1", 0)
     betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment")
-    eps: float = field(1.5e-13, "added to the root of the second moment; gradients are means over tokens")
+    eps: float = field(1.5e-13, "added to the root of the second moment of the mean over tokens")
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
 
-class Stage(NamedTuple):
-    """What changes together (records #46, #72), from the step `begin` times the scheduled steps on (1: the extension)."""
-    begin: float
-    windows: tuple[int, int]  # (short, long), tokens
-    batch: int = 1  # factor on the rows of a step
-    document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
-    lr: float = 1.0  # factor on the learning rates above their floor
-    ahead: tuple[tuple[float, float], ...] = ()  # (first, last) weights of the targets 2, 3, ... tokens on, linear in between
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Settings):
     steps: int = field(2245, "scheduled steps", 1)
     extension: int = field(40, "further steps at the learning-rate floor (#35)", 0)
-    stages: tuple[Stage, ...] = field((Stage(0, (64, 64)),), "(begin, (short, long window), batch, document cut, lr, ahead)")
+    stages: tuple[Stage, ...] = field((Stage(0, (64, 64)),), "what changes together, and when")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end (#19)")
-    decay_power: float = field(1.0, "decoupled decay goes with the learning-rate factor to this power (#43: 2)", 1)
+    decay_power: float = field(1.0, "decay goes with the learning-rate factor to this power (#43: 2)", 1)
     momentum: tuple[float, float] = field((0.85, 0.95), "momentum at the ends of the run and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises (#9)")
     momentum_cooldown: int = field(50, "last steps over which it falls again (#39)")
 
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Settings):
     target: float = field(3.28, "validation loss to reach, nats per token")
-    tokens: int = field(10_485_760, "validation targets, from the start of the validation shards", 1)
+    tokens: int = field(10_485_760, "targets, from the start of the validation shards", 1)
     row_tokens: int = field(262_144, "tokens of one validation row", 1)
     every: int = field(250, "steps between validations; the end is always validated", 1)
     windows: tuple[int, int] = field((768, 2560), "(short, long) at the final validation")
     log_every: int = field(10, "steps between logged training losses", 1)
 
+
 @dataclasses.dataclass(frozen=True)
 class Track:
+    """The settings of a run. `build_optimizer` says which parameters follow which section."""
+
     data: Data = Data()
     model: Model = Model()
     matrix: Matrix = Matrix()
-    gate: Matrix = Matrix()
-    hidden: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
+    matrix_adam: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
+    gate: Gate = Gate()
+    gate_adam: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
     embed: Adam = Adam()
-    value: Adam = Adam()
+    tables: Adam = Adam()
     head: Adam = Adam()
     scalar: Adam = Adam()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
 
+
 @dataclasses.dataclass(frozen=True)
 class Run(Settings):
+    """The options that are no part of a track: where and how it runs, not what it computes."""
+
     track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
-    dtype: Literal["auto", "bfloat16", "float32"] = field("auto", "of activations; auto: bfloat16 where the processor has it")
-    compile: Literal["auto", "whole", "parts", "none"] = field("auto", "parts: equal blocks share a graph; auto: whole on CPU")
-    attention: Literal["fa2", "fa3", "fa4"] = field("fa2", "on a CUDA GPU: fa2 is in torch, others where installed")
-    memory: Literal["normal", "low"] = field("normal", "low: blocks recomputed in the backward, few logits at a time")
-    micro_rows: int = field(0, "rows of one forward pass, a memory knob without effect on the result; 0: up to 8,192 tokens", 0)
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        "auto", "of activations; auto: bfloat16 where the processor has it"
+    )
+    compile: Literal["auto", "whole", "parts", "none"] = field(
+        "auto", "parts: equal blocks share a graph; auto: whole on a CPU"
+    )
+    attention: Literal["fa2", "fa3", "fa4"] = field(
+        "fa2", "on a CUDA GPU: fa2 is in torch, others where installed"
+    )
+    memory: Literal["normal", "low"] = field(
+        "normal", "low: blocks are recomputed in the backward, few logits at a time"
+    )
+    micro_rows: int = field(
+        0, "rows of a forward pass, without effect on the result; 0: up to 8,192 tokens", 0
+    )
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
     checkpoint_every: int = field(0, "steps between checkpoints, the end has one too; 0: none", 0)
-    resume: str | None = field(None, "checkpoint to go on from; without a value: the newest good one of this run")
-    evaluate: str | None = field(None, "shard or folder of shards: print the loss of the checkpoint --resume PATH on it")
-    sample: str | None = field(None, "text that the model of the checkpoint --resume PATH goes on from")
+    resume: str | None = field(
+        None, "checkpoint to go on from; without a value: the newest good one of this run"
+    )
+    evaluate: str | None = field(
+        None, "shard or folder of shards: print the loss of the checkpoint --resume PATH on it"
+    )
+    sample: str | None = field(
+        None, "text that the model of the checkpoint --resume PATH goes on from"
+    )
     sample_tokens: int = field(200, "tokens of a sample; it ends earlier with its document", 1)
     temperature: float = field(1.0, "of a sample; near 0: always the likeliest token", 0)
-    adopt: bool = field(False, "resume even the checkpoint of another source, track, seed, dtype or data, as a new run")
-    timeout: int = field(600, "seconds without progress after which a job of several processes ends", 1)
+    adopt: bool = field(
+        False, "resume the checkpoint of another source, track, seed, dtype or data, as a new run"
+    )
+    timeout: int = field(
+        600, "seconds without progress after which a job of several processes ends", 1
+    )
     out: str = field("logs", "folder of logs and checkpoints")
 
-TRACKS = {
-    # A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
-    "tiny": Track(
-        data=Data("shakespeare", vocab_size=257, document_start=256, predict_start=False, rows=2, row_tokens=1024),
-        model=Model(width=128, heads=2, layers=2, attention_free=(0,), ngram_signs=64,
-                    ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192))),
-        matrix=Matrix(lr=0.04, normuon=True), gate=Matrix(equilibrate="none", normuon=True, normuon_axis="row"),
-        embed=Adam(lr=0.6, every=1), value=Adam(lr=1.0, every=1), head=Adam(lr=0.008, every=1), scalar=Adam(lr=0.04, every=1),
-        schedule=Schedule(steps=200, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0, stages=(
-            Stage(0, (64, 64)), Stage(1 / 3, (64, 64), 2, lr=1.5), Stage(2 / 3, (64, 64), 4, lr=2.0))),
-        evaluation=Evaluation(target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(64, 64), log_every=2)),
-    # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89 without its gate
-    # networks (#81, #85), head mixing (#85) and prefix loss (#88), so with about an eighth more steps.
-    "short": Track(
-        model=Model(padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
-                    value_tables=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)), value_gate_inputs=6, ngrams=((2, 377_280),),
-                    ngram_signs=8192, xsa=(1, 3, 4, 7, 8, 10), key_offset=(3, 10), paired=(0, 2, 5, 9), frozen=7,
-                    skips=((3, 6),), backout=7, softcap=(23.0, 5.0, 7.5), tied=2 / 3, qk_parts=3, o_std=0.5, embed_std=0.005,
-                    head_std=0.005, value_std=0.01, residual_start=1.1, fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
-                    low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed")),
-        matrix=Matrix(lr=0.023, weight_decay=0.0276, cautious=True, equilibrate="none", normuon=True, beta2=0.9,
-                      lr_mul=(2.0, 4.0)),
-        gate=Matrix(kind="adam"), hidden=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
-        embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
-        value=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
-        head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
-        scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
-        schedule=Schedule(steps=1450, extension=15, cooldown=0.6, floor=0.15, decay_power=2.0, stages=(
-            Stage(0, (128, 384), 1, 896, 1.0, ahead=((0.5, 0.5), (0.25, 0.0))),
-            Stage(1 / 3, (384, 896), 2, 2048, 1.52, ahead=((0.5, 0.0),)),
-            Stage(2 / 3, (640, 1408), 3, 2048, 1.73),
-            Stage(1, (768, 1664), 3, 2048)))),
-    # GPT-2 medium class on the same data: the sizes and schedule of the public speedrun's medium track.
-    "medium": Track(
-        model=Model(padded_vocab=50304, width=1024, heads=8, layers=16, long_blocks=(0, 4, 11, 15), gate_inputs=16,
-                    value_tables=(*((i, i) for i in range(5)), *((11 + i, i) for i in range(5))), value_gate_inputs=8,
-                    ngrams=((2, 251_520),), ngram_signs=8192, key_offset=(0, 4, 11, 15), skips=((3, 6),), backout=11,
-                    softcap=(23.0, 5.0, 7.5), tied=1 / 6, o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01,
-                    residual_start=1.05, fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
-                    low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed")),
-        matrix=Matrix(lr=0.015, weight_decay=0.018, cautious=True, equilibrate="none", normuon=True, lr_mul=(2.0, 4.0)),
-        gate=Matrix(kind="adam"), hidden=Adam(lr=0.0008, betas=(0.9, 0.99)),
-        embed=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
-        value=Adam(lr=0.3, betas=(0.8, 0.95), weight_decay=0.0075, cautious=True),
-        head=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
-        scalar=Adam(lr=0.008, betas=(0.9, 0.99)),
-        schedule=Schedule(steps=4700, extension=40, cooldown=0.7, decay_power=2.0, stages=(
+
+# A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
+TINY = Track(
+    data=Data(
+        "shakespeare", vocab_size=257, document_start=256, predict_start=False, rows=2, row_tokens=1024
+    ),
+    model=Model(
+        width=128, heads=2, layers=2, attention_free=(0,), ngram_signs=64,
+        ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192)),
+    ),
+    matrix=Matrix(lr=0.04, normuon=True),
+    gate=Gate(equilibrate="none", normuon=True, normuon_axis="row"),
+    embed=Adam(lr=0.6, every=1),
+    tables=Adam(lr=1.0, every=1),
+    head=Adam(lr=0.008, every=1),
+    scalar=Adam(lr=0.04, every=1),
+    schedule=Schedule(
+        steps=200, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
+        stages=(
+            Stage(0, (64, 64)),
+            Stage(1 / 3, (64, 64), batch=2, lr=1.5),
+            Stage(2 / 3, (64, 64), batch=4, lr=2.0),
+        ),
+    ),
+    evaluation=Evaluation(
+        target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(64, 64), log_every=2
+    ),
+)  # fmt: skip
+
+# 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89
+# without its gate networks (#81, #85), head mixing (#85) and prefix loss (#88), hence with about an
+# eighth more steps.
+SHORT = Track(
+    model=Model(
+        padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
+        value_tables=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)), value_gate_inputs=6,
+        xsa=(1, 3, 4, 7, 8, 10), key_offset=(3, 10), paired=(0, 2, 5, 9), attention_source=7,
+        ngrams=((2, 377_280),), ngram_signs=8192, skips=((3, 6),), backout=7,
+        softcap=(23.0, 5.0, 7.5), tied=2 / 3, qk_parts=3,
+        low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
+        fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
+        o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.1,
+    ),
+    matrix=Matrix(
+        lr=0.023, weight_decay=0.0276, cautious=True, equilibrate="none", normuon=True, beta2=0.9,
+        mlp_lr_mul=(2.0, 4.0),
+    ),
+    matrix_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
+    gate=Gate(kind="adam"),
+    gate_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
+    embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
+    tables=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
+    head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
+    scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
+    schedule=Schedule(
+        steps=1450, extension=15, cooldown=0.6, floor=0.15, decay_power=2.0,
+        stages=(
+            Stage(0, (128, 384), batch=1, document_cut=896, ahead=((0.5, 0.5), (0.25, 0.0))),
+            Stage(1 / 3, (384, 896), batch=2, document_cut=2048, lr=1.52, ahead=((0.5, 0.0),)),
+            Stage(2 / 3, (640, 1408), batch=3, document_cut=2048, lr=1.73),
+            Stage(1, (768, 1664), batch=3, document_cut=2048),
+        ),
+    ),
+)  # fmt: skip
+
+# GPT-2 medium class on the same data: the sizes and schedule of the public speedrun's medium track.
+MEDIUM = Track(
+    model=Model(
+        padded_vocab=50304, width=1024, heads=8, layers=16, long_blocks=(0, 4, 11, 15),
+        value_tables=(*((i, i) for i in range(5)), *((11 + i, i) for i in range(5))), value_gate_inputs=8,
+        key_offset=(0, 4, 11, 15),
+        ngrams=((2, 251_520),), ngram_signs=8192, skips=((3, 6),), backout=11, gate_inputs=16,
+        softcap=(23.0, 5.0, 7.5), tied=1 / 6,
+        low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
+        fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
+        o_std=0.5, embed_std=0.005, head_std=0.005, value_std=0.01, residual_start=1.05,
+    ),
+    matrix=Matrix(
+        lr=0.015, weight_decay=0.018, cautious=True, equilibrate="none", normuon=True, mlp_lr_mul=(2.0, 4.0)
+    ),
+    matrix_adam=Adam(lr=0.0008, betas=(0.9, 0.99)),
+    gate=Gate(kind="adam"),
+    gate_adam=Adam(lr=0.0008, betas=(0.9, 0.99)),
+    embed=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
+    tables=Adam(lr=0.3, betas=(0.8, 0.95), weight_decay=0.0075, cautious=True),
+    head=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
+    scalar=Adam(lr=0.008, betas=(0.9, 0.99)),
+    schedule=Schedule(
+        steps=4700, extension=40, cooldown=0.7, decay_power=2.0,
+        stages=(
             Stage(0, (128, 384), ahead=((0.5, 0.5), (0.25, 0.0))),
-            Stage(1 / 12, (384, 896), 2, lr=1.52, ahead=((0.5, 0.0),)),
-            Stage(2 / 12, (640, 1408), 3, lr=1.73),
-            *(Stage(i / 12, (384 + 128 * i, 896 + 256 * i), 4, lr=2.0) for i in range(3, 9)))),
-        evaluation=Evaluation(target=2.92, windows=(1408, 3456))),
-}
+            Stage(1 / 12, (384, 896), batch=2, lr=1.52, ahead=((0.5, 0.0),)),
+            Stage(2 / 12, (640, 1408), batch=3, lr=1.73),
+            *(Stage(i / 12, (384 + 128 * i, 896 + 256 * i), batch=4, lr=2.0) for i in range(3, 9)),
+        ),
+    ),
+    evaluation=Evaluation(target=2.92, windows=(1408, 3456)),
+)  # fmt: skip
 
-# 2. Data: shards, packing of documents into rows, prefetch. ----------------------------------------------------------
+TRACKS = {"tiny": TINY, "short": SHORT, "medium": MEDIUM}
 
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Data
+#
+# A corpus is a folder of shards: files of uint16 tokens in which every document begins with one
+# start token. `Packer` walks through the documents and fills training rows of T + 1 tokens,
+# `training_steps` makes the batches of a rank of them, one step ahead of the training, and
+# `validation_rows` cuts the validation stream. None of it is random: the order depends on the track
+# alone, so a `position` (epoch, shard, document) is all that a checkpoint has to keep.
+#
+# `Trainer` in section 7 calls these; `check_data` there reads everything once before the clock.
+# ----------------------------------------------------------------------------------------------------
+
+# The shard format of llm.c: 256 int32 (magic number, version, token count, zeros), then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
+
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of a shard, uint16 (count,). The format of llm.c: 256 int32 (magic, version, count), then uint16 tokens.
-    Raises ValueError naming the file when it is missing, truncated or something else."""
+    """Tokens of a shard, uint16 (count,).
+
+    ValueError naming the file if it is missing, truncated or something else.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if (found := (len(header), *header[:2].tolist())) != (wanted := (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION)):
-        raise ValueError(f"{path} is not a token shard: size of the header, magic and version are {found}, not {wanted}")
+    found = (len(header), *header[:2].tolist())
+    wanted = (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION)
+    if found != wanted:
+        what = "size of the header, magic and version"
+        raise ValueError(f"{path} is not a token shard: {what} are {found}, not {wanted}")
     count, size = int(header[2]), path.stat().st_size
     if count < 0 or size != 4 * HEADER_INTS + 2 * count:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes for {count} tokens")
     return np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
 
+
 def read_documents(path: Path, start_token: int) -> tuple[np.ndarray, list[int]]:
-    """Tokens of a shard, where its documents begin and where the last one ends."""
+    """Tokens of a shard, and its borders: where each document begins and where the last one ends."""
     tokens = read_shard(path)
     borders = [*np.flatnonzero(tokens == start_token).tolist(), len(tokens)]
     if len(borders) == 1:
         raise ValueError(f"{path} holds no document start (token {start_token})")
     return tokens, borders
 
+
 class Batch(NamedTuple):
     inputs: Tensor  # (B, T) int32
     targets: Tensor  # (B, T) int64, -1 where nothing is predicted
     offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
 
+
 def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, documents: int) -> Batch:
     """Rows of (T + 1 tokens, lengths of their documents) as tensors; token -1 pads, M = `documents`."""
     tokens = np.stack([row for row, _ in rows]).astype(np.int64)  # (B, T + 1)
-    targets = tokens[:, 1:].copy()
+    inputs = tokens[:, :-1].clip(min=0).astype(np.int32)  # (B, T)
+    targets = tokens[:, 1:].copy()  # (B, T)
     if not data.predict_start:
         targets[targets == data.document_start] = -1
+    # A zero in front, and zeros for documents that are not there: offsets are running sums.
     lengths = np.stack([np.pad(lengths, (1, documents - len(lengths))) for _, lengths in rows])  # (B, M + 1)
-    offsets = lengths.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)  # the last token is a target only
-    return Batch(*map(torch.from_numpy, (tokens[:, :-1].clip(min=0).astype(np.int32), targets, offsets)))
+    # The last token of a row is a target only, so the last document may be one token shorter.
+    offsets = lengths.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
+
 
 class Packer:
     """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
-    Each document gives its first min(length, cut, space left) tokens, the rest is dropped, and the next row begins
-    with the next document. The order depends on nothing but the track. `position` is (epoch, shard, document)."""
+
+    Each document gives its first min(length, cut, space left) tokens, the rest is dropped, and the next row
+    begins with the next document. `position` is (epoch, shard, document) of that document.
+    """
+
     def __init__(self, paths: Sequence[Path], data: Data, position: Sequence[int] = (0, 0, 0)):
         self.paths, self.data, self.position = list(paths), data, tuple(position)
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.loaded: dict[int, concurrent.futures.Future] = {}
 
     def shard(self, current: int) -> tuple[np.ndarray, list[int]]:
-        """The documents of a shard; the one after it is read in the background."""
-        start, wanted = self.data.document_start, (current, (current + 1) % len(self.paths))
-        self.loaded = {i: self.loaded.get(i) or self.pool.submit(read_documents, self.paths[i], start) for i in wanted}
+        """Tokens and borders of a shard; the one after it is read in the background, others are dropped."""
+        start = self.data.document_start
+        wanted = {current, (current + 1) % len(self.paths)}
+        kept = {i: reading for i, reading in self.loaded.items() if i in wanted}
+        # the current one first: the pool has one thread
+        new = [i for i in sorted(wanted, key=lambda i: i != current) if i not in kept]
+        self.loaded = kept | {i: self.pool.submit(read_documents, self.paths[i], start) for i in new}
         return self.loaded[current].result()
 
     def next_row(self, cut: int) -> list[np.ndarray]:
         """The documents of the next row, each cut to `cut` tokens, T + 1 tokens in all."""
-        row, need, (epoch, index, document) = [], self.data.row_tokens + 1, self.position
+        row = []
+        need = self.data.row_tokens + 1
+        epoch, index, document = self.position
         while need:
             if epoch >= self.data.epochs:
-                raise ValueError(f"the training shards end after {self.data.epochs} epochs; the schedule needs more tokens")
+                end = f"the training shards end after {self.data.epochs} epochs"
+                raise ValueError(f"{end}; the schedule needs more tokens")
             tokens, borders = self.shard(index)
             while need and document < len(borders) - 1:
                 begin, end = borders[document : document + 2]
                 row.append(tokens[begin : min(end, begin + cut, begin + need)])
-                need, document = need - len(row[-1]), document + 1
-            if document == len(borders) - 1:
-                again, index = divmod(index + 1, len(self.paths))
-                epoch, document = epoch + again, 0
+                need -= len(row[-1])
+                document += 1
+            if document == len(borders) - 1:  # the shard is used up
+                document = 0
+                index += 1
+            if index == len(self.paths):
+                index = 0
+                epoch += 1
         self.position = epoch, index, document
         return row
 
-class Step(NamedTuple):
+
+class StepData(NamedTuple):
     batch: Batch  # this rank's R / N rows
     tokens: int  # of all R rows
     targets: int  # of all R rows
     position: tuple[int, int, int]  # of the packer after this step
 
-def training_steps(packer: Packer, track: Track, documents: int, rank: int, world_size: int, first: int = 0) -> Iterator[Step]:
-    """The rows of one step after the other, endless; one step is prepared ahead."""
+
+def training_steps(
+    packer: Packer, track: Track, documents: int, rank: int, world_size: int, first: int = 0
+) -> Iterator[StepData]:
+    """What a rank trains on in step `first` and the following ones, endless; one step is prepared ahead.
+
+    `documents` is the most that a row holds (see `check_data`). Every rank packs all rows and takes its
+    share.
+    """
     data = track.data
 
-    def prepare(step: int) -> Step:
+    def prepare(step: int) -> StepData:
         stage = stages_until(track.schedule, step)[-1]
         rows = [packer.next_row(stage.document_cut) for _ in range(data.rows * stage.batch)]
         share = len(rows) // world_size
-        own = [(np.concatenate(row), [len(document) for document in row]) for row in rows[rank * share :][:share]]
-        batch = make_batch(own, data, documents)
-        batch = Batch(*(x.pin_memory() for x in batch)) if torch.cuda.is_initialized() else batch
+        mine = rows[rank * share : (rank + 1) * share]
+        local = [(np.concatenate(row), [len(document) for document in row]) for row in mine]
+        batch = make_batch(local, data, documents)
+        if torch.cuda.is_initialized():
+            batch = Batch(*(x.pin_memory() for x in batch))
         tokens = len(rows) * data.row_tokens
-        starts = sum(len(row) - 1 for row in rows)  # the first of a row is not predicted
-        return Step(batch, tokens, tokens if data.predict_start else tokens - starts, packer.position)
+        # The first document of a row begins at its first token, which is never a target.
+        starts = sum(len(row) - 1 for row in rows)
+        return StepData(batch, tokens, tokens if data.predict_start else tokens - starts, packer.position)
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(prepare, first)
+        coming = pool.submit(prepare, first)
         for step in itertools.count(first + 1):
-            ready, ahead = ahead.result(), pool.submit(prepare, step)
+            ready = coming.result()
+            coming = pool.submit(prepare, step)
             yield ready
 
-def validation_rows(paths: Sequence[Path], data: Data, T: int, targets: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The validation stream cut into rows of T tokens, in order and not aligned to documents; the last row is padded.
-    Ends after exactly so many counted `targets`, 0: with the stream; Refusal when there are fewer."""
+
+def validation_rows(
+    paths: Sequence[Path], data: Data, T: int, targets: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The validation stream in rows of (T + 1 tokens, lengths of documents), as `make_batch` takes them.
+
+    Rows are not aligned to documents; the last one is padded with -1. The stream ends after exactly so
+    many counted `targets`, 0: with the shards. ValueError when there are fewer.
+    """
     stream = np.concatenate([read_shard(path) for path in paths])
-    counted = np.cumsum((stream[1:] != data.document_start) | data.predict_start)
-    found = counted[-1] if len(counted) else 0
-    if found < (wanted := targets or max(1, found)):
-        raise Refusal(f"{paths[0].parent} holds {found} validation targets, the track needs {wanted}")
+    counted = np.cumsum((stream[1:] != data.document_start) | data.predict_start)  # targets up to each token
+    available = int(counted[-1]) if len(counted) else 0
+    wanted = targets or max(1, available)
+    if available < wanted:
+        raise ValueError(f"{paths[0].parent} holds {available} validation targets, the track needs {wanted}")
     stream = stream[: np.searchsorted(counted, wanted) + 2]
     rows = []
     for begin in range(0, len(stream) - 1, T):
         row = stream[begin : begin + T + 1]
         inputs = len(row) - 1
         starts = np.flatnonzero(row[:inputs] == data.document_start)
-        lengths = np.diff(np.unique([0, *starts, inputs, T]))
-        rows.append((np.pad(row.astype(np.int32), (0, T - inputs), constant_values=-1), lengths))
+        borders = np.unique([0, *starts, inputs, T])
+        rows.append((np.pad(row.astype(np.int32), (0, T - inputs), constant_values=-1), np.diff(borders)))
     return rows
 
-# 3. Attention: causal, within a document, window W = own position and the W before it. -------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Attention
+#
+# One maths: causal, within a document, a window of W means a position itself and the W before it.
+# `Layout` says who sees whom in a batch, and `attend` computes the softmax in one of two ways:
+#   fused     FlashAttention on all rows as one sequence of documents (16-bit on a CUDA GPU),
+#   blocked   products of blocks of W queries with their own and the previous block of keys (elsewhere).
+# `GPT.layouts` makes a layout per kind of block, `GPT.attention` uses it.
+# ----------------------------------------------------------------------------------------------------
+
 
 class Layout(NamedTuple):
-    """Who sees whom in a batch of rows, for one window: a mask for the blocked form, the last three for the fused one."""
+    """Who sees whom in a batch of rows, for one window.
+
+    The blocked form has a mask, the fused one has the last three fields.
+    """
+
     starts: Tensor  # (B, T) bool, first positions of documents
-    mask: Tensor | None = None  # (B, T / C, 1, C, 2 C) bool, blocks of C queries against their own and the previous block
+    mask: Tensor | None = None  # (B, T / C, 1, C, 2 C) bool, see `in_blocks`
     offsets: Tensor | None = None  # (B M + 1,) int32 over the flattened rows
     longest: int = 0  # upper bound of a document's length
     window: Tensor | None = None  # (W, 0), of `window_size`
 
+
 def document_starts(offsets: Tensor, T: int) -> Tensor:
     """Whether a document begins at a position, (B, T) bool, from the document `offsets` (B, M + 1)."""
-    return offsets.new_zeros(len(offsets), T + 1, dtype=torch.bool).scatter(1, offsets.long(), True)[:, :T]
+    starts = offsets.new_zeros(len(offsets), T + 1, dtype=torch.bool)
+    return starts.scatter(1, offsets.long(), True)[:, :T]  # offset T is the end of the row, no start
+
 
 def blocked_layout(offsets: Tensor, T: int, window: int) -> Layout:
-    """The `Layout` of rows with document `offsets` (B, M + 1) and its mask; documents of no length are allowed."""
+    """The `Layout` of rows with document `offsets` (B, M + 1), with a mask.
+
+    Documents of no length are allowed.
+    """
     C = min(window, T)
-    blocks, starts = -(-T // C), document_starts(offsets, T)
-    document = F.pad(starts.cumsum(1), (0, -T % C)).view(-1, blocks, C)
-    keys = torch.cat([F.pad(document[:, :-1], (0, 0, 1, 0), value=-1), document], 2)  # (B, blocks, 2 C)
-    distance = torch.arange(C, device=offsets.device)[:, None] + C - torch.arange(2 * C, device=offsets.device)
+    blocks = -(-T // C)
+    starts = document_starts(offsets, T)
+    # number of the document at each position, in blocks; the last block is padded
+    document = F.pad(starts.cumsum(1), (0, -T % C)).view(-1, blocks, C)  # (B, blocks, C)
+    before = F.pad(document[:, :-1], (0, 0, 1, 0), value=-1)  # no document before the first block
+    keys = torch.cat([before, document], 2)  # (B, blocks, 2 C)
+    query_place = torch.arange(C, device=offsets.device)[:, None] + C
+    distance = query_place - torch.arange(2 * C, device=offsets.device)  # (C, 2 C)
     near = (distance >= 0) & (distance <= window)
-    return Layout(starts, (near & (document[..., None] == keys[:, :, None, :]))[:, :, None])
+    same = document[..., None] == keys[:, :, None, :]  # (B, blocks, C, 2 C)
+    return Layout(starts, (near & same)[:, :, None])
+
 
 def window_size(window: int) -> Tensor:
     """A window as the size of an empty tensor (W, 0), which one graph can take with any value."""
@@ -425,71 +690,141 @@ def window_size(window: int) -> Tensor:
     torch._dynamo.mark_dynamic(size, 0)
     return size
 
+
 def fused_layout(offsets: Tensor, T: int, window: Tensor, longest: int) -> Layout:
     """The same for FlashAttention, all rows as one sequence of documents; `window` is a `window_size`."""
-    starts = offsets[:, :-1] + T * torch.arange(len(offsets), device=offsets.device, dtype=torch.int32)[:, None]
-    flat = F.pad(starts.flatten(), (0, 1), value=len(offsets) * T)
+    row_begins = T * torch.arange(len(offsets), device=offsets.device, dtype=torch.int32)[:, None]
+    flat = F.pad((offsets[:, :-1] + row_begins).flatten(), (0, 1), value=len(offsets) * T)
     return Layout(document_starts(offsets, T), None, flat, min(longest, T), window)
 
+
 def in_blocks(x: Tensor, C: int, previous: bool = False) -> Tensor:
-    """(B, T, H, d) -> (B, T / C, H, C, d), blocks of C positions; with the previous block before each (.., 2 C, d)."""
+    """(B, T, H, d) -> (B, T / C, H, C, d): blocks of C positions, the last one padded.
+
+    With the `previous` block before each one: (B, T / C, H, 2 C, d).
+    """
     B, T, H, d = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, d).transpose(2, 3)
-    return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) if previous else x
+    if not previous:
+        return x
+    before = F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat([before, x], 3)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """softmax(q k) v for q, k, v of (B, T, H, d); the softmax scale is already in q. In blocks the cost is T x window, and
-    exponentials need no running maximum: scores are bounded (|q k| <= 60: RMS-normalised heads times a scale)."""
+    """softmax(q k) v for q, k, v of (B, T, H, d) -> (B, T, H, d); the softmax scale is already in q.
+
+    In blocks the cost is T x window, and the exponentials need no running maximum: heads are
+    RMS-normalised and scaled, so |q k| <= 60.
+    """
     if layout.mask is not None:
         C = layout.mask.size(-2)
-        weights = torch.where(layout.mask, (in_blocks(q, C) @ in_blocks(k, C, True).mT).float().exp(), 0.0)
-        y = (weights / weights.sum(-1, keepdim=True)).to(q.dtype) @ in_blocks(v, C, True)  # (B, T / C, H, C, d)
+        scores = in_blocks(q, C) @ in_blocks(k, C, True).mT  # (B, T / C, H, C, 2 C)
+        weights = torch.where(layout.mask, scores.float().exp(), 0.0)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(q.dtype)
+        y = weights @ in_blocks(v, C, True)  # (B, T / C, H, C, d)
         return y.transpose(2, 3).flatten(1, 2)[:, : q.size(1)]
     from torch.nn.attention.varlen import varlen_attn
-    flat, cu, longest = [x.flatten(0, 1) for x in (q, k, v)], layout.offsets, layout.longest
-    return varlen_attn(*flat, cu, cu, longest, longest, scale=1.0, window_size=(layout.window.size(0), 0)).view_as(q)
+
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B T, H, d)
+    ends, longest = layout.offsets, layout.longest
+    window = (layout.window.size(0), 0)  # positions before and after
+    return varlen_attn(*flat, ends, ends, longest, longest, scale=1.0, window_size=window).view_as(q)
+
 
 def supports(device: torch.device, feature: str) -> bool:
-    """Whether the processor has bfloat16, fp8 products, a kernel for varlen_attn (flash), or the kernels fa3 and fa4."""
+    """Whether the device has a feature: bfloat16, fp8 (products), flash (for varlen_attn), fa3 or fa4."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        fa4 = major in (9, 10) and torch.__version__ >= "2.13"  # its backward refuses windows before
-        return {"fp8": (major, minor) >= (8, 9), "fa3": major == 9, "fa4": fa4}.get(feature, major >= 8)
-    slow = device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return feature == "bfloat16" and not slow
+        if feature == "fp8":
+            return (major, minor) >= (8, 9)
+        if feature == "fa3":
+            return major == 9
+        if feature == "fa4":  # its backward refuses windows before torch 2.13
+            return major in (9, 10) and torch.__version__ >= "2.13"
+        return major >= 8
+    if device.type == "cpu" and feature == "bfloat16":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return feature == "bfloat16"
 
-# 4. Model: weights of one shape live in one bank. --------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Model
+#
+# A decoder-only GPT. What it has, with the record or paper that brought it:
+#   tokens     n-gram embeddings with sign patterns (#62, #83), smear from the token before (#34),
+#              value embeddings with gates (#14, #63, #55), head and embedding that part (#51, #53)
+#   attention  norm of q and k (2010.04245), rotary positions on half of the channels (#17) with YaRN
+#              (#31), short and long windows (#20), gates per head (#28), exclusive self-attention
+#              (#82), keys from the position before (#49), paired heads (#58), one source for all later
+#              blocks (#77), blocks without attention (#17)
+#   MLP        ReLU squared (2109.08668)
+#   stream     factors on stream and embedding (#45), skips (#11, #45), backout (#40)
+#   logits     soft cap (#18, #54), FP8 products (#19), targets further ahead (#53)
+#
+# Weights of one shape live in one bank, a stacked `nn.Parameter`: the optimizer updates a bank at a
+# time, and `GPT.stream` hands each block its slices. To read a forward pass, begin at `GPT.forward`:
+#   forward -> body -> stream -> embedding, layouts, then block after block (attention, feed_forward)
+#                   -> loss -> logits
+# `compile_parts` says which of these become graphs of torch.compile.
+# ----------------------------------------------------------------------------------------------------
+
+MLP_MATRICES = ("up", "down")  # of a block: the bank, its start, its learning rates and the profile follow
+YARN_TURNS = 32  # a frequency that turns so often in the old window keeps its speed (2309.00071)
+
+# Multipliers of the n-gram hashes: a prime for the running key, and two of Lehmer's (Park and Miller 1988),
+# whose low bits are shifted out since they are the worst ones.
+HASH_KEY, HASH_ROW, HASH_SIGN = 1_000_003, 48_271, 16_807
+
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
+
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
-    """Frequencies (d / 2,) in radians per token, half of them 0 (#17), and softmax scale after a history of long windows.
-    At each change YaRN (2309.00071, #31) interpolates slow frequencies and the scale grows by 1 + 0.2 ln(new / old)."""
-    scale, turning = model.attention_scale, model.width // model.heads // 4
+    """Frequencies (d / 2,) in radians per token, half of them 0 (#17), and the softmax scale.
+
+    Both depend on the history of long windows: at each change YaRN (2309.00071, #31) interpolates the slow
+    frequencies, and the scale grows by 1 + 0.2 ln(new / old).
+    """
+    turning = model.width // model.heads // 4
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
+    scale = model.attention_scale
     for old, new in zip(windows, windows[1:]):
-        keep = ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        turns = old * frequencies / (2 * math.pi)  # in the old window
+        keep = ((turns - 1) / (YARN_TURNS - 1)).clamp(0, 1)  # 0: interpolated, 1: as it was
         frequencies = frequencies * (old / new + keep * (1 - old / new))
         scale *= 1 + 0.2 * math.log(new / old)
     return F.pad(frequencies, (0, turning)), scale
 
+
 def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Row of each n-gram in its table and a second hash, (B, T, len(ngrams)) each: the last n tokens within the document.
-    The tables lie one after the other. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs)."""
-    document, begin, rows, second = starts.cumsum(1), 0, [], []
+    """Row of each n-gram in its table, and a second hash: (B, T, len(ngrams)) each.
+
+    An n-gram is the last n tokens, as far as they are of the same document. The tables lie one after
+    the other in one bank. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
+    """
+    document = starts.cumsum(1)  # (B, T)
+    rows, second_hashes = [], []
+    table_begin = 0
     for n, count in ngrams:
-        key = inputs.long() + 1
+        key = inputs.long() + 1  # (B, T)
         for k in range(1, n):
             same = document[:, k:] == document[:, :-k]
-            key = (key * 1_000_003 + F.pad(torch.where(same, inputs[:, :-k].long() + 1, 0), (k, 0))) % 2**31
-        rows.append(begin + (key * 48_271 >> 8) % count)
-        second.append(key * 16_807 >> 9)
-        begin += count
-    return torch.stack(rows, -1), torch.stack(second, -1)
+            earlier = torch.where(same, inputs[:, :-k].long() + 1, 0)  # 0 for what lies before the document
+            key = (key * HASH_KEY + F.pad(earlier, (k, 0))) % 2**31
+        rows.append(table_begin + (key * HASH_ROW >> 8) % count)
+        second_hashes.append(key * HASH_SIGN >> 9)
+        table_begin += count
+    return torch.stack(rows, -1), torch.stack(second_hashes, -1)
+
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table (R, D) by an index (...). The backward is one scatter_add: inductor's own for F.embedding is slow."""
+    """Rows of a table (R, D) by an index (...) -> (..., D). The backward is one scatter_add.
+
+    It adds in fp32. inductor's own backward of F.embedding is slow.
+    """
+
     @staticmethod
     def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(table, index)
@@ -497,94 +832,174 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (table, index), grad = ctx.saved_tensors, grad.float().flatten(0, -2)
+        table, index = ctx.saved_tensors
+        grad = grad.float().flatten(0, -2)  # (n, D)
         places = index.reshape(-1, 1).long().expand_as(grad)
-        return torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad).to(table.dtype), None
+        table_grad = torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad)
+        return table_grad.to(table.dtype), None
+
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
-    return (x / divisor).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    limits = torch.finfo(dtype)
+    return (x / divisor).clamp(limits.min, limits.max).to(dtype)
 
-def fp8_product(a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool) -> Tensor:
-    """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it. torch 2.11 cannot compile F.scaled_mm."""
+
+def fp8_product(
+    a: Tensor, b: Tensor, divisors: tuple[float, float], dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """(m, k) (n, k) -> (m, n); both row-major, as the hardware wants it.
+
+    A private call, since torch 2.11 cannot compile F.scaled_mm.
+    """
     scales = (torch.full((), divisor, device=a.device) for divisor in divisors)
     return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
 
+
 class FP8Linear(torch.autograd.Function):
-    """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors (of x, w and the gradient); records #19, #42.
-    e4m3 forward and e5m2 gradients; the gradient of w, an fp32 parameter, comes out in fp32."""
+    """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors of x, w and the gradient.
+
+    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, an fp32 parameter, is fp32.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, divisors: tuple[float, float, float]) -> Tensor:
         of_x, of_w, _ = ctx.divisors = divisors
-        x8, w8 = to_fp8(x, of_x, torch.float8_e4m3fn), to_fp8(w, of_w, torch.float8_e4m3fn)
+        x8 = to_fp8(x, of_x, torch.float8_e4m3fn)
+        w8 = to_fp8(w, of_w, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, w8)
         return fp8_product(x8, w8, (of_x, of_w), x.dtype, True)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x8, w8), (of_x, of_w, of_g) = ctx.saved_tensors, ctx.divisors
+        x8, w8 = ctx.saved_tensors
+        of_x, of_w, of_g = ctx.divisors
         g8 = to_fp8(grad, of_g, torch.float8_e5m2)
         dx = fp8_product(g8, w8.T.contiguous(), (of_g, of_w), grad.dtype, False)
-        return dx, fp8_product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False), None
+        dw = fp8_product(g8.T.contiguous(), x8.T.contiguous(), (of_g, of_x), torch.float32, False)
+        return dx, dw, None
+
+
+class AttentionArgs(NamedTuple):
+    """What the attention of one block is given besides its input."""
+
+    qkvo: Tensor  # (4 D, D): the matrices of q, k, v and o, each (out, in)
+    gate: Tensor  # (H, gate_inputs)
+    value_mix: Tensor  # (2,): factors on v and on the value embedding
+    value_gate: Tensor | None  # (H, 2 value_gate_inputs), None: no gate
+    xsa: Tensor | None  # (H,), None: the heads keep the component along their own value
+    value: Tensor | None  # (B, T, D) value embedding, None: the block has none
+    layout: Layout  # of 2 T positions where heads are paired
+    key_offset: bool
+    paired: bool
+
+
+def run_directly(part: Callable[..., Tensor], *args: Any) -> Tensor:
+    """How the model runs a block and its loss unless they are to be recomputed in the backward."""
+    return part(*args)
+
 
 class GPT(nn.Module):
-    """The decoder of records #42 to #89. All sizes come from `model`; activations and `low_precision` have `dtype`."""
-    COMPILED = {"parts": ("layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
+    """The decoder of records #42 to #89.
+
+    All sizes come from `model`, `max_tokens` is the longest row, activations and the parameters in
+    `model.low_precision` have `dtype`. Weights are undefined until `init_weights`.
+    """
+
+    # Which methods become graphs: with "parts" equal blocks share one, "whole" is a single graph.
+    COMPILED = {"parts": ("make_layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
     LOGITS_AT_ONCE = (32768, 4096)  # tokens, with memory normal and low
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
         self.config, self.dtype = model, dtype
-        D, H, L, V = model.width, model.heads, model.layers, model.padded_vocab
-        self.attention_blocks = [i for i in range(L) if i not in model.attention_free]
-        A, G = len(self.attention_blocks), model.gate_inputs
-        tables = 1 + max((table for _, table in model.value_tables), default=-1)
+        self.attention_blocks = [i for i in range(model.layers) if i not in model.attention_free]
+        self.make_parameters(model, device)
+        for name in model.low_precision:
+            setattr(self, name, nn.Parameter(getattr(self, name).to(dtype)))
+        self.make_buffers(model, max_tokens, device)
+        half_precision, place = dtype.itemsize == 2, self.embed.device
+        self.fused = half_precision and supports(place, "flash")  # attention
+        self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
+        self.low_memory = False
+        self.tied = False  # whether the head is the embedding too, at this step
+        self.make_layout = blocked_layout
+
+    def make_parameters(self, model: Model, device: torch.device | str) -> None:
+        """The banks. Shapes with numbers are those of the track `short`: 11 blocks, 10 with attention."""
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device))
-        self.qk = parameter(2 * A * model.qk_parts, D // model.qk_parts, D)  # q and k of each attention block, (out, in)
-        self.vo = parameter(2 * A, D, D)
-        self.mlp = parameter(2 * L, D, model.mlp_ratio * D)  # up as (in, out), down as (out, in)
-        self.gate = parameter(A, H, G)
+
+        D, H, L, V = model.width, model.heads, model.layers, model.padded_vocab
+        A, parts = len(self.attention_blocks), model.qk_parts
+        value_tables = 1 + max((table for _, table in model.value_tables), default=-1)
+        # matrices: (out, in), but up as (in, out) so that up and down have one shape
+        self.qk = parameter(2 * A * parts, D // parts, D)  # (60, 256, 768): q and k of each block, in parts
+        self.vo = parameter(2 * A, D, D)  # (20, 768, 768)
+        self.mlp = parameter(len(MLP_MATRICES) * L, D, model.mlp_ratio * D)  # (22, 768, 3072)
+        self.gate = parameter(A, H, model.gate_inputs)  # (10, 6, 12)
         self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
-        self.smear_gate = parameter(1, G)
-        self.embed = parameter(V, D)
-        self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)
-        self.value_embed = parameter(tables * V, D)
+        self.smear_gate = parameter(1, model.gate_inputs)
+        # tables: a row of D channels for each token or n-gram
+        self.embed = parameter(V, D)  # (50304, 768)
+        self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)  # (377280, 768)
+        self.value_embed = parameter(value_tables * V, D)  # (251520, 768)
         self.lm_head = parameter(V, D)
+        # scalars
         self.residual = parameter(L, 2)  # on the stream and on the embedding, before each block
         self.value_mix = parameter(A, 2)  # on v and on the value embedding
         self.xsa = parameter(A if model.xsa else 0, H)
         self.skip = parameter(len(model.skips))
         self.smear = parameter(1)
         self.backout = parameter(1)
-        positions, half = max_tokens * (2 if model.paired else 1), D // H // 2
-        self.register_buffer("cos", torch.ones(positions, half, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("sin", torch.zeros(positions, half, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("attention_scale", torch.ones((), dtype=dtype, device=device), persistent=False)
-        signs = torch.randint(0, 2, (model.ngram_signs, D), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-        self.register_buffer("signs", signs.to(device), persistent=False)
-        for name in model.low_precision:
-            setattr(self, name, nn.Parameter(getattr(self, name).to(dtype)))
-        short, place = dtype.itemsize == 2, self.embed.device
-        self.fused, self.fp8 = short and supports(place, "flash"), bool(model.fp8_head) and short and supports(place, "fp8")
-        self.low_memory, self.tied, self.layout = False, False, blocked_layout
+
+    def make_buffers(self, model: Model, max_tokens: int, device: torch.device | str) -> None:
+        """Rotary tables (see `set_rotary`) and the fixed sign patterns of n-grams; not in checkpoints."""
+        D, half_head = model.width, model.width // model.heads // 2
+        positions = max_tokens * (2 if model.paired else 1)
+        fixed = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (model.ngram_signs, D), generator=fixed) * 2.0 - 1  # -1 or 1
+        for name, buffer in {
+            "cos": torch.ones(positions, half_head, dtype=self.dtype, device=device),
+            "sin": torch.zeros(positions, half_head, dtype=self.dtype, device=device),
+            "attention_scale": torch.ones((), dtype=self.dtype, device=device),
+            "signs": signs.to(device),
+        }.items():
+            self.register_buffer(name, buffer, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The start of a run, the same on every device: drawn on the CPU from `seed`; zero where nothing else is said."""
-        c, generator = self.config, torch.Generator().manual_seed(seed)
-        uniform = {"qk": (c.up_std,), "vo": (c.up_std, c.o_std), "mlp": (c.up_std, 0.0)}  # stds, of the matrices in turns
+        """The start of a run, the same on every device: drawn on the CPU from `seed`.
+
+        Zero where nothing else is said.
+        """
+        c = self.config
+        generator = torch.Generator().manual_seed(seed)
+        mlp_stds = {"up": c.up_std, "down": 0.0}
+        # stds of the matrices of a bank, in turns, times D ** -0.5
+        uniform = {
+            "qk": (c.up_std,),
+            "vo": (c.up_std, c.o_std),
+            "mlp": tuple(mlp_stds[name] for name in MLP_MATRICES),
+        }
         normal = {"embed": c.embed_std, "value_embed": c.value_std, "lm_head": c.head_std}
-        constant = {"residual": (c.residual_start, 0.0), "value_mix": 0.5, "skip": -1.5, "backout": 0.5 * (c.backout >= 0)}
-        bound = (3 / c.width) ** 0.5  # of std D ** -0.5
+        backout = 0.5 if c.backout >= 0 else 0.0
+        constant = {"residual": (c.residual_start, 0.0), "value_mix": 0.5, "skip": -1.5, "backout": backout}
+        bound = (3 / c.width) ** 0.5  # a uniform distribution on (-bound, bound) has the std D ** -0.5
         for name, p in self.named_parameters():
             if name in uniform:
                 stds = torch.tensor(uniform[name]).repeat(len(p) // len(uniform[name]))
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator) * stds[:, None, None])
+                drawn = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+                p.copy_(drawn * stds[:, None, None])
             elif name in normal:
                 p.copy_(torch.randn(p.shape, generator=generator) * normal[name])
             else:
                 p.copy_(torch.tensor(constant.get(name, 0.0)))
+
+    def compile_parts(self, mode: str) -> None:
+        """Put torch.compile around the methods that COMPILED names for "whole", "parts" or "none"."""
+        for name in self.COMPILED[mode]:
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 
     @torch.no_grad()
     def set_rotary(self, windows: Sequence[int]) -> None:
@@ -596,68 +1011,187 @@ class GPT(nn.Module):
         self.sin.copy_(angles.sin())
         self.attention_scale.fill_(scale)
 
-    def rotate(self, x: Tensor) -> Tensor:  # (B, T, H, d), pairs are (j, j + d / 2)
+    def rotate(self, x: Tensor) -> Tensor:
+        """(B, T, H, d) with each pair of channels (j, j + d / 2) turned by its angle at the position."""
         cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
+    # ---- the forward pass, from the outside in
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
+        ahead: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
+
+        The first is of the targets themselves, the others of those 1, 2, ... places on in the row.
+        `windows` are (short, long), `longest` bounds the length of a document.
+        """
+        windows = [window_size(w) for w in windows] if self.fused else windows
+        return self.body(inputs, targets, offsets, windows, longest, ahead)
+
+    def body(
+        self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int
+    ) -> Tensor:
+        run = run_directly
+        if self.low_memory and torch.is_grad_enabled():  # keep the inputs of each part, recompute the rest
+            run = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
+        x = self.stream(inputs, offsets, windows, longest, run).flatten(0, 1)  # (B T, D)
+        shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
+        all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
+        at_once = self.LOGITS_AT_ONCE[self.low_memory]
+        parts = zip(x.split(at_once), all_targets.split(at_once))
+        return torch.stack([run(self.loss, *part) for part in parts]).sum(0)
+
+    def stream(
+        self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable = run_directly
+    ) -> Tensor:
+        """Activations (B, T, D) of tokens (B, T) before the last norm; `run` calls a block."""
+        c, dtype = self.config, self.dtype
+        layouts = self.layouts(offsets, inputs.size(1), windows, longest)
+        attention_weights = self.attention_weights()
+        mlp_shape = c.layers, len(MLP_MATRICES), c.width, -1
+        mlps = self.mlp.to(dtype).view(mlp_shape).unbind(0)  # (2, D, hidden) each
+        residuals = self.residual.to(dtype).unbind(0)  # (2,) each
+        skip_weights = torch.sigmoid(self.skip).to(dtype).unbind(0)
+        tables = dict(c.value_tables)
+        read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
+        outputs = {}  # of the blocks in `read_later`
+
+        x, values = self.embedding(inputs, offsets)  # (B, T, D), (tables, B, T, D)
+        values = values.unbind(0)
+        x0 = x.view_as(x)  # a tensor of its own: a graph for blocks whose x is x0 would be one more
+        for i in range(c.layers):
+            # skips: the outputs of earlier blocks (U-net)
+            for number, (source, target) in enumerate(c.skips):
+                if target == i:
+                    x = torch.addcmul(x, skip_weights[number], outputs[source])
+            # attention: its weights, value embedding and layout; None in blocks without
+            attention = None
+            if i in attention_weights:
+                attention = AttentionArgs(
+                    *attention_weights[i],
+                    value=values[tables[i]] if i in tables else None,
+                    layout=layouts[i in c.long_blocks, i in c.paired],
+                    key_offset=i in c.key_offset,
+                    paired=i in c.paired,
+                )
+            # the block, whose attention may read the output of an earlier one
+            attention_input = outputs.get(c.attention_source)
+            x = run(self.block, x, x0, attention_input, residuals[i], mlps[i], attention)
+            if i in read_later:
+                outputs[i] = x
+        if c.backout >= 0:
+            x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
+        return x
+
+    def layouts(
+        self, offsets: Tensor, T: int, windows: Sequence, longest: int
+    ) -> dict[tuple[bool, bool], Layout]:
+        """The layout of each kind of block that occurs, by (has the long window, has paired heads).
+
+        Paired heads see a row of 2 T positions, two for each token.
+        """
+        c, made = self.config, {}
+        for long, paired in sorted({(i in c.long_blocks, i in c.paired) for i in self.attention_blocks}):
+            times = 2 if paired else 1
+            if self.fused:
+                made[long, paired] = fused_layout(times * offsets, times * T, windows[long], times * longest)
+            else:
+                made[long, paired] = self.make_layout(times * offsets, times * T, windows[long])
+        return made
+
+    def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
+        """The first five fields of `AttentionArgs` for each block with attention, by its number."""
+        c, dtype, A, D = self.config, self.dtype, len(self.attention_blocks), self.config.width
+        qkvo = torch.cat([bank.to(dtype).view(A, 2 * D, D) for bank in (self.qk, self.vo)], 1)  # (A, 4 D, D)
+        banks = [qkvo, *(bank.to(dtype) for bank in (self.gate, self.value_mix, self.value_gate, self.xsa))]
+        slices = [bank.unbind(0) if len(bank) else [None] * A for bank in banks]
+        weights = {}
+        for i, (*others, xsa) in zip(self.attention_blocks, zip(*slices)):
+            weights[i] = (*others, xsa if i in c.xsa else None)
+        return weights
+
     def embedding(self, inputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """First activations (B, T, D) and value embeddings (tables, B, T, D)."""
+        """First activations (B, T, D) and value embeddings (tables, B, T, D) of tokens (B, T)."""
         c, dtype = self.config, self.dtype
         starts = document_starts(offsets, inputs.size(1))
         x = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype)
+        # n-grams: a row for each length; those that share a row by chance differ in their signs (#83)
         if c.ngrams:
-            rows, second = ngram_hashes(inputs, starts, c.ngrams)
-            found = Lookup.apply(self.ngram_embed, rows)
-            if c.ngram_signs:  # what shares a row by chance is no longer alike (record #83)
-                found = found * F.embedding(second % c.ngram_signs, self.signs)
-            x = x + found.sum(-2).to(dtype)
-        weight = ~starts[..., None] * self.smear * torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
-        x = norm(x + weight.to(dtype) * x.roll(1, 1))  # of the token before, in its document (record #34)
-        tables = torch.arange(0, len(self.value_embed), c.padded_vocab, device=inputs.device)  # first rows
-        return x, Lookup.apply(self.value_embed, inputs + tables[:, None, None]).to(dtype)
+            rows, second_hash = ngram_hashes(inputs, starts, c.ngrams)
+            ngrams = Lookup.apply(self.ngram_embed, rows)  # (B, T, lengths, D)
+            if c.ngram_signs:
+                ngrams = ngrams * F.embedding(second_hash % c.ngram_signs, self.signs)
+            x = x + ngrams.sum(-2).to(dtype)
+        # smear: a gated part of the token before, in its document (#34)
+        gate = torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
+        weight = ~starts[..., None] * self.smear * gate
+        x = norm(x + weight.to(dtype) * x.roll(1, 1))
+        # value embeddings: all tables at once; each begins padded_vocab rows after the one before
+        first_rows = torch.arange(0, len(self.value_embed), c.padded_vocab, device=inputs.device)
+        return x, Lookup.apply(self.value_embed, inputs + first_rows[:, None, None]).to(dtype)
 
-    def block(self, x: Tensor, x0: Tensor, read: Tensor | None, residual: Tensor, mlp: Tensor, attention: tuple) -> Tensor:
-        """x (B, T, D) through a block, whose attention may `read` another stream: `mlp` is (up, down), `attention` what
-        the method of that name takes after x, or empty."""
+    def block(
+        self, x: Tensor, x0: Tensor, attention_input: Tensor | None, residual: Tensor, mlp: Tensor,
+        attention: AttentionArgs | None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, T, D) through a block; its attention reads `attention_input` where that is given, else x."""
         x = residual[0] * x + residual[1] * x0
-        if attention:
-            x = x + self.attention(norm(x if read is None else read), *attention)
+        if attention is not None:
+            x = x + self.attention(norm(x if attention_input is None else attention_input), attention)
         return x + self.feed_forward(x, mlp)
 
-    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:  # ReLU^2: 2109.08668
-        return F.linear(F.relu(norm(x) @ mlp[0]).square(), mlp[1])
+    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D) with mlp (2, D, hidden): up as (in, out), down as (out, in)."""
+        up, down = mlp[0], mlp[1]
+        return F.linear(F.relu(norm(x) @ up).square(), down)
 
-    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, value_gate: Tensor | None, xsa: Tensor | None,
-                  value: Tensor | None, layout: Layout, forms: Sequence[str]) -> Tensor:  # fmt: skip
-        """Of x (B, T, D) with qkvo (4 D, D); `value` is a value embedding (B, T, D), `forms` name what else is on here."""
-        (B, T, D), H = x.shape, self.config.heads
-        q, k, v = F.linear(x, qkvo[: 3 * D]).view(B, T, 3 * H, -1).chunk(3, 2)
-        v = mix[0] * v
-        if value is not None:
-            weight = mix[1]
-            if value_gate is not None:  # record #55
-                n = value_gate.size(-1) // 2
-                read = torch.cat([x[..., :n], value[..., :n]], -1)
-                weight = 2 * weight * torch.sigmoid(F.linear(read, value_gate))[..., None]
-            v = v + weight * value.view_as(v)
-        q, k, keyed = norm(q), norm(k), v  # 2010.04245
-        if "paired" in forms:  # two positions for each token, of half the heads (record #58)
-            q, k, keyed = (z.reshape(B, 2 * T, H // 2, -1) for z in (q, k, v))
+    def attention(self, x: Tensor, args: AttentionArgs) -> Tensor:
+        """(B, T, D) -> (B, T, D); x is normed."""
+        B, T, D = x.shape
+        H = self.config.heads
+        q, k, v = F.linear(x, args.qkvo[: 3 * D]).view(B, T, 3 * H, -1).chunk(3, 2)  # (B, T, H, d) each
+        v = self.mix_value(x, v, args)
+        q, k = norm(q), norm(k)
+        # paired heads: h and h + H / 2 become one head with two positions for each token (#58)
+        attended = v
+        if args.paired:
+            q, k, attended = (z.reshape(B, 2 * T, H // 2, -1) for z in (q, k, v))
+        # positions; the softmax scale goes into q
         q, k = self.rotate(q) * self.attention_scale, self.rotate(k)
-        if "key_offset" in forms:  # who looks for a token finds the one that followed it (record #49)
-            still = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2) >= k.size(-1) // 4
-            k = torch.where(still & ~layout.starts[..., None, None], k.roll(1, 1), k)
-        y = attend(q, k, keyed, layout).reshape(B, T, H, -1)
-        if "xsa" in forms:  # 2603.09078, record #82
-            share = torch.tanh(xsa)[:, None] * (y * v).sum(-1, True) / v.square().sum(-1, True).clamp_min(1e-8)
-            y = y - share * v
-        y = y * torch.sigmoid(F.linear(x[..., : gate.size(-1)], gate))[..., None]
-        return F.linear(y.reshape(B, T, D), qkvo[3 * D :])
+        # key offset: the channels that do not turn are those of the position before, so that a query that
+        # looks for a token finds the token after it (#49)
+        if args.key_offset:
+            d = k.size(-1)
+            still = torch.arange(d, device=k.device) % (d // 2) >= d // 4
+            k = torch.where(still & ~args.layout.starts[..., None, None], k.roll(1, 1), k)
+        y = attend(q, k, attended, args.layout).reshape(B, T, H, -1)
+        # exclusive self-attention: a share of the component along the position's own value is removed (#82)
+        if args.xsa is not None:
+            along = torch.tanh(args.xsa)[:, None] * (y * v).sum(-1, True)  # (B, T, H, 1)
+            y = y - along / v.square().sum(-1, True).clamp_min(1e-8) * v
+        # a gate for each head, then the projection back to the stream
+        y = y * torch.sigmoid(F.linear(x[..., : args.gate.size(-1)], args.gate))[..., None]
+        return F.linear(y.reshape(B, T, D), args.qkvo[3 * D :])
+
+    def mix_value(self, x: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
+        """v (B, T, H, d) times its factor, and the value embedding with its gate where the block has one."""
+        v = args.value_mix[0] * v
+        if args.value is None:
+            return v
+        weight = args.value_mix[1]
+        if args.value_gate is not None:  # of the leading channels of x and of the value embedding (#55)
+            n = args.value_gate.size(-1) // 2
+            gate_input = torch.cat([x[..., :n], args.value[..., :n]], -1)
+            weight = 2 * weight * torch.sigmoid(F.linear(gate_input, args.value_gate))[..., None]
+        return v + weight * args.value.view_as(v)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(n, V) fp32 of activations (n, D), the rows that pad the vocabulary included."""
-        x, (A, B, C) = norm(x), self.config.softcap
+        """(n, V) fp32 of activations (n, D), with the rows that pad the vocabulary. Validation has no FP8."""
+        A, B, C = self.config.softcap
+        x = norm(x)
         if self.fp8 and torch.is_grad_enabled():
             logits = FP8Linear.apply(x, self.lm_head, self.config.fp8_head)
         else:
@@ -665,83 +1199,101 @@ class GPT(nn.Module):
         return A * torch.sigmoid((logits.float() + B) / C)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropies (K,) in nats, fp32, of (n, D) activations against K targets each (n, K), -1 for none."""
-        z = self.logits(x)
-        classes = torch.arange(z.size(1), device=z.device)  # the backward of a gather would write zeros of the size of z first
-        own = [torch.where(classes == target[:, None], z, 0.0).sum(1) for target in targets.unbind(1)]
-        return ((z.logsumexp(-1, True) - torch.stack(own, 1)) * (targets >= 0)).sum(0)
+        """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
 
-    def forward(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
-                ahead: int = 0) -> Tensor:  # fmt: skip
-        """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
-        The first is of the targets, the others of those 1, 2, ... places on in the row; windows are (short, long)."""
-        windows = [window_size(w) for w in windows] if self.fused else windows
-        return self.body(inputs, targets, offsets, windows, longest, ahead)
+        This is the training loss AND the validation loss, on which the claim of a record rests. A term that
+        only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
+        `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
+        """
+        z = self.logits(x)  # (n, V)
+        # A sum over classes picks the logit of the target: the backward of a gather would first write
+        # zeros of the size of z.
+        classes = torch.arange(z.size(1), device=z.device)
+        target_logits = []
+        for target in targets.unbind(1):
+            target_logits.append(torch.where(classes == target[:, None], z, 0.0).sum(1))
+        losses = z.logsumexp(-1, True) - torch.stack(target_logits, 1)  # (n, K)
+        return (losses * (targets >= 0)).sum(0)
 
-    def body(self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int) -> Tensor:
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        run = again if self.low_memory and torch.is_grad_enabled() else lambda part, *args: part(*args)
-        x = self.stream(inputs, offsets, windows, longest, run).flatten(0, 1)
-        further = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)], -1).flatten(0, 1)
-        parts = zip(*(whole.split(self.LOGITS_AT_ONCE[self.low_memory]) for whole in (x, further)))
-        return torch.stack([run(self.loss, *part) for part in parts]).sum(0)
 
-    def stream(self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable) -> Tensor:
-        """Activations (B, T, D) before the last norm; `run` calls a block."""
-        c, D, dtype, T = self.config, self.config.width, self.dtype, inputs.size(1)
-        kinds, layouts = {i: (i in c.long_blocks, 1 + (i in c.paired)) for i in self.attention_blocks}, {}
-        for long, twice in sorted(set(kinds.values())):  # those that some block uses
-            rows = twice * offsets, twice * T, windows[long]
-            layouts[long, twice] = fused_layout(*rows, twice * longest) if self.fused else self.layout(*rows)
-        A = len(self.attention_blocks)
-        qkvo = torch.cat([bank.to(dtype).view(A, 2 * D, D) for bank in (self.qk, self.vo)], 1)
-        banks = qkvo, self.gate.to(dtype), self.value_mix.to(dtype), self.value_gate.to(dtype), self.xsa.to(dtype)
-        attentions = iter(zip(*(bank.unbind(0) if len(bank) else [None] * A for bank in banks)))
-        mlps, residuals = self.mlp.to(dtype).view(c.layers, 2, D, -1).unbind(0), self.residual.to(dtype).unbind(0)
-        skip, tables = torch.sigmoid(self.skip).to(dtype).unbind(0), dict(c.value_tables)
-        sources = {source for source, _ in c.skips} | {c.backout, c.frozen}
+# ----------------------------------------------------------------------------------------------------
+# 5. Optimizer
+#
+# `MuonEq` updates matrices by Muon and its relatives and everything else by Adam. One matrix W (m, n)
+# with gradient G, in ten lines (`Unit.update_matrices` does it for a stack of them):
+#
+#     M = mu M + (1 - mu) G                      momentum
+#     U = mu M + (1 - mu) G                      Nesterov: the gradient once more
+#     r = row sums of U * U                      MuonEq: balance the rows (or the columns) ...
+#     U = U / sqrt(r)                            ... before they are orthogonalised
+#     X = U / (1.02 ||U||)                       singular values between 0 and 1
+#     X = a X + (b X X' + c (X X')^2) X          Polar Express: five times, towards singular values of 1
+#     X = X / sqrt(running mean square)          NorMuon: by rows or columns, norm restored
+#     W = W - lr decay W
+#     W = W - lr sqrt(max(1, m / n)) X
+#
+# Parameters whose matrices have one shape are one `Unit`: a stack (S, m, n), padded to N equal chunks,
+# one for each rank. Of the track `short` on 8 ranks, for example:
+#
+#     bank       matrices       chunk of a rank   padded to
+#     qk         60 x 256 x 768         8             64
+#     vo         20 x 768 x 768         3             24
+#     mlp        22 x 768 x 3072        3             24
+#     lm_head    38,633,472 numbers     4,829,184     -      (Adam: a stack of single numbers)
+#
+# A step has three phases, each over all units, so that communication runs beside arithmetic:
+#     reduce   gradients are summed over ranks, each rank receives the chunk that it owns (reduce_scatter);
+#     update   each rank updates its chunk, with the state that only it holds;
+#     gather   the new weights of all chunks go to all ranks (all_gather).
+# Large units are reduced first and updated last: their transfers hide behind the work on small ones.
+# With one process the same code runs and nothing is sent.
+# ----------------------------------------------------------------------------------------------------
 
-        x, values = self.embedding(inputs, offsets)
-        x0, values, outputs = x.view_as(x), values.unbind(0), {}  # x twice would be another graph
-        for i in range(c.layers):
-            for number, (source, target) in enumerate(c.skips):
-                if target == i:
-                    x = torch.addcmul(x, skip[number], outputs[source])
-            attention, read = (), outputs.get(c.frozen)  # record #77
-            if i in kinds:
-                forms = tuple(form for form in ("xsa", "key_offset", "paired") if i in getattr(c, form))
-                attention = *next(attentions), (values[tables[i]] if i in tables else None), layouts[kinds[i]], forms
-            x = run(self.block, x, x0, read, residuals[i], mlps[i], attention)
-            if i in sources:
-                outputs[i] = x
-        return torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout]) if c.backout >= 0 else x
+TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
 
-# 5. Optimizer: MuonEq for matrices, Adam for the rest; stacked, padded, sharded over ranks. --------------------------
 
-# Margin by which the bound of the largest singular value is enlarged, triples (a, b, c), and the one of all further iterations.
-# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of one's own goes.
-ORTHOGONALIZERS: dict[str, tuple | Callable[[Tensor], Tensor]] = {
-    "polar_express": (1.02, (  # 2505.16932: 5 iterations, safety 2e-2
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ), (1.875, -1.25, 0.375)),
-    "newton_schulz": (1.0, (), (3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
-}  # fmt: skip
-TINY = 1e-30  # guards divisions; a zero matrix stays exactly zero
+class Polynomial(NamedTuple):
+    """An iteration x -> a x + (b g + c g^2) x with g = x xT, which moves singular values towards 1."""
+
+    margin: float  # by which the bound of the largest singular value is enlarged before the first iteration
+    first: tuple[tuple[float, float, float], ...]  # (a, b, c) of the first iterations
+    then: tuple[float, float, float]  # (a, b, c) of all further ones
+
+
+# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of your own goes.
+ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
+    "polar_express": Polynomial(  # 2505.16932: 5 iterations, safety 2e-2
+        margin=1.02,
+        first=(
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        then=(1.875, -1.25, 0.375),
+    ),
+    "newton_schulz": Polynomial(margin=1.0, first=(), then=(3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
+}
+
 
 class Comm:
-    """The collectives of a step. With one process the buffers are passed through; work is waited for, never futures."""
-    DONE = types.SimpleNamespace(wait=lambda: None)  # nothing is under way
+    """The collectives of a step. With one process the buffers are passed through.
+
+    The asynchronous ones return work to `wait()` for. `calls` counts them, as a sign of life for `watch`.
+    """
+
+    DONE = types.SimpleNamespace(wait=lambda: None)  # work that is done
 
     def __init__(self) -> None:
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
         self.calls = 0
-        # torch 2.13 renamed the tensor collectives, 2.11 has only the old names
-        self._scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
-        self._gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+        # torch 2.13 renamed the tensor collectives, 2.11 has only the old names.
+        renamed = hasattr(dist, "reduce_scatter_single")
+        self._scatter = getattr(dist, "reduce_scatter_single" if renamed else "reduce_scatter_tensor", None)
+        self._gather = getattr(dist, "all_gather_single" if renamed else "all_gather_into_tensor", None)
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
         """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
@@ -752,7 +1304,10 @@ class Comm:
         return chunk, self._scatter(chunk, full, async_op=True)
 
     def all_gather(self, full: Tensor, chunk: Tensor) -> Any:
-        """Chunks (C, ...) of all ranks -> full (N C, ...); the chunk may lie inside `full`."""
+        """Chunks (C, ...) of all ranks -> full (N C, ...), and the work to wait for.
+
+        The chunk may lie inside `full`.
+        """
         self.calls += 1
         if self.world_size == 1:
             if full.data_ptr() != chunk.data_ptr():
@@ -767,104 +1322,226 @@ class Comm:
             dist.all_reduce(x, op)
         return x
 
+
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
-    """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sum of squares to `exponent`.
-    Both sums of "rowcol" come from the same u. With exponent -1/2 its scale has no effect: the floor is 1e-8 of their mean."""
+    """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sums of squares.
+
+    The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. The floor of
+    a sum is 1e-8 of their mean, so that with exponent -1/2 the scale of u has no effect.
+    """
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     sums = [torch.linalg.vector_norm(u, dim=dim, keepdim=True).square() for dim in dims]
-    return math.prod(((x + 1e-8 * x.mean((-2, -1), keepdim=True) + TINY).pow(exponent) for x in sums), start=u)
+    for x in sums:  # (K, m, 1) of rows, (K, 1, n) of columns
+        floor = 1e-8 * x.mean((-2, -1), keepdim=True) + TINY_NUMBER
+        u = u * (x + floor).pow(exponent)
+    return u
 
-def orthogonalize(x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
-                  work_dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip
-    """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately: singular values near 1, in `work_dtype`.
-    x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter, ||(x xT)^2||_F^(1/4)
-    ("spc"), and goes through an odd quintic a x + (b g + c g^2) x, g = x xT, `steps` times, with the last triples of the
-    `method` where there are more. A method that is a function gets x in `work_dtype` as it is."""
-    if callable(found := ORTHOGONALIZERS.get(method, method)):
-        return found(x.to(work_dtype))
-    margin, triples, limit = found
-    triples = (*triples, *[limit] * max(0, steps - len(triples)))[-steps:]
-    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY)
-    x = (x / (size if norm_bound == "spc" else size * margin)).to(work_dtype)
+
+def orthogonalize(
+    x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
+    work_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately, in `work_dtype`.
+
+    x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter,
+    ||(x xT)^2||_F^(1/4) ("spc"), and goes through the `Polynomial` of the method `steps` times: the last
+    ones of its list where it has more. A method that is a function gets x in `work_dtype` as it is.
+    """
+    method = ORTHOGONALIZERS.get(method, method)
+    if callable(method):
+        return method(x.to(work_dtype))
+    method = Polynomial(*method)  # a plain tuple is welcome too
+    missing = max(0, steps - len(method.first))
+    triples = (*method.first, *[method.then] * missing)[-steps:]
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY_NUMBER)
+    x = (x / (size if norm_bound == "spc" else size * method.margin)).to(work_dtype)
     wide = x.size(-2) <= x.size(-1)
-    x, multiply_add = (x[0], torch.addmm) if len(x) == 1 else (x, torch.baddbmm)  # a CPU is slow with a batch of one
+    single = len(x) == 1  # a CPU is slow with a batch of one matrix
+    x = x[0] if single else x
+    multiply_add = torch.addmm if single else torch.baddbmm
     for i, (a, b, c) in enumerate(triples):
-        gram = x @ x.mT if wide else x.mT @ x
-        if norm_bound == "spc" and i == 0:  # the bound comes from products that the first iteration needs anyway
+        gram = x @ x.mT if wide else x.mT @ x  # the smaller of the two
+        if norm_bound == "spc" and i == 0:
+            # The tighter bound comes from products that the first iteration needs anyway.
             square = gram @ gram
-            bound = torch.linalg.vector_norm(square.float(), dim=(-2, -1), keepdim=True).clamp_min(TINY) ** 0.25 * margin
-            x, gram, square = (x / bound).to(work_dtype), gram / bound**2, square / bound**4
-            polynomial = (b * gram + c * square).to(work_dtype)
+            norms = torch.linalg.vector_norm(square.float(), dim=(-2, -1), keepdim=True)
+            bound = norms.clamp_min(TINY_NUMBER) ** 0.25 * method.margin
+            x = (x / bound).to(work_dtype)
+            polynomial = (b * (gram / bound**2) + c * (square / bound**4)).to(work_dtype)
         else:
             polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         x = multiply_add(x, polynomial, x, beta=a) if wide else multiply_add(x, x, polynomial, beta=a)
-    return x[None] if x.ndim == 2 else x
+    return x[None] if single else x
+
+
+def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
+
+    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use.
+    """
+    dim = -1 if second_moment.size(-1) == 1 else -2
+    length = update.size(dim)
+    mean_square = torch.linalg.vector_norm(update.float(), dim=dim, keepdim=True).square() / length
+    second_moment.lerp_(mean_square, 1 - beta2)
+    factor = second_moment.clamp_min(1e-10).rsqrt()
+    norm_before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
+    norm_after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
+    return factor * (norm_before / norm_after.clamp_min(1e-10))
+
+
+class Member(NamedTuple):
+    """A parameter of a unit."""
+
+    name: str
+    param: Tensor  # (m, n) or (K, m, n); any shape for Adam
+    lr_mul: list[float]  # factor on the learning rate of each of its matrices
+
 
 class Unit:
     """Parameters that are updated as one stack, and this rank's chunk of the state.
-    The stack (S, *tail) has one entry per matrix (tail (m, n)) or per element (tail ()). It is padded with zeros to
-    N equal chunks; rank r owns entries [r C, (r + 1) C)."""
-    SLICE = {"matrix": 2**22, "adam": 2**17}  # elements that a CPU updates at a time: they stay in its cache
 
-    def __init__(self, group: dict, members: list[tuple[str, Tensor, list[float]]], comm: Comm):
+    The stack (S, *tail) has one entry per matrix (tail (m, n)) or per number (tail ()). It is padded with
+    zeros to N equal chunks (C, *tail); rank r owns entries [r C, (r + 1) C). State is fp32.
+    """
+
+    SLICE = {"matrix": 2**22, "adam": 2**17}  # numbers that a CPU updates at a time: they stay in its cache
+
+    def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
         self.group, self.comm = group, comm
-        self.names, self.params, factors = map(list, zip(*members))  # factors on the learning rate, one for each matrix
+        self.names = [member.name for member in members]
+        self.params = [member.param for member in members]
+        self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.matrix = group["kind"] == "matrix"
+        # the stack and this rank's chunk of it
         self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
-        self.counts = [p.numel() // self.tail.numel() for p in self.params]
+        self.counts = [p.numel() // self.tail.numel() for p in self.params]  # entries of each parameter
         self.size = sum(self.counts)
         self.chunk = -(-self.size // comm.world_size)
-        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
-        self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.padding = self.chunk * comm.world_size - self.size
+        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
         # one unpadded parameter: gradients and weights travel from and to its own storage
         self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
-        lr_mul = [float(factor) for part in factors for factor in part]
-        self.lr_mul: Tensor | float = lr_mul[0]
-        if len(set(lr_mul)) > 1:
-            self.lr_mul = F.pad(torch.tensor(lr_mul, device=self.device), (0, self.padding))[self.own, None, None]
-        shapes = {key: (self.chunk, *self.tail) for key in (("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"))}
-        if self.group.get("normuon"):
-            (m, n), axis = self.tail, self.group["normuon_axis"]
-            shapes["second_moment"] = (self.chunk, m, 1) if axis == "row" or (axis == "auto" and m >= n) else (self.chunk, 1, n)
-        if self.dtype != torch.float32:
-            shapes["master"] = (self.chunk, *self.tail)
-        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in shapes.items()}  # fp32
+        self.lr_mul = self.chunk_of_factors([float(factor) for member in members for factor in member.lr_mul])
+        shapes = self.state_shapes()
+        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in shapes.items()}
         self.reset()
 
+    def chunk_of_factors(self, factors: list[float]) -> float | Tensor:
+        """The factors on the learning rate of this rank's matrices, (C, 1, 1); one number for equal ones."""
+        if len(set(factors)) == 1:
+            return factors[0]
+        return F.pad(torch.tensor(factors, device=self.device), (0, self.padding))[self.own, None, None]
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for key in ("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"):
+            shapes[key] = (self.chunk, *self.tail)
+        if self.group.get("normuon"):
+            (m, n), axis = self.tail, self.group["normuon_axis"]
+            by_row = axis == "row" or (axis == "auto" and m >= n)
+            shapes["second_moment"] = (self.chunk, m, 1) if by_row else (self.chunk, 1, n)
+        if self.dtype != torch.float32:
+            shapes["master"] = (self.chunk, *self.tail)
+        return shapes
+
     def reset(self) -> None:
-        self.updates, self.tokens = 0, 0  # updates made; tokens of the steps since the last one
-        self.bad_since = torch.full((), math.inf, device=self.device)  # first step with a gradient that is not finite
+        """State as at the start; the master copy is that of the parameters now."""
+        self.updates = 0
+        self.tokens = 0  # of the steps since the last update
+        # the first step with a gradient that is not finite
+        self.bad_since = torch.full((), math.inf, device=self.device)
         for key, value in self.state.items():
-            value.copy_(self.stack(self.params)[self.own]) if key == "master" else value.zero_()
+            if key == "master":
+                value.copy_(self.stack(self.params)[self.own])
+            else:
+                value.zero_()
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The padded stack of one tensor per parameter, or of one state of each; of a direct unit a view."""
-        parts = [t.detach().reshape(-1, *t.shape[t.ndim - len(self.tail) :]) for t in tensors]  # (K, m, n), (K, m, 1), (S,)
-        return parts[0] if self.direct else torch.cat([*parts, parts[0].new_zeros(self.padding, *parts[0].shape[1:])])
+        leading = [t.ndim - len(self.tail) for t in tensors]
+        # (m, n) or (K, m, n) -> (K, m, n), state (K, m, 1) likewise; for Adam any shape -> (S,)
+        parts = [t.detach().reshape(-1, *t.shape[k:]) for t, k in zip(tensors, leading)]
+        if self.direct:
+            return parts[0]
+        return torch.cat([*parts, parts[0].new_zeros(self.padding, *parts[0].shape[1:])])
+
+    def unstack(self, full: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, parameter, its part) of a stack or stacked state (N C, ...), without the padding."""
+        return list(zip(self.names, self.params, full[: self.size].split(self.counts)))
+
+    def shape_of(self, p: Tensor, state: Tensor) -> torch.Size:
+        """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
+        return p.shape[:-2] + state.shape[1:] if self.matrix else p.shape
+
+    def moments(self) -> dict[str, torch.Size]:
+        """The shapes of the state that does not follow from the parameters."""
+        return {key: value.shape for key, value in self.state.items() if key != "master"}
+
+    def gradients(self) -> Tensor:
+        """The stack of the gradients, fp32. A missing one counts as zero."""
+        grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in self.params]
+        return self.stack(grads).float()
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with fp32 `grad` * scale, send it to all ranks: the stack, the chunk, work to wait for."""
+        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks.
+
+        Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
+        """
         self.updates += 1
         full = self.stack(self.params)
         weights = self.state.get("master", full[self.own])
-        size = self.chunk if weights.is_cuda else max(1, self.SLICE[self.group["kind"]] // self.tail.numel())
+        numbers_at_a_time = self.SLICE[self.group["kind"]]
+        size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
+        update = self.update_matrices if self.matrix else self.update_elements
         for begin in range(0, self.chunk, size):
             part = slice(begin, begin + size)
             state = {key: value[part] for key, value in self.state.items()}
-            lr = self.group["lr"] * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part])
-            (self.update_matrices if self.matrix else self.update_elements)(weights[part], grad[part], scale, state, lr)
+            lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
+            update(weights[part], grad[part], scale, state, self.group["lr"] * lr_mul)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
 
     def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
-        """Adam (1412.6980) with decoupled decay (1711.05101); flat fp32 chunks (C,). torch's kernel takes one pass."""
-        group, (beta1, beta2), mean = self.group, self.group["betas"], grad * scale
+        """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
+        group, mean = self.group, grad * scale
+        beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update
             self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
-        count = torch.full((), float(self.updates), device=weights.device)  # torch.tensor would wait for the device
-        fixed = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=0.0, amsgrad=False, maximize=False)
-        torch._fused_adamw_([weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count], lr=lr, **fixed)
+        # torch.tensor would wait for the device
+        count = torch.full((), float(self.updates), device=weights.device)
+        torch._fused_adamw_(
+            [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
+            lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+            weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def update_matrices(
+        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float
+    ) -> None:
+        """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
+        group, mu, (m, n) = self.group, self.group["momentum"], self.tail
+        # momentum, as an exponential mean
+        momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)
+        update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
+        # balance, then orthogonalise
+        mode = group["equilibrate"]
+        if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
+            mode = "row"
+        update = equilibrate(update, mode, group["equilibrate_exponent"])
+        method, bound = group["orthogonalize"], group["norm_bound"]
+        update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
+        # the size of the update: by shape, and by row or column
+        if group["scale"] == "spectral":
+            factor = lr * math.sqrt(max(1.0, m / n))
+        else:
+            factor = lr * (0.2 * math.sqrt(max(m, n)))
+        if group["normuon"]:
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
+        self.decay(weights, update, torch.ge)
+        if isinstance(factor, float):
+            weights.add_(update, alpha=-factor)
+        else:
+            weights.sub_(update * factor)
 
     def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
         """Decoupled decay; cautious: only where update and weight agree in sign (2510.12402)."""
@@ -874,181 +1551,267 @@ class Unit:
         elif amount:
             weights.mul_(1 - amount)
 
-    def update_matrices(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float) -> None:
-        """Muon with its relatives; fp32 (C, m, n)."""
-        group, mu, (m, n) = self.group, self.group["momentum"], self.tail
-        momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)  # EMA form
-        update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
-        mode = group["equilibrate"]
-        if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
-            mode = "row"
-        update = equilibrate(update, mode, group["equilibrate_exponent"])  # (C, m, n)
-        update = orthogonalize(update, group["orthogonalize"], group["steps"], group["norm_bound"], group["work_dtype"])
-        factor = lr * (math.sqrt(max(1.0, m / n)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n)))
-        if group["normuon"]:
-            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
-        self.decay(weights, update, torch.ge)
-        if isinstance(factor, float):
-            weights.add_(update, alpha=-factor)
-        else:
-            weights.sub_(update * factor)
 
-def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
-    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use."""
-    dim = -1 if second_moment.size(-1) == 1 else -2
-    length = update.size(dim)
-    mean_square = torch.linalg.vector_norm(update.float(), dim=dim, keepdim=True).square() / length
-    second_moment.lerp_(mean_square, 1 - beta2)
-    factor = second_moment.clamp_min(1e-10).rsqrt()
-    before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
-    after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
-    return factor * (before / after.clamp_min(1e-10))
+@dataclasses.dataclass(frozen=True)
+class MatrixGroup(Muon):
+    """The fields of a group of kind "matrix"."""
+
+    kind: Literal["matrix"] = field("matrix", "Muon and its relatives")
+    momentum: float = field(0.95, "decay of the momentum, an exponential mean")
+    steps: int = field(5, "iterations of the orthogonalisation", 1)
+    lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns")
+    work_dtype: torch.dtype = field(torch.bfloat16, "precision of the products")
+    every: int = field(1, "steps between updates; gradients are kept in between", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamGroup(Adam):
+    """The fields of a group of kind "adam"."""
+
+    kind: Literal["adam"] = field("adam", "AdamW")
+    betas: tuple[float, float] = field((0.9, 0.95), "decay of the first and second moment")
+    eps: float = field(1e-8, "added to the root of the second moment")
+    every: int = field(1, "steps between updates; gradients are kept in between", 1)
+
+
+def checked_group(group: dict) -> dict:
+    """The group with the defaults of its kind; ValueError for what does not exist or fit."""
+    kinds = {"matrix": MatrixGroup, "adam": AdamGroup}
+    kind = group.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"a group's kind is 'matrix' or 'adam', not {kind!r}")
+    defaults = {f.name: f.default for f in dataclasses.fields(kinds[kind])}
+    for key in group.keys() - defaults.keys() - {"params"}:
+        nearest = difflib.get_close_matches(key, defaults, 1)
+        hint = f", nearest: {nearest[0]!r}" if nearest else ""
+        raise ValueError(f"a {kind} group has no field {key!r}{hint}")
+    if "lr" not in group:
+        raise ValueError(f"a {kind} group needs lr")
+    group = {"params": [], **defaults, **group}
+    values = {name: group[name] for name in defaults}
+    method = values.get("orthogonalize")
+    if callable(method):  # whatever it does, it is no text
+        values["orthogonalize"] = ""
+    elif kind == "matrix" and method not in ORTHOGONALIZERS:
+        raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
+    kinds[kind](**values)  # refuses the rest
+    return group
+
 
 class MuonEq(torch.optim.Optimizer):
     """Muon, NorMuon and MuonEq for matrices, Adam for everything else, in one sharded step.
-    `groups` are dicts with `kind`, `params` (tensors or (name, tensor) pairs) and any field of `FIELDS[kind]`; `lr`, `momentum`
-    and `weight_decay` are read at every step. Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one
-    shape in one group are processed as one stack. Each rank updates its share, and all ranks receive the result.
-    grads="mean": gradients are means and equal on all ranks (one process, with or without torch.distributed, or DDP).
-    grads="token_sum": they are sums over this rank's tokens; `step(tokens=n)` divides their sum over ranks by the global n.
-    A matrix update: EMA momentum, Nesterov, `equilibrate` (MuonEq), `orthogonalize` (Muon), `normuon`, shape `scale`, decoupled
-    decay lr * weight_decay, all but the products in fp32. Parameters of lower precision keep an fp32 master copy; their `.grad`
-    is an fp32 sum with "token_sum". A missing gradient counts as zero. ValueError for what does not exist or fit."""
-    FIELDS = {
-        "matrix": {**vars(Matrix()), "momentum": 0.95, "work_dtype": torch.bfloat16, "every": 1},
-        "adam": {"kind": "adam", **vars(Adam()), "betas": (0.9, 0.95), "eps": 1e-8, "every": 1},
-    }
-    SMALL = 16_384  # elements below which Adam parameters share one stack
+
+    Args:
+        groups: dicts with `kind` ("matrix" or "adam"), `params` (tensors or (name, tensor) pairs), `lr`
+            and any field of `MatrixGroup` or `AdamGroup`. `lr`, `momentum` and `weight_decay` are read at
+            every step.
+        grads: "mean": gradients are means and equal on all ranks (one process, with or without
+            torch.distributed, or DDP). "token_sum": they are sums over this rank's tokens, and
+            `step(tokens=n)` divides their sum over ranks by the global n.
+
+    Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
+    processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
+    the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
+    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled. A missing
+    gradient counts as zero.
+
+    Example, the MLP of a GPT whose up projections move half as fast as those down:
+        MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
+                dict(kind="adam", params=others, lr=3e-4)])
+
+    ValueError for a field or value that does not exist or fit.
+    """
+
+    SMALL = 16_384  # numbers below which Adam parameters share one stack
 
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
-        self.grads, self.comm, self.steps = grads, Comm(), 0
-        self.units, self.named = [], {}
+        self.grads, self.comm = grads, Comm()
+        self.step_count = 0
+        self.units: list[Unit] = []
+        self.named: dict[str, Tensor] = {}
         super().__init__(groups, {})  # adds the groups one after the other
 
-    def _checked(self, group: dict) -> dict:
-        if (kind := group.get("kind")) not in self.FIELDS:
-            raise ValueError(f"a group's kind is 'matrix' or 'adam', not {kind!r}")
-        fields, settings = self.FIELDS[kind], Matrix if kind == "matrix" else Adam
-        for key in group.keys() - fields.keys() - {"params"}:
-            near = difflib.get_close_matches(key, fields, 1)
-            raise ValueError(f"a {kind} group has no field {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
-        if "lr" not in group:
-            raise ValueError(f"a {kind} group needs lr")
-        group = {"params": [], **fields, **group}
-        checked = {f.name: group[f.name] for f in dataclasses.fields(settings)}
-        if not callable(method := checked.pop("orthogonalize", "polar_express")) and method not in ORTHOGONALIZERS:
-            raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
-        settings(**checked)  # refuses the rest
-        if group["every"] < 1:
-            raise ValueError("every is at least 1")
-        return group
+    # ---- groups: names, matrices, units
 
     def add_param_group(self, param_group: dict) -> None:
         """Check a group, fill in its defaults and divide its parameters into units."""
-        group, named, stacks = self._checked(param_group), dict(self.named), collections.defaultdict(list)
-        lr_mul, matrices = np.atleast_1d(group.get("lr_mul", 1.0)).tolist(), 0
-        factors = itertools.cycle(lr_mul)
-        for p in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
-            name, p = p if isinstance(p, tuple) else (str(len(named)), p)
-            if name in named or any(p is other for other in named.values()):
+        group = checked_group(param_group)
+        named = self._named(group["params"])
+        stacks = self._stacks(group, named)
+        super().add_param_group({**group, "params": list(named.values())})
+        self.named |= named
+        self.units += [Unit(self.param_groups[-1], stack, self.comm) for stack in stacks]
+        # the order of the updates: small before large
+        self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
+        if self.grads == "token_sum":
+            # Sums of several backward passes need fp32, which the parameter itself may not have.
+            for p in named.values():
+                p.grad_dtype = torch.float32
+
+    def _named(self, params: Any) -> dict[str, Tensor]:
+        """The parameters of a group by name; a parameter without a name is called by its number."""
+        named: dict[str, Tensor] = {}
+        for item in [params] if isinstance(params, Tensor) else params:
+            number = str(len(self.named) + len(named))
+            name, p = item if isinstance(item, tuple) else (number, item)
+            known = {**self.named, **named}
+            if name in known or any(p is other for other in known.values()):
                 raise ValueError(f"parameter {name!r} appears twice")
             named[name] = p
-            if group["kind"] == "adam":
-                shape, count = name if p.numel() >= self.SMALL else None, 1
-            elif p.ndim in (2, 3):
-                shape, count = p.shape[-2:], p.shape[:-2].numel()
+        return named
+
+    def _stacks(self, group: dict, named: dict[str, Tensor]) -> list[list[Member]]:
+        """The members of each unit: matrices of one shape, or one large or many small parameters for Adam."""
+        factors = self._lr_factors(group, named)
+        stacks = collections.defaultdict(list)
+        for name, p in named.items():
+            if group["kind"] == "matrix":
+                together = p.shape[-2:]
             else:
-                raise ValueError(f"matrix parameter {name!r} has shape {tuple(p.shape)}; (m, n) or (K, m, n) expected")
+                together = name if p.numel() >= self.SMALL else None
             if p.numel():
-                stacks[p.dtype, p.device, shape].append((name, p, list(itertools.islice(factors, count))))
-                matrices += count
-        if not lr_mul or matrices % len(lr_mul):
-            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {matrices} matrices")
-        group["params"] = list(named.values())[len(self.named) :]
-        super().add_param_group(group)
-        self.named = named
-        # large reductions start first, small updates are done first: their waits hide behind the large transfers
-        self.units += [Unit(group, stack, self.comm) for stack in stacks.values()]
-        self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
-        for p in group["params"] if self.grads == "token_sum" else ():
-            p.grad_dtype = torch.float32  # of several backward passes; the parameter may have a lower precision
+                stacks[p.dtype, p.device, together].append(Member(name, p, factors[name]))
+        return list(stacks.values())
+
+    def _lr_factors(self, group: dict, named: dict[str, Tensor]) -> dict[str, list[float]]:
+        """Factors on the learning rate of the matrices of each parameter: the entries of lr_mul in turns."""
+        if group["kind"] == "adam":
+            return {name: [1.0] for name in named}
+        lr_mul = np.atleast_1d(group["lr_mul"]).tolist()
+        matrices = {}
+        for name, p in named.items():
+            if p.ndim not in (2, 3):
+                shape = tuple(p.shape)
+                raise ValueError(f"matrix parameter {name!r} has shape {shape}; (m, n) or (K, m, n) expected")
+            matrices[name] = p.shape[:-2].numel() if p.numel() else 0
+        total = sum(matrices.values())
+        if not lr_mul or total % len(lr_mul):
+            raise ValueError(f"lr_mul has {len(lr_mul)} entries for {total} matrices")
+        in_turns = lr_mul * (total // len(lr_mul))
+        factors = {}
+        begin = 0
+        for name, count in matrices.items():
+            factors[name] = in_turns[begin : begin + count]
+            begin += count
+        return factors
+
+    # ---- the step
 
     def _active(self, step: int) -> list[Unit]:
+        """The units that are updated in this step, counted from 0."""
         return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
 
     @torch.no_grad()
     def step(self, *, tokens: int | None = None) -> None:
-        """Update the groups that are due. `tokens`: global token count behind the gradients (grads="token_sum")."""
+        """Update the groups that are due.
+
+        `tokens` is the global token count behind the gradients, for grads="token_sum" only.
+        """
         if (self.grads == "token_sum") != (tokens is not None) or tokens == 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
-        self.steps += 1
         for unit in self.units:
             unit.tokens += 1 if tokens is None else tokens
+        active = self._active(self.step_count)
+        self.step_count += 1
+
+        # reduce: the largest unit first; its sum is needed last
         reducing = []
-        for unit in reversed(self._active(self.steps - 1)):
-            grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in unit.params]
-            full = unit.stack(grads).float()
-            reducing.append((unit, full, *(self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE))))
+        for unit in reversed(active):
+            full = unit.gradients()
+            chunk, work = self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE)
+            reducing.append((unit, full, chunk, work))
+
+        # update: the smallest unit first
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            finite = chunk.sum().isfinite()  # one pass; the largest absolute value takes 40 times as long on a CPU
-            unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.steps))
+            finite = chunk.sum().isfinite()  # one pass; a largest absolute value takes a CPU 40 times as long
+            unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.step_count))
             gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
+
+        # gather: what was sent lives in these tuples until it has arrived
         for unit, full, _, work in gathering:
-            work.wait()  # the buffers live until here
-            for p, part in zip(unit.params, full[: unit.size].split(unit.counts)) if not unit.direct else ():
-                p.copy_(part.view(p.shape))
+            work.wait()
+            if not unit.direct:
+                for _, p, part in unit.unstack(full):
+                    p.copy_(part.view(p.shape))
 
     def zero_grad(self) -> None:
         """Drop the gradients of the groups that the last step updated; the others go on accumulating."""
-        for p in (p for unit in self._active(self.steps - 1) for p in unit.params):
-            p.grad = None
+        for unit in self._active(self.step_count - 1):
+            for p in unit.params:
+                p.grad = None
 
-    def copy_state(self, source: str, target: str) -> None:
-        """Give a parameter the moments of another one of its shape; each has a unit to itself (tied weights that part)."""
-        a, b = (next(unit for unit in self.units if unit.names == [name]) for name in (source, target))
-        b.reset()  # takes its master copy from the parameter
-        b.updates = a.updates
-        for key in a.state.keys() - {"master"}:
-            b.state[key].copy_(a.state[key])
+    def bad_since(self) -> Tensor:
+        """The first step, from 1, with a gradient in this rank's chunks that was not finite: (units,) fp32.
+
+        Infinity where all were finite.
+        """
+        return torch.stack([unit.bad_since for unit in self.units])
+
+    # ---- state
 
     def reset(self) -> None:
         """Forget all state and gradients; master copies are taken from the parameters again."""
         super().zero_grad()
         for unit in self.units:
             unit.reset()
-        self.steps = 0
+        self.step_count = 0
 
-    def bad_since(self) -> Tensor:
-        """First step, from 1, in which a gradient in this rank's chunks was not finite, (units,) fp32; inf for none."""
-        return torch.stack([unit.bad_since for unit in self.units])
+    def units_to_copy(self, source: str, target: str) -> tuple[Unit, Unit]:
+        """The units between which `copy_state` copies; ValueError where it would not work."""
+        units = {name: unit for unit in self.units for name in unit.names}
+        a, b = units.get(source), units.get(target)
+        alone = all(unit and len(unit.names) == 1 for unit in (a, b))
+        if not alone or a.moments() != b.moments():
+            raise ValueError(
+                f"{target} cannot take over the optimizer state of {source}: "
+                "both need the same kind of group, of which they are the only parameters"
+            )
+        return a, b
+
+    def copy_state(self, source: str, target: str) -> None:
+        """Give a parameter the moments of another one of its shape (tied weights that part)."""
+        a, b = self.units_to_copy(source, target)
+        b.reset()  # takes its master copy from the parameter
+        b.updates = a.updates
+        for key in a.moments():
+            b.state[key].copy_(a.state[key])
 
     def state_dict(self) -> dict:
-        """Full unpadded fp32 state by parameter name, the same at any world size. Collective: every rank calls it."""
+        """Full unpadded fp32 state by parameter name, the same at any world size.
+
+        Collective: every rank calls it.
+        """
         state: dict[str, dict] = {}
         for unit in self.units:
             for key, chunk in unit.state.items():
                 full = chunk.new_empty(unit.size + unit.padding, *chunk.shape[1:])
                 self.comm.all_gather(full, chunk).wait()
-                for name, p, part in zip(unit.names, unit.params, full[: unit.size].split(unit.counts)):
-                    shape = p.shape[:-2] + part.shape[1:] if unit.matrix else p.shape
-                    state.setdefault(name, {"updates": unit.updates})[key] = part.reshape(shape).clone()
-        groups = [{key: g[key] for key in ("lr", "momentum", "weight_decay") if key in g} for g in self.param_groups]
-        return {"step": self.steps, "state": state, "groups": groups}
+                for name, p, part in unit.unstack(full):
+                    of_parameter = state.setdefault(name, {"updates": unit.updates})
+                    of_parameter[key] = part.reshape(unit.shape_of(p, part)).clone()
+        scheduled = ("lr", "momentum", "weight_decay")
+        groups = [{key: group[key] for key in scheduled if key in group} for group in self.param_groups]
+        return {"step": self.step_count, "state": state, "groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a `state_dict` written at any world size; ValueError naming the parameter that does not fit."""
+        """Take over a `state_dict` written at any world size.
+
+        ValueError naming the parameter that does not fit.
+        """
         state = state_dict["state"]
-        expected = {name: {key: p.shape[:-2] + chunk.shape[1:] if unit.matrix else p.shape for key, chunk in unit.state.items()}
-                    for unit in self.units for name, p in zip(unit.names, unit.params)}  # fmt: skip
+        expected = {}
+        for unit in self.units:
+            for name, p in zip(unit.names, unit.params):
+                expected[name] = {key: unit.shape_of(p, chunk) for key, chunk in unit.state.items()}
         for name in expected.keys() | state.keys():
-            found = {key: value.shape for key, value in state.get(name, {}).items() if isinstance(value, Tensor)}
+            saved = state.get(name, {})
+            found = {key: value.shape for key, value in saved.items() if isinstance(value, Tensor)}
             if expected.get(name) != found:
                 raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
         for unit in self.units:
@@ -1057,53 +1820,119 @@ class MuonEq(torch.optim.Optimizer):
             unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
         for group, saved in zip(self.param_groups, state_dict["groups"]):
             group.update(saved)
-        self.steps = state_dict["step"]
+        self.step_count = state_dict["step"]
 
-# 6. Schedule: pure functions of the step. ----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# 6. Schedule
+#
+# Pure functions of a `Schedule` and a step: which stage is in force, the factor on the learning rates,
+# the weights of the losses further ahead, the momentum. `Trainer.advance` asks them in every step.
+# A new shape of schedule (cosine, say) is a change of `learning_rate_factor`.
+# ----------------------------------------------------------------------------------------------------
+
 
 def total_steps(schedule: Schedule) -> int:
     return schedule.steps + schedule.extension
+
 
 def stage_begins(schedule: Schedule) -> list[int]:
     """The first step of each stage."""
     return [round(stage.begin * schedule.steps) for stage in schedule.stages]
 
+
 def stages_until(schedule: Schedule, step: int) -> list[Stage]:
     """The stages that have begun by this step; the last one is in force."""
     return [stage for stage, begin in zip(schedule.stages, stage_begins(schedule)) if begin <= step]
 
+
+def long_windows(schedule: Schedule, step: int) -> list[int]:
+    """The history of the long window up to this step, one entry for each stage."""
+    return [stage.windows[1] for stage in stages_until(schedule, step)]
+
+
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
-    """The stage's factor, from the last `cooldown` of the scheduled steps on more and more of the floor, then the floor."""
-    remaining = max(0.0, 1 - step / schedule.steps)
-    share = min(1.0, remaining / schedule.cooldown) if schedule.cooldown else float(remaining > 0)
+    """The factor on all learning rates: the stage's, and from the cooldown on linearly down to the floor."""
+    remaining = max(0.0, 1 - step / schedule.steps)  # share of the scheduled steps
+    if schedule.cooldown:
+        share = min(1.0, remaining / schedule.cooldown)
+    else:
+        share = float(remaining > 0)
     return share * stages_until(schedule, step)[-1].lr + (1 - share) * schedule.floor
 
+
 def loss_weights(schedule: Schedule, step: int) -> list[float]:
-    """Weights of the next target (1) and of those 2, 3, ... tokens on; linear within a stage (record #53)."""
-    stages = stages_until(schedule, step)
-    begin, end = [*stage_begins(schedule), total_steps(schedule)][len(stages) - 1 : len(stages) + 1]
-    return [1.0, *(first + (last - first) * (step - begin) / (end - begin) for first, last in stages[-1].ahead)]
+    """Weights of the next target (1) and of those 2, 3, ... tokens ahead; linear within a stage (#53)."""
+    number = len(stages_until(schedule, step)) - 1
+    borders = [*stage_begins(schedule), total_steps(schedule)]
+    begin, end = borders[number], borders[number + 1]
+    weights = [1.0]
+    for first, last in schedule.stages[number].ahead:
+        weights.append(first + (last - first) * (step - begin) / (end - begin))
+    return weights
+
 
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Rises over the first steps, falls again over the last."""
     low, high = schedule.momentum
+    remaining = total_steps(schedule) - step
     rising = step / schedule.momentum_warmup if schedule.momentum_warmup else 1.0
-    falling = (total_steps(schedule) - step) / schedule.momentum_cooldown if schedule.momentum_cooldown else 1.0
+    falling = remaining / schedule.momentum_cooldown if schedule.momentum_cooldown else 1.0
     return low + (high - low) * min(1.0, rising, falling)
 
-# 7. Run: data check, clock, log, checkpoints, warm-up, training and validation. --------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# 7. Run
+#
+# A run from a parsed command line to the final line of its log is a `Trainer`. Who calls whom:
+#
+#     main (section 8)
+#       Trainer.__init__     load_data, build_model; nothing is compiled yet
+#       Trainer.train
+#         warm_up            every graph and the optimizer once, then the weights of the seed
+#         resume             weights, state and position of a checkpoint
+#         open_log           the header
+#         the loop, on the clock:
+#           advance          set_stage, forward_backward, learning rates, MuonEq.step
+#           report           a training loss in the log, every few steps
+#           validate, save   off the clock
+#         finish             the final line
+#
+# Before them stand what a Trainer uses: the check of the data, the clock, the log and the checkpoints.
+# All events of the log pass through `Log.write` on rank 0; that is the place for a tracker of your own.
+# ----------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
+CHECKPOINTS_KEPT = 2
+BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
+FORMER_MODEL_FIELDS = {"frozen": "attention_source"}  # names in checkpoints of November 2026
+
+
+class Refusal(ValueError):
+    """What all ranks refuse with the same sentence; rank 0 says it."""
+
 
 @functools.cache
 def source() -> tuple[bytes, str]:
-    """This file and its sha256, read once: log, checkpoints and the copy beside the log agree even if it changes meanwhile."""
+    """This file and its sha256, read once: log and checkpoints agree even if the file changes meanwhile."""
     content = Path(__file__).read_bytes()
     return content, hashlib.sha256(content).hexdigest()
 
+
+# ---- the data of a run
+
+
+def corpus_folder(data: Data) -> Path:
+    return Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
+
+
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
-    """Training shards, validation shards and the sha256 of each, as the manifest beside them has them; else ValueError."""
-    hint = f"run `python data/{'fineweb' if data.corpus.startswith('fineweb') else data.corpus}.py` or set DATA_DIR"
+    """Training shards, validation shards and the sha256 of each, as the manifest beside them has them.
+
+    ValueError for a manifest that is missing, damaged or of another corpus.
+    """
+    script = "fineweb" if data.corpus.startswith("fineweb") else data.corpus
+    hint = f"run `python data/{script}.py` or set DATA_DIR"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = manifest["vocab_size"], manifest["document_start"]
@@ -1112,58 +1941,82 @@ def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Pa
         raise ValueError(f"no data: {folder / 'manifest.json'} is missing; {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / 'manifest.json'} is not a manifest of token shards; {hint}") from None
-    if found != (needed := (data.vocab_size, data.document_start)):
+    needed = data.vocab_size, data.document_start
+    if found != needed:
         raise ValueError(f"{folder} has vocabulary and document start {found}, the track needs {needed}")
-    training, validation = ([path for path in digests if split in path.name] for split in ("train_", "val_"))
+    training = [path for path in digests if "train_" in path.name]
+    validation = [path for path in digests if "val_" in path.name]
     if not training or not validation:
         raise ValueError(f"{folder} holds no {'validation' if training else 'training'} shards")
     return training, validation, digests
 
+
+def check_tokens(path: Path, data: Data, place: Any) -> None:
+    """ValueError, naming the `place`, for a shard with tokens outside the vocabulary."""
+    largest = int(read_shard(path).max(initial=0))
+    if largest >= data.vocab_size:
+        raise ValueError(f"{place} holds token {largest}, the vocabulary has {data.vocab_size}")
+
+
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read every file that the run will read, before the clock; ValueError at the first thing that is wrong.
-    Returns the sha256 of each file used and the most documents of a training row."""
-    data, (training, validation, digests) = track.data, shards_of(folder, track.data)
-    packer, most = Packer(training, data), 0
+
+    Returns the sha256 of each file used ("digests") and the most documents of a training row ("documents").
+    """
+    data = track.data
+    training, validation, digests = shards_of(folder, data)
+    packer = Packer(training, data)
+    most = 0
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
         for _ in range(data.rows * stage.batch):
             most = max(most, len(packer.next_row(stage.document_cut)))
     epoch, last, _ = packer.position
-    used = training[: last + 1 if epoch == 0 else None] + validation
+    used = (training if epoch else training[: last + 1]) + validation
     for path in used:
-        if (largest := int(read_shard(path).max(initial=0))) >= data.vocab_size:
-            raise ValueError(f"{path} holds token {largest}, the vocabulary has {data.vocab_size}")
+        check_tokens(path, data, path)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digests[path]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
     return {"digests": {path.name: digests[path] for path in used}, "documents": most}
 
-class Refusal(ValueError):
-    """What all ranks refuse with the same sentence; rank 0 says it."""
+
+# ---- several processes
+
 
 def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     """The result of `work` on rank 0, for all ranks; Refusal on all of them when it fails."""
-    box: list[Any] = [None, None]
+    result, refused = None, None
     if comm.rank == 0:
         try:
-            box[0] = work()
+            result = work()
         except (ValueError, OSError) as error:
-            box[1] = explanation(error)
+            refused = explanation(error)
     if comm.world_size > 1:
+        box = [result, refused]
         dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise Refusal(box[1])
-    return box[0]
+        result, refused = box
+    if refused is not None:
+        raise Refusal(refused)
+    return result
+
 
 def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
     """Thread that ends this process when no rank has moved for `seconds`, or the store of the ranks is gone.
-    All ranks make the same collective calls in the same order, so those that have made fewest hold up the others."""
-    comm, calls, idle, why = trainer.comm, -1, 0, ""
+
+    All ranks make the same collective calls in the same order, so those that have made fewest hold up
+    the others.
+    """
+    comm = trainer.comm
+    calls, idle, why = -1, 0, ""
     try:
         while not why and not done.wait(1.0):
-            idle = 0 if calls != (calls := comm.calls + trainer.optimizer.comm.calls) else idle + 1
+            latest = comm.calls + trainer.optimizer.comm.calls
+            idle = idle + 1 if latest == calls else 0
+            calls = latest
             store.set(f"calls/{comm.rank}", str(calls))
             if idle > seconds and comm.world_size > 1:
-                made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]  # 0 where nothing was set
+                # adding 0 reads a number, 0 where nothing was set
+                made = [store.add(f"calls/{rank}", 0) for rank in range(comm.world_size)]
                 behind = ", ".join(str(rank) for rank, n in enumerate(made) if n == min(made))
                 why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
     except RuntimeError:
@@ -1172,10 +2025,17 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
         print(f"train_gpt.py: rank {comm.rank} ends: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
+
+# ---- clock and log
+
+
 class Clock:
     """Seconds of training. Stopped during validation and checkpoints; waits for the device at both ends."""
+
     def __init__(self, device: torch.device):
-        self.synchronize, self.seconds, self.began = torch.get_device_module(device).synchronize, 0.0, None
+        self.synchronize = torch.get_device_module(device).synchronize
+        self.seconds = 0.0  # up to the last stop
+        self.began: float | None = None  # None while it is stopped
 
     def start(self) -> None:
         self.synchronize()
@@ -1183,46 +2043,119 @@ class Clock:
 
     def stop(self) -> None:
         self.synchronize()
-        self.seconds, self.began = self.now(), None
+        self.seconds = self.now()
+        self.began = None
 
     def now(self) -> float:
-        return self.seconds + (time.perf_counter() - self.began if self.began is not None else 0.0)
+        running = 0.0 if self.began is None else time.perf_counter() - self.began
+        return self.seconds + running
+
 
 class Log:
     """One JSON line per event, flushed; the source stands beside it once per sha256. Only rank 0 writes.
-    A log that is there already keeps its lines up to the `step` of `open`: what came after it, the end too, happens again."""
+
+    A log that is there already keeps its lines up to the `step` of `open`: what came after it, the end too,
+    happens again.
+    """
+
     def __init__(self, path: Path):
-        self.path, self.file, self.events = path, None, set()
+        self.path, self.file = path, None
+        self.events: set[tuple[str, int | None]] = set()  # (event, step) of the lines that were kept
 
     def open(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content, digest = source()
         (self.path.parent / f"{digest}.py").write_bytes(content)
-        self.file, size = open(self.path, "a+b"), 0
+        self.file = open(self.path, "a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process writes {self.path}; wait until it has ended") from None
+        self.file.truncate(self.size_until(step))
+
+    def size_until(self, step: int) -> int:
+        """Bytes of the lines up to a step, whose events are noted; ValueError for a file that is no log."""
+        size = 0
         self.file.seek(0)
         for line in self.file:
+            if not line.endswith(b"\n"):  # a kill can tear the last line
+                break
             try:
-                event = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a kill can tear the last line
-                if event.get("step", 0) > step or event["event"] == "final":
+                event = json.loads(line)
+                name, at = event["event"], event.get("step")
+                if name == "final" or (at or 0) > step:
                     break
-                self.events.add((event["event"], event.get("step")))
+                self.events.add((name, at))
             except (ValueError, AttributeError, KeyError, TypeError):
                 raise ValueError(f"{self.path} is not a log: {line[:40]!r}") from None
             size += len(line)
-        self.file.truncate(size)
+        return size
 
     def write(self, event: str, **fields: Any) -> None:
-        if self.file:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-            self.file.write((json.dumps({"event": event, **finite}) + "\n").encode())
-            self.file.flush()
+        """Every event of a run passes here. A number that is not finite becomes null, as JSON demands."""
+        if not self.file:
+            return
+        line = {"event": event, **fields}
+        for name, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None
+        self.file.write((json.dumps(line) + "\n").encode())
+        self.file.flush()
+
+
+def process_age() -> float:
+    """Seconds since this process was started, where the system says so."""
+    if sys.platform != "linux":
+        return 0.0
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the system's start
+    return float(Path("/proc/uptime").read_text().split()[0]) - started
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the accelerator's allocator, or of the process on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
+    """What a reader of the log must know about the machine."""
+
+    def command(line: str) -> str:  # "" where there is no such command
+        folder = Path(__file__).parent
+        return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder).stdout.strip()
+
+    if device.type == "cuda":
+        driver = command("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+        name = torch.cuda.get_device_name(device)
+    else:
+        driver = ""
+        name = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
+    return {
+        "source_sha256": source()[1],
+        "git_commit": command("git rev-parse HEAD"),
+        "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "driver": driver,
+        "device": name,
+        "cpus": os.cpu_count(),
+        "world_size": comm.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- checkpoints
+
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """All or nothing: written under another name with its sha256 at the end, flushed, then renamed. The last two stay."""
+    """All or nothing: written under another name, flushed, then renamed. The last CHECKPOINTS_KEPT stay.
+
+    The sha256 of the content stands at the end of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("step.partial")  # one name: the next save replaces what a kill leaves
     try:
@@ -1237,8 +2170,10 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise OSError(f"cannot write {partial}: {error.__context__ or error}") from None
     finally:
         partial.unlink(missing_ok=True)
-    for old in sorted(path.parent.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-2]:
+    by_age = sorted(path.parent.glob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    for old in by_age[:-CHECKPOINTS_KEPT]:
         old.unlink()
+
 
 def load_checkpoint(path: Path, key: dict) -> dict:
     """A checkpoint with this `key` (empty: with any); ValueError naming the file when it is anything else."""
@@ -1256,12 +2191,15 @@ def load_checkpoint(path: Path, key: dict) -> dict:
         raise ValueError(f"checkpoint {path} is damaged or foreign ({reason})") from None
     for name, value in key.items():
         if found["key"].get(name) != value:
-            raise ValueError(f"checkpoint {path} belongs to another {name}; --adopt true takes it as the start of a new run")
+            other = f"checkpoint {path} belongs to another {name}"
+            raise ValueError(f"{other}; --adopt true takes it as the start of a new run")
     return found
 
+
 def newest_checkpoint(out: Path, key: dict) -> str:
-    """The newest good checkpoint of unfinished runs of this track, seed and source, "" for none; others are named."""
-    for path in sorted(out.glob("*/step_*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    """The newest good checkpoint of unfinished runs with this `key`, "" for none; others are named."""
+    by_age = sorted(out.glob("*/step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(by_age):
         try:
             if not (path.parent / "finished").exists() and load_checkpoint(path, key):
                 return str(path)
@@ -1269,21 +2207,40 @@ def newest_checkpoint(out: Path, key: dict) -> str:
             print(f"train_gpt.py: not resumed from: {error}", file=sys.stderr)
     return ""
 
-def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
-    """What a reader of the log must know about the machine."""
-    def command(line: str) -> str:  # "" where there is no such command
-        return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    on_cuda = device.type == "cuda"
-    cpu = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
-    return {"source_sha256": source()[1], "git_commit": command("git rev-parse HEAD"),
-            "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
-            "driver": command("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_cuda else "",
-            "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
-            "cpus": os.cpu_count(), "world_size": comm.world_size, "threads": torch.get_num_threads()}  # fmt: skip
+
+# ---- what a track makes of a run
+
+
+def build_optimizer(model: GPT, track: Track) -> MuonEq:
+    """Which parameter is updated by which section of the track."""
+
+    def muon(settings: Gate, adam: Adam, lr_mul: Any = 1.0) -> dict[str, Any]:
+        if settings.kind == "adam":
+            return {"kind": "adam", **vars(adam)}
+        shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Muon)}
+        others = {"kind": "matrix", "steps": settings.iterations, "lr_mul": lr_mul, "work_dtype": model.dtype}
+        return {**shared, **others}
+
+    def adam(settings: Adam) -> dict[str, Any]:
+        return {"kind": "adam", **vars(settings)}
+
+    table = (
+        (muon(track.matrix, track.matrix_adam), "qk", "vo"),
+        (muon(track.matrix, track.matrix_adam, track.matrix.mlp_lr_mul), "mlp"),
+        (muon(track.gate, track.gate_adam), "gate", "value_gate", "smear_gate"),
+        (adam(track.embed), "embed"),
+        (adam(track.tables), "value_embed", "ngram_embed"),
+        (adam(track.head), "lm_head"),
+        (adam(track.scalar), "residual", "value_mix", "xsa", "skip", "smear", "backout"),
+    )
+    groups = []
+    for settings, *names in table:
+        groups.append({**settings, "params": [(name, getattr(model, name)) for name in names]})
+    return MuonEq(groups, grads="token_sum")
+
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What attention runs on, for the log; ValueError when another kernel than torch's own is asked for in vain."""
+    """What attention runs on, for the log; ValueError for a kernel that cannot be used here."""
     try:
         if name != "fa2":
             torch.nn.attention.activate_flash_attention_impl(name.upper())
@@ -1293,150 +2250,224 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
         raise ValueError(f"--attention {name} cannot be used here ({error}); fa2 is part of torch") from None
     return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
 
-def build_optimizer(model: GPT, track: Track) -> MuonEq:
-    banks = dataclasses.replace(track.matrix, lr_mul=1.0), track.matrix, track.gate
-    qkvo, mlp, gate = (track.hidden if bank.kind == "adam" else bank for bank in banks)
-    groups = []
-    for settings, *names in (
-        (qkvo, "qk", "vo"),
-        (mlp, "mlp"),
-        (gate, "gate", "value_gate", "smear_gate"),
-        (track.embed, "embed"),
-        (track.value, "value_embed", "ngram_embed"),
-        (track.head, "lm_head"),
-        (track.scalar, "residual", "value_mix", "xsa", "skip", "smear", "backout"),
-    ):
-        own = {"work_dtype": model.dtype} if isinstance(settings, Matrix) else {"kind": "adam"}
-        groups.append({"params": [(name, getattr(model, name)) for name in names], **vars(settings), **own})
-    return MuonEq(groups, grads="token_sum")
 
-def process_age() -> float:
-    """Seconds since this process was started, where the system says so."""
-    if sys.platform != "linux":
-        return 0.0
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+def rows_per_pass(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
+    """Rows of a forward pass in stages of this `batch`.
+
+    ValueError for a number of processes or of rows that does not divide the rows of a step.
+    """
+    rows = track.data.rows
+    if rows % world_size:
+        allowed = [n for n in range(1, rows + 1) if rows % n == 0]
+        cannot = f"{world_size} processes do not divide the {rows} rows of a step"
+        raise ValueError(f"{cannot}; allowed: {allowed}")
+    local = rows // world_size
+    if run.micro_rows:
+        if local % run.micro_rows:
+            raise ValueError(f"micro_rows {run.micro_rows} does not divide the {local} rows of a process")
+        return run.micro_rows
+    most = max(1, 8192 // track.data.row_tokens)
+    return max(n for n in range(1, most + 1) if local * batch % n == 0)
+
+
+def untie_step(track: Track, period: int) -> int:
+    """The step before which head and embedding part.
+
+    It is rounded up to a multiple of `period`: then no gradients wait for an update.
+    """
+    wanted = round(track.model.tied * track.schedule.steps)
+    return math.ceil(wanted / period) * period
+
 
 class Trainer:
     """One run: everything between a parsed command line and the final line of the log."""
+
     def __init__(self, track: Track, run: Run, comm: Comm, device: torch.device):
         self.track, self.run, self.comm, self.device = track, run, comm, device
-        self.laps = {"": time.time() - process_age(), "imports and processes": time.time()}  # start, ends
-        data, schedule, evaluation = track.data, track.schedule, track.evaluation
-        folder = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
-        self.checked = on_rank_0(comm, lambda: check_data(track, folder))
-        self.train_paths, validation, _ = shards_of(folder, data)
-        rows = validation_rows(validation, data, evaluation.row_tokens, evaluation.tokens)
-        documents, self.val_longest = max(len(x) for _, x in rows), max(int(x.max()) for _, x in rows)  # of one row
-        self.validation = [make_batch([row], data, documents) for row in rows[comm.rank :: comm.world_size]]
-        self.laps["data"] = time.time()
-        dtype = run.dtype if run.dtype != "auto" else "bfloat16" if supports(device, "bfloat16") else "float32"
-        self.dtype = getattr(torch, dtype)
-        self.attention = choose_attention(run.attention, device, self.dtype)
-        self.model = GPT(track.model, max(data.row_tokens, evaluation.row_tokens), self.dtype, device)
-        self.optimizer = build_optimizer(self.model, track)
-        self.base = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        self.period = math.lcm(*(group["every"] for group in self.optimizer.param_groups))
-        self.untie = math.ceil(round(track.model.tied * schedule.steps) / self.period) * self.period  # where no gradients wait
-        self.model.low_memory = run.memory == "low"
-        self.compiled = run.compile if run.compile != "auto" else "whole" if device.type == "cpu" else "parts"
-        for name in GPT.COMPILED[self.compiled]:
-            setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False, fullgraph=True))
-        self.clock, self.environment = Clock(device), environment(device, comm)
-        self.key = {"track": json.loads(json.dumps(dataclasses.asdict(track))), "seed": run.seed, "dtype": dtype,
-                    "source": self.environment["source_sha256"], "data": self.checked["digests"]}  # fmt: skip
-        self.switches = {*stage_begins(schedule), self.untie}  # steps at which the model changes
-        self.micro_rows = {stage.batch: micro_rows(track, run, comm.world_size, stage.batch) for stage in schedule.stages}
+        # when each part of the start was done; the first entry is the start of the process
+        self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
+        self.load_data()
+        self.startup["data"] = time.time()
+        self.build_model()
+        # the schedule
+        schedule = track.schedule
+        groups = self.optimizer.param_groups
+        self.base = [(group["lr"], group["weight_decay"]) for group in groups]  # at factor 1
+        self.period = math.lcm(*(group["every"] for group in groups))  # steps in which every group is updated
+        self.untie_step = untie_step(track, self.period)
+        self.stage_starts = {*stage_begins(schedule), self.untie_step}  # steps before which the model changes
         self.longest = max(stage.document_cut for stage in schedule.stages)
-        self.steps, self.done, self.tokens, self.position = total_steps(schedule), 0, 0, (0, 0, 0)  # position: the packer's
-        self.folder = Path(run.out) / f"{time.strftime('%Y%m%d-%H%M%S')}_{run.track}_{run.seed}_{os.urandom(2).hex()}"
-        self.asked_to_stop = 0  # the signal that did
-        self.say = functools.partial(print, flush=True) if comm.rank == 0 else lambda _: None
-        self.laps["model and optimizer"] = time.time()
+        self.rows_per_pass = {
+            stage.batch: rows_per_pass(track, run, comm.world_size, stage.batch) for stage in schedule.stages
+        }
+        self.num_steps = total_steps(schedule)
+        # progress: all that a checkpoint keeps besides weights and state
+        self.done, self.tokens = 0, 0  # steps and tokens so far
+        self.position = (0, 0, 0)  # of the packer
+        self.clock = Clock(device)
+        # what the run is called, and what a checkpoint must share with it
+        now, random = time.strftime("%Y%m%d-%H%M%S"), os.urandom(2).hex()
+        self.folder = Path(run.out) / f"{now}_{run.track}_{run.seed}_{random}"
+        self.environment = environment(device, comm)
+        self.key = {
+            "source": self.environment["source_sha256"],
+            "track": json.loads(json.dumps(dataclasses.asdict(track))),  # lists for tuples, as in the log
+            "seed": run.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data": self.checked["digests"],
+        }
+        self.log: Log | None = None  # opened by `train`, when it is known whether a run goes on
+        self.asked_to_stop = 0  # the number of the signal
+        self.startup["model and optimizer"] = time.time()
 
-    def enter(self, step: int) -> None:
+    def load_data(self) -> None:
+        """Check the corpus and make this rank's validation batches."""
+        data, evaluation, comm = self.track.data, self.track.evaluation, self.comm
+        folder = corpus_folder(data)
+        self.checked = on_rank_0(comm, lambda: check_data(self.track, folder))
+        self.train_paths, val_paths, _ = shards_of(folder, data)
+        try:
+            rows = validation_rows(val_paths, data, evaluation.row_tokens, evaluation.tokens)
+        except ValueError as error:  # every rank says the same
+            raise Refusal(str(error)) from None
+        documents = max(len(lengths) for _, lengths in rows)  # of one row
+        self.val_longest = max(int(lengths.max()) for _, lengths in rows)
+        self.validation = [make_batch([row], data, documents) for row in rows[comm.rank :: comm.world_size]]
+
+    def build_model(self) -> None:
+        """Model and optimizer in the precision that the device has; the weights are those of `warm_up`."""
+        track, run, device = self.track, self.run, self.device
+        dtype = run.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if supports(device, "bfloat16") else "float32"
+        self.dtype = getattr(torch, dtype)
+        self.attention_kernel = choose_attention(run.attention, device, self.dtype)
+        longest_row = max(track.data.row_tokens, track.evaluation.row_tokens)
+        self.model = GPT(track.model, longest_row, self.dtype, device)
+        self.model.low_memory = run.memory == "low"
+        self.optimizer = build_optimizer(self.model, track)
+        self.compiled = run.compile
+        if self.compiled == "auto":
+            self.compiled = "whole" if device.type == "cpu" else "parts"
+        self.model.compile_parts(self.compiled)
+
+    def say(self, text: str) -> None:
+        if self.comm.rank == 0:
+            print(text, flush=True)
+
+    # ---- a step
+
+    def set_stage(self, step: int) -> None:
         """Set the model to the stage of a step."""
-        stages = stages_until(self.track.schedule, step)
-        self.model.set_rotary([stage.windows[1] for stage in stages])
-        self.model.tied, self.stage = step < self.untie, stages[-1]
+        schedule = self.track.schedule
+        self.stage = stages_until(schedule, step)[-1]
+        self.model.set_rotary(long_windows(schedule, step))
+        self.model.tied = step < self.untie_step
 
     def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
-        total, weights = torch.zeros((), device=self.device), torch.tensor(weights).to(self.device, non_blocking=True)
-        for micro in zip(*(x.split(self.micro_rows[self.stage.batch]) for x in batch)):
-            parts = (x.to(self.device, non_blocking=True) for x in micro)
+        total = torch.zeros((), device=self.device)
+        weights = torch.tensor(weights).to(self.device, non_blocking=True)
+        size = self.rows_per_pass[self.stage.batch]
+        for rows in zip(*(x.split(size) for x in batch)):
+            inputs, targets, offsets = (x.to(self.device, non_blocking=True) for x in rows)
             self.comm.calls += 1  # a sign of life for `watch`
-            losses = self.model(*parts, self.stage.windows, self.longest, len(weights) - 1)
+            losses = self.model(inputs, targets, offsets, self.stage.windows, self.longest, len(weights) - 1)
             losses.backward(weights)
             total += losses[0].detach()
         return total
 
-    def advance(self, step: int, batches: Iterator[Step]) -> tuple[Tensor, Step]:
-        """Do a step; this rank's summed loss and what it has read. Within a stage the first one needs `enter` before."""
+    def advance(self, step: int, batches: Iterator[StepData]) -> tuple[Tensor, StepData]:
+        """Do a step; returns this rank's summed loss and the data of the step.
+
+        A first step in the middle of a stage needs `set_stage` before.
+        """
         schedule = self.track.schedule
-        if step == self.untie > 0:  # the embedding, tied to the head until now, goes on by itself (records #51, #53)
+        # what changes with this step
+        if step == self.untie_step > 0:  # head and embedding part: the embedding goes on by itself (#51, #53)
             self.model.embed.detach().copy_(self.model.lm_head.detach())
             self.optimizer.copy_state("lm_head", "embed")
-        if step in self.switches:
-            self.enter(step)
-        read = next(batches)
-        loss = self.forward_backward(read.batch, loss_weights(schedule, step))
-        factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)  # Adam has its betas
+        if step in self.stage_starts:
+            self.set_stage(step)
+        # gradients
+        data = next(batches)
+        loss = self.forward_backward(data.batch, loss_weights(schedule, step))
+        # update; a group of Adam has a momentum of its own and does not read this one
+        factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
         for group, (lr, decay) in zip(self.optimizer.param_groups, self.base):
-            group.update(lr=lr * factor, weight_decay=decay * factor ** (schedule.decay_power - 1), momentum=momentum)
-        self.optimizer.step(tokens=read.targets)
+            group["lr"] = lr * factor
+            group["weight_decay"] = decay * factor ** (schedule.decay_power - 1)
+            group["momentum"] = momentum
+        self.optimizer.step(tokens=data.targets)
         self.optimizer.zero_grad()
-        self.done, self.tokens, self.position = step + 1, self.tokens + read.tokens, read.position
-        return loss, read
+        self.done = step + 1
+        self.tokens += data.tokens
+        self.position = data.position
+        return loss, data
 
     @torch.no_grad()
     def validate(self, windows: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
-        """The `val` event, the same on all ranks; its loss is the sum over so many rows of each rank over all targets."""
-        total, count = torch.zeros(1, dtype=torch.float64, device=self.device), self.track.evaluation.tokens
+        """The `val` event, the same on all ranks. `rows` limits the rows of each rank (for the warm-up)."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in self.validation[:rows]:
             total += self.model(*(x.to(self.device) for x in batch), windows, self.val_longest).double()
+        count = self.track.evaluation.tokens
         loss = float(self.comm.all_reduce(total)) / count
-        return dict(step=self.done, val_loss=loss, val_tokens=count, train_time_s=self.clock.seconds, tokens=self.tokens)
+        seconds = self.clock.seconds
+        return dict(
+            step=self.done, val_loss=loss, val_tokens=count, train_time_s=seconds, tokens=self.tokens
+        )
+
+    # ---- before the clock
 
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        schedule, T = self.track.schedule, self.track.data.row_tokens
+        data, schedule = self.track.data, self.track.schedule
         self.model.init_weights(self.run.seed)
-        row = (np.arange(T + 1) % self.track.data.vocab_size, np.diff([*range(0, T, self.longest), T]))
-        for step in sorted(step for step in self.switches if step < self.steps):
-            self.enter(step)
-            batch = make_batch([row] * self.micro_rows[self.stage.batch], self.track.data, self.checked["documents"])
+        tokens = np.arange(data.row_tokens + 1) % data.vocab_size
+        lengths = np.diff([*range(0, data.row_tokens, self.longest), data.row_tokens])
+        for step in sorted(step for step in self.stage_starts if step < self.num_steps):
+            self.set_stage(step)
+            rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
+            batch = make_batch(rows, data, self.checked["documents"])
             self.forward_backward(batch, loss_weights(schedule, step))
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
-            self.validate(self.stage.windows, 1)
-        self.validate(self.track.evaluation.windows, 1)
-        self.laps["graphs"] = time.time()
+            self.validate(self.stage.windows, rows=1)
+        self.validate(self.track.evaluation.windows, rows=1)
+        self.startup["graphs"] = time.time()
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
+        # the start of the run
         self.model.init_weights(self.run.seed)
-        for p in self.model.parameters() if self.comm.world_size > 1 else ():
-            dist.broadcast(p.detach(), src=0)
+        if self.comm.world_size > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.detach(), src=0)
         self.optimizer.reset()
-        self.laps["optimizer"] = time.time()
+        self.startup["optimizer"] = time.time()
 
     def resume(self) -> tuple[str, str]:
-        """Go on from the checkpoint of --resume; its path and the id of its run, empty where there is none."""
-        run, key = self.run, {} if self.run.adopt and self.run.resume else self.key
-        path = run.resume if run.resume != "" else on_rank_0(self.comm, lambda: newest_checkpoint(Path(run.out), key))
+        """Go on from the checkpoint of --resume; returns its path and the id of its run, "" for none."""
+        run = self.run
+        key = {} if run.adopt and run.resume else self.key
+        path = run.resume
+        if path == "":  # --resume without a value
+            path = on_rank_0(self.comm, lambda: newest_checkpoint(Path(run.out), key))
         if not path:
             return "", ""
+        # Rank 0 reads it first, so that a refusal is one sentence.
         on_rank_0(self.comm, lambda: load_checkpoint(Path(path), key) and None)
         found = load_checkpoint(Path(path), key)
-        if found["step"] > self.steps:
-            raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.steps} steps")
+        if found["step"] > self.num_steps:
+            raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.num_steps} steps")
         try:  # the fields of the groups are the track's
             self.optimizer.load_state_dict({**found["optimizer"], "groups": []})
             self.model.load_state_dict(found["model"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
         self.done, self.tokens, self.clock.seconds = found["step"], found["tokens"], found["train_time_s"]
-        self.enter(self.done)
-        if (found["key"]["data"], found["key"]["track"]["data"]) == (self.key["data"], self.key["track"]["data"]):
+        self.set_stage(self.done)
+        same_data = found["key"]["data"] == self.key["data"]
+        if same_data and found["key"]["track"]["data"] == self.key["track"]["data"]:
             self.position = found["position"]
         if found["key"] == self.key:  # else it is adopted, as the start of a new run
             self.folder = self.folder.with_name(found["run_id"])
@@ -1444,222 +2475,500 @@ class Trainer:
 
     def open_log(self, checkpoint: str, run_id: str, **compiling: Any) -> None:
         """On rank 0: begin the log, or go on with that of the run whose `checkpoint` it is."""
-        run, dtype, own = self.run, self.key["dtype"], run_id == self.folder.name
         self.check_disk()
-        if own:
+        goes_on = run_id == self.folder.name
+        if goes_on:
             os.utime(checkpoint)  # the newest now: what came after it is done again
             (self.folder / "finished").unlink(missing_ok=True)
         self.log.open(self.done)
         if not self.log.events:
-            startup = dict(zip([*self.laps][1:], np.diff([*self.laps.values()]).round(3).tolist()))
-            self.log.write("header", run_id=self.folder.name, track=run.track, settings=dataclasses.asdict(self.track),
-                           seed=run.seed, dtype=dtype, micro_rows=[*self.micro_rows.values()], **self.environment,
-                           data=self.checked["digests"], attention=self.attention, head="fp8" if self.model.fp8 else dtype,
-                           compiled=self.compiled, startup_s=startup, **compiling)  # fmt: skip
-        if own and ("checkpoint", self.done) not in self.log.events:
+            self.log.write("header", **self.header(), **compiling)
+        if goes_on and ("checkpoint", self.done) not in self.log.events:
             self.log.write("checkpoint", step=self.done)
         if checkpoint:
             self.log.write("resume", step=self.done, world_size=self.comm.world_size, run_id=run_id)
+
+    def header(self) -> dict[str, Any]:
+        """What the first line of the log says."""
+        dtype = self.key["dtype"]
+        parts, ends = list(self.startup)[1:], list(self.startup.values())
+        return dict(
+            run_id=self.folder.name,
+            track=self.run.track,
+            settings=dataclasses.asdict(self.track),
+            seed=self.run.seed,
+            dtype=dtype,
+            micro_rows=list(self.rows_per_pass.values()),
+            **self.environment,
+            data=self.checked["digests"],
+            attention=self.attention_kernel,
+            head="fp8" if self.model.fp8 else dtype,
+            compiled=self.compiled,
+            startup_s=dict(zip(parts, np.diff(ends).round(3).tolist())),
+        )
+
+    def check_disk(self) -> None:
+        """ValueError when two checkpoints and the one that is being written will not fit."""
+        if not self.run.checkpoint_every:
+            return
+        weights = sum(p.nbytes for p in self.model.parameters())
+        local_state = sum(x.nbytes for unit in self.optimizer.units for x in unit.state.values())
+        need = (CHECKPOINTS_KEPT + 1) * (weights + self.comm.world_size * local_state)
+        folder = next(path for path in self.folder.absolute().parents if path.is_dir())
+        replaced = sum(path.stat().st_size for path in self.folder.glob("step_*.pt"))
+        free = shutil.disk_usage(folder).free + replaced
+        if free < need:
+            sizes = f"{free / 1e6:,.0f} MB free, checkpoints take {need / 1e6:,.0f}"
+            raise ValueError(f"{folder} has {sizes}; use another --out")
+
+    # ---- between steps
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """The run saves and ends at its next logged step; before training, or after a Ctrl-C, at once."""
+        # After a Ctrl-C any signal counts: torchrun turns the second Ctrl-C into SIGTERM.
+        if self.clock.now() == 0 or self.asked_to_stop == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked_to_stop = number
+
+    def check_finite(self, finite: bool, what: str) -> None:
+        """Else a Refusal that names the parameters whose gradients went first, and the step. Collective."""
+        if finite:
+            return
+        since = self.comm.all_reduce(self.optimizer.bad_since(), dist.ReduceOp.MIN).tolist()
+        first = min(since)
+        where = "no gradient before it"
+        if first <= self.done:
+            units = [unit for unit, step in zip(self.optimizer.units, since) if step == first]
+            names = [name for unit in units for name in unit.names]
+            where = f"gradients of {', '.join(names)} since step {first:.0f}"
+        raise Refusal(f"not finite at step {self.done}, {what}: {where}; the last checkpoint is kept")
+
+    def report(self, loss: Tensor, targets: int) -> bool:
+        """Log the loss of the last step; whether a rank was asked to stop. Collective."""
+        bad = (self.optimizer.bad_since() <= self.done).any()
+        sums = torch.stack([loss, bad, loss.new_tensor(self.asked_to_stop)])
+        loss_sum, bad_ranks, stops = self.comm.all_reduce(sums).tolist()
+        train_loss, seconds = loss_sum / targets, self.clock.now()
+        line = dict(step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
+        self.log.write("step", **line)
+        self.check_finite(not bad_ranks and math.isfinite(train_loss), f"training loss {train_loss}")
+        if self.done % max(1, self.num_steps // 20) == 0 or self.done == self.num_steps:
+            speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
+            self.say(f"step {self.done}/{self.num_steps} loss {train_loss:.4f} {speed}")
+        return stops > 0
+
+    def report_validation(self, last: bool) -> dict[str, Any]:
+        """Validate, log it and say it; the `val` event."""
+        val = self.validate(self.track.evaluation.windows if last else self.stage.windows)
+        self.log.write("val", **val)
+        loss = val["val_loss"]
+        said = f"validation loss {loss:.4f} training time {self.clock.seconds:.2f} s"
+        self.say(f"step {self.done}/{self.num_steps} {said}")
+        self.check_finite(math.isfinite(loss), f"validation loss {loss}")
+        return val
+
+    def is_due_to_save(self, stopping: bool) -> bool:
+        """Whether to save now. Only where no gradients wait for an update: once in `period` steps."""
+        every = self.run.checkpoint_every
+        if self.done == self.num_steps:
+            return every > 0
+        due = stopping or (every > 0 and self.done % every < self.period)
+        return due and self.done % self.period == 0
 
     def save(self) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""
         self.check_finite(all(p.isfinite().all() for p in self.model.parameters()), "parameters")
         model = dict(self.model.state_dict())
-        model["embed"] = model["lm_head" if self.model.tied else "embed"]
-        content = dict(key=self.key, run_id=self.folder.name, step=self.done, position=self.position, tokens=self.tokens,
-                       train_time_s=self.clock.seconds, model=model, optimizer=self.optimizer.state_dict())  # fmt: skip
+        if self.model.tied:
+            model["embed"] = model["lm_head"]
+        content = dict(
+            key=self.key,
+            run_id=self.folder.name,
+            step=self.done,
+            position=self.position,
+            tokens=self.tokens,
+            train_time_s=self.clock.seconds,
+            model=model,
+            optimizer=self.optimizer.state_dict(),
+        )
         on_rank_0(self.comm, lambda: save_checkpoint(self.folder / f"step_{self.done:06d}.pt", content))
         self.log.write("checkpoint", step=self.done)
 
-    def check_disk(self) -> None:
-        """ValueError when two checkpoints and the one that is being written will not fit."""
-        state = sum(value.nbytes for unit in self.optimizer.units for value in unit.state.values())
-        need = 3 * (sum(p.nbytes for p in self.model.parameters()) + self.comm.world_size * state)
-        folder = next(path for path in self.folder.absolute().parents if path.is_dir())
-        free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in self.folder.glob("step_*.pt"))
-        if self.run.checkpoint_every and free < need:
-            raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, checkpoints take {need / 1e6:,.0f}; use another --out")
-
-    def on_signal(self, number: int, _: Any) -> None:
-        """The run saves and ends at its next logged step; before training, or after a Ctrl-C, it ends at once."""
-        if self.clock.now() == 0 or self.asked_to_stop == signal.SIGINT:  # torchrun turns the second Ctrl-C into SIGTERM
-            raise KeyboardInterrupt
-        self.asked_to_stop = number
-
-    def check_finite(self, finite: bool, what: str) -> None:
-        """Else a Refusal that says in which step and for which parameters a gradient was first not finite. Collective."""
-        if finite:
-            return
-        since = self.comm.all_reduce(self.optimizer.bad_since(), dist.ReduceOp.MIN).tolist()
-        names = [name for unit, at in zip(self.optimizer.units, since) if at == min(since) <= self.done for name in unit.names]
-        where = f"gradients of {', '.join(names)} since step {min(since):.0f}" if names else "no gradient before it"
-        raise Refusal(f"not finite at step {self.done}, {what}: {where}; the last checkpoint is kept")
-
-    def report(self, loss: Tensor, targets: int) -> bool:
-        """Log the loss of the last step; whether a rank was asked to stop. Collective."""
-        sums = torch.stack([loss, (self.optimizer.bad_since() <= self.done).any(), loss.new_tensor(self.asked_to_stop)])
-        loss_sum, bad, stops = self.comm.all_reduce(sums).tolist()
-        train_loss, seconds = loss_sum / targets, self.clock.now()
-        self.log.write("step", step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
-        self.check_finite(not bad and math.isfinite(train_loss), f"training loss {train_loss}")
-        if self.done % max(1, self.steps // 20) == 0 or self.done == self.steps:
-            speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
-            self.say(f"step {self.done}/{self.steps} loss {train_loss:.4f} {speed}")
-        return stops > 0
+    # ---- the run
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
-        track, comm, clock, evaluation = self.track, self.comm, self.clock, self.track.evaluation
+        evaluation, clock = self.track.evaluation, self.clock
         self.warm_up()
-        from torch._dynamo.utils import counters  # after the cache has its place
-        graphs, misses = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
-        cache, resumed = "cold" if misses else "warm" if graphs else "none", self.resume()
+        graphs, cache = compiled_so_far()
+        checkpoint, run_id = self.resume()
         self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
-        on_rank_0(comm, lambda: self.open_log(*resumed, graphs=graphs, compile=cache))
-        packer = Packer(self.train_paths, track.data, self.position)
-        batches = training_steps(packer, track, self.checked["documents"], comm.rank, comm.world_size, self.done)
+        on_rank_0(self.comm, lambda: self.open_log(checkpoint, run_id, graphs=graphs, compile=cache))
+        packer = Packer(self.train_paths, self.track.data, self.position)
+        documents, rank, world_size = self.checked["documents"], self.comm.rank, self.comm.world_size
+        batches = training_steps(packer, self.track, documents, rank, world_size, self.done)
         torch.compiler.set_stance("fail_on_recompile")  # without effect where nothing is compiled
         gc.collect()
-        # a run that was killed between its last checkpoint and its end has only the end before it
-        val = self.validate(evaluation.windows) if self.done == self.steps else {}
-        every, stopping = self.run.checkpoint_every, False
+        val, stopping = {}, False
+        if self.done == self.num_steps:  # a run that was killed between its last checkpoint and its end
+            val = self.validate(evaluation.windows)
+
         clock.start()
-        for step in range(self.done, self.steps):
-            loss, read = self.advance(step, batches)
-            done, last = step + 1, step + 1 == self.steps
-            validating = last or done % evaluation.every == 0
-            if validating or done % evaluation.log_every == 0:
-                stopping = self.report(loss, read.targets)
-            due = stopping or (every > 0 and done % every < self.period)  # all groups are updated in one of `period` steps
-            saving = every > 0 if last else due and done % self.period == 0
-            if not (validating or saving):
-                continue
-            clock.stop()
-            if validating:
-                val = self.validate(evaluation.windows if last else self.stage.windows)
-                self.log.write("val", **val)
-                self.say(f"step {done}/{self.steps} validation loss {val['val_loss']:.4f} training time {clock.seconds:.2f} s")
-                self.check_finite(math.isfinite(val["val_loss"]), f"validation loss {val['val_loss']}")
-            if saving:
-                self.save()
-            if saving and stopping and not last:
-                self.say(f"stopped and saved at step {done}; the same command with --resume goes on")
-                sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
-            clock.start()
+        for step in range(self.done, self.num_steps):
+            loss, data = self.advance(step, batches)
+            last = self.done == self.num_steps
+            validating = last or self.done % evaluation.every == 0
+            if validating or self.done % evaluation.log_every == 0:
+                stopping = self.report(loss, data.targets)
+            saving = self.is_due_to_save(stopping)
+            if validating or saving:
+                clock.stop()
+                if validating:
+                    val = self.report_validation(last)
+                if saving:
+                    self.save()
+                if saving and stopping and not last:
+                    self.say(f"stopped and saved at step {self.done}; the same command with --resume goes on")
+                    sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
+                clock.start()
         clock.stop()
-        reached, compiles = val["val_loss"] <= evaluation.target, counters["stats"]["unique_graphs"] - graphs
-        final = dict(**val, target=evaluation.target, reached=reached, compiles_in_timed_region=compiles,
-                     peak_memory_bytes=peak_memory(self.device))  # fmt: skip
+        return self.finish(val, graphs)
+
+    def finish(self, val: dict[str, Any], graphs: int) -> dict[str, Any]:
+        """Write and say the end of the run; the `final` event. `graphs` were made before the clock."""
+        target, loss, seconds = self.track.evaluation.target, val["val_loss"], val["train_time_s"]
+        reached = loss <= target
+        final = dict(
+            **val,
+            target=target,
+            reached=reached,
+            compiles_in_timed_region=compiled_so_far()[0] - graphs,
+            peak_memory_bytes=peak_memory(self.device),
+        )
         self.log.write("final", **final)
-        if comm.rank == 0 and self.folder.is_dir():
+        if self.comm.rank == 0 and self.folder.is_dir():
             (self.folder / "finished").touch()
-        self.say(f"track {self.run.track}: validation loss {val['val_loss']:.4f}, target {evaluation.target} "
-                 f"{'' if reached else 'NOT '}reached, training time {val['train_time_s']:.2f} s, {self.steps} steps, "
-                 f"{self.tokens} tokens, {comm.world_size} x {self.environment['device']}, log {self.log.path}")  # fmt: skip
+        self.say(
+            f"track {self.run.track}: validation loss {loss:.4f}, "
+            f"target {target} {'reached' if reached else 'NOT reached'}, "
+            f"training time {seconds:.2f} s, {self.num_steps} steps, {self.tokens} tokens, "
+            f"{self.comm.world_size} x {self.environment['device']}, log {self.log.path}"
+        )
         return final
 
-@torch.no_grad()
-def use_checkpoint(run: Run, device: torch.device) -> float | str:
-    """The mean loss, nats per token, on the shards of --evaluate, or the text of --sample; printed and returned."""
-    if not run.resume:
-        raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
-    found = load_checkpoint(Path(run.resume), {})
+
+def compiled_so_far() -> tuple[int, str]:
+    """Graphs compiled in this process, and whether the cache had them: "warm", "cold" or "none"."""
+    from torch._dynamo.utils import counters  # only here: the cache must have its place before
+
+    graphs = counters["stats"]["unique_graphs"]
+    if counters["inductor"]["fxgraph_cache_miss"]:
+        return graphs, "cold"
+    return graphs, "warm" if graphs else "none"
+
+
+# ---- a checkpoint in use
+
+
+def model_of_checkpoint(path: str, device: torch.device) -> tuple[GPT, Track]:
+    """The model of a checkpoint, ready to be evaluated, and the sections of its track that this takes."""
+    found = load_checkpoint(Path(path), {})
     try:
-        track = Track(**{name: type(part)(**found["key"]["track"][name]) for name, part in vars(Track()).items()})
-        dtype = torch.bfloat16 if found["key"]["dtype"] == "bfloat16" and supports(device, "bfloat16") else torch.float32
+        settings = found["key"]["track"]
+        sizes = settings["model"].items()
+        model_settings = {FORMER_MODEL_FIELDS.get(name, name): value for name, value in sizes}
+        track = Track(
+            data=Data(**settings["data"]),
+            model=Model(**model_settings),
+            schedule=Schedule(**settings["schedule"]),
+            evaluation=Evaluation(**settings["evaluation"]),
+        )
+        in_bfloat16 = found["key"]["dtype"] == "bfloat16" and supports(device, "bfloat16")
+        dtype = torch.bfloat16 if in_bfloat16 else torch.float32
         model = GPT(track.model, track.evaluation.row_tokens, dtype, device)
         for name, p in model.named_parameters():
-            p.copy_(found["model"][name])
+            p.detach().copy_(found["model"][name])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {run.resume} is not of this train_gpt.py: {error}") from None
+        raise ValueError(f"checkpoint {path} is not of this train_gpt.py: {error}") from None
+    model.set_rotary(long_windows(track.schedule, found["step"]))
+    return model, track
+
+
+@torch.no_grad()
+def evaluate_checkpoint(run: Run, device: torch.device) -> float:
+    """The mean loss, nats per token, of --resume on the shards of --evaluate; printed and returned."""
+    model, track = model_of_checkpoint(run.resume, device)
+    data, evaluation = track.data, track.evaluation
+    paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
+    for path in paths:
+        check_tokens(path, data, run.evaluate)
+    total, count = 0.0, 0
+    for tokens, lengths in validation_rows(paths, data, evaluation.row_tokens):
+        batch = make_batch([(tokens, lengths)], data, len(lengths))
+        total += float(model(*(x.to(device) for x in batch), evaluation.windows, evaluation.row_tokens))
+        count += int((batch.targets >= 0).sum())
+    print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
+    return total / count
+
+
+@torch.no_grad()
+def sample_checkpoint(run: Run, device: torch.device) -> str:
+    """The text of --sample and what the model of --resume goes on with; printed and returned."""
+    model, track = model_of_checkpoint(run.resume, device)
     data, longest, windows = track.data, track.evaluation.row_tokens, track.evaluation.windows
-    model.set_rotary([stage.windows[1] for stage in stages_until(track.schedule, found["step"])])
-    if run.evaluate:
-        paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
-        if (largest := max(int(read_shard(path).max(initial=0)) for path in paths)) >= data.vocab_size:
-            raise ValueError(f"{run.evaluate} holds token {largest}, the vocabulary has {data.vocab_size}")
-        total, count = 0.0, 0
-        for row in validation_rows(paths, data, longest):
-            batch = make_batch([row], data, len(row[1]))
-            total += float(model(*(x.to(device) for x in batch), windows, longest))
-            count += int((batch.targets >= 0).sum())
-        print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
-        return total / count
-    if not (as_bytes := data.vocab_size == 257):
+    if data.vocab_size == BYTE_VOCABULARY:
+        encode, decode = str.encode, lambda tokens: bytes(tokens).decode(errors="replace")
+    else:
         import tiktoken
+
         encoding = tiktoken.get_encoding("gpt2")
-    tokens = [data.document_start, *(run.sample.encode() if as_bytes else encoding.encode_ordinary(run.sample))]
-    generator, windows = torch.Generator().manual_seed(run.seed), [window_size(w) for w in windows] if model.fused else windows
+        encode, decode = encoding.encode_ordinary, encoding.decode
+    tokens = [data.document_start, *encode(run.sample)]
+    generator = torch.Generator().manual_seed(run.seed)
+    if model.fused:
+        windows = [window_size(w) for w in windows]
     for _ in range(run.sample_tokens):
         T = min(len(tokens), longest)
-        inputs, offsets = (torch.tensor([x], dtype=torch.int32, device=device) for x in (tokens[-T:], [0, T]))
-        x = model.stream(inputs, offsets, windows, T, lambda part, *args: part(*args))
-        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu() / max(run.temperature, 1e-6)
-        tokens.append(int(logits.softmax(0).multinomial(1, generator=generator)))
+        inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
+        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
+        x = model.stream(inputs, offsets, windows, T)
+        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
+        chances = (logits / max(run.temperature, 1e-6)).softmax(0)
+        tokens.append(int(chances.multinomial(1, generator=generator)))
         if tokens[-1] == data.document_start:
             break
-    words = [token for token in tokens if token != data.document_start]
-    print(text := bytes(words).decode(errors="replace") if as_bytes else encoding.decode(words))
+    text = decode([token for token in tokens if token != data.document_start])
+    print(text)
     return text
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the accelerator's allocator, or of the process on a CPU."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# 8. main: command line, devices, process group. ----------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# 8. Main
+#
+# `main` reads the command line, refuses what can be refused without a model, sets up device, compile
+# cache and process group, and hands over to a `Trainer`. Every error that a user can do something
+# about ends in one sentence (`explanation`) and a non-zero status. The tools call `main` with other
+# `work` to be done with the trainer.
+# ----------------------------------------------------------------------------------------------------
+
+
+# ---- help
+
+
+def as_typed(value: Any, separator: str = ",") -> str:
+    """A value in the form that the command line takes; `separator` is that of the outer tuple."""
+    if isinstance(value, tuple):
+        inside = separator.join(repr(x) if isinstance(x, str) else as_typed(x) for x in value)
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def meaning_of(f: dataclasses.Field, kind: Any) -> str:
+    """The meaning of a field, after the values that it can have where these are few."""
+    choices = type_in_words(kind) if get_origin(kind) is Literal else ""
+    return "; ".join(filter(None, [choices, f.metadata["meaning"]]))
+
+
+def fields_of(section: type) -> list[tuple[dataclasses.Field, Any]]:
+    """The fields of a section with their types."""
+    return list(zip(dataclasses.fields(section), get_type_hints(section).values()))
+
+
+def help_table() -> list[str]:
+    """One line for each field of a track, with a column for each track."""
+    width = 16  # of a column
+
+    def row(name: str, values: Iterable[Any], meaning: str = "") -> str:
+        texts = map(as_typed, values)
+        cells = [text if len(text) < width else "..." for text in texts]
+        return f"  {name:<22}" + "".join(f"{cell:<{width}}" for cell in cells) + meaning
+
+    def of_tracks(section: str, name: str) -> list[Any]:
+        return [getattr(getattr(track, section), name) for track in TRACKS.values()]
+
+    lines = [row("", TRACKS)]
+    sections = vars(Track())
+    adam_sections = [section for section, part in sections.items() if type(part) is Adam]
+    for section, part in sections.items():
+        if section in adam_sections or section == "gate":
+            continue
+        lines.append(f"--{section}.FIELD")
+        for f, kind in fields_of(type(part)):
+            lines.append(row(f.name, of_tracks(section, f.name), meaning_of(f, kind)))
+    lines.append("--gate.FIELD (as --matrix.FIELD, without mlp_lr_mul; where the values differ)")
+    for f, _ in fields_of(Gate):
+        if of_tracks("gate", f.name) != of_tracks("matrix", f.name):
+            lines.append(row(f.name, of_tracks("gate", f.name)))
+    lines.append(", ".join(f"--{section}.FIELD" for section in adam_sections) + " (all of Adam)")
+    for f, kind in fields_of(Adam):
+        if f.name != "lr":
+            lines.append(row(f.name, [""] * len(TRACKS), meaning_of(f, kind)))
+    for section in adam_sections:
+        lines.append(row(f"lr of {section}", of_tracks(section, "lr"), "learning rate at factor 1"))
+    return [line.rstrip() for line in lines]
+
 
 def help_text() -> str:
-    lines = [__doc__.strip(), "", "Run options (--name value):"]
-    lines += [f"  --{f.name:<18} {f.default!s:<8} {takes(f)}   {f.metadata['meaning']}" for f in dataclasses.fields(Run)]
-    for name, track in TRACKS.items():
-        lines += ["", f"Track {name} (--section.field value):"]
-        for section, part in vars(track).items():
-            lines += [f"  --{section + '.' + f.name:<32} {getattr(part, f.name)}   {takes(f)}   {f.metadata['meaning']}"
-                      for f in dataclasses.fields(part)]  # fmt: skip
+    """What --help prints."""
+    lines = [*__doc__.strip().splitlines()[:6], "", "Options (--name value):"]
+    for f, kind in fields_of(Run):
+        lines.append(f"  --{f.name:<18}{as_typed(f.default):<10}{meaning_of(f, kind)}")
+    lines += ["", "Fields of a track (--section.field value) and their values in each track:"]
+    lines += [*help_table(), ""]
+    lines += ["`python train_gpt.py --help SECTION` prints types, and values that are too long here (...)."]
+    lines += ['A value with brackets goes in quotes: --schedule.momentum "(0.8,0.9)".']
     return "\n".join(lines)
+
+
+def help_section(section: str) -> str:
+    """What --help SECTION prints: type, least value, meaning and values of each field."""
+    sections = vars(Track())
+    if section not in sections:
+        raise ValueError(f"there is no section {section!r}; there are {', '.join(sections)}")
+    lines = []
+    for f, kind in fields_of(type(sections[section])):
+        least = f.metadata["minimum"]
+        bound = f", at least {least:g}" if least > -math.inf else ""
+        lines += [f"--{section}.{f.name} VALUE", f"    {type_in_words(kind)}{bound}"]
+        lines += [f"    {f.metadata['meaning']}"]
+        for name, track in TRACKS.items():
+            value = as_typed(getattr(getattr(track, section), f.name), separator=", ")
+            lines += textwrap.wrap(f"    {name:<8}{value}", 138, subsequent_indent=" " * 13)
+    return "\n".join(lines)
+
+
+# ---- command line
+
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Track, Run]:
     """Track and run options; ValueError names the nearest option for an unknown one."""
-    known, values, words = {f.name: f for f in dataclasses.fields(Run)}, collections.defaultdict(dict), list(argv)
-    for section in dataclasses.fields(Track):
-        known |= {f"{section.name}.{f.name}": f for f in dataclasses.fields(section.default)}
-    while words:
-        option, _, text = words.pop(0).partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--"):
-            raise ValueError(f"{option!r} is not an option; options look like --track tiny")
-        if name not in known:
-            raise ValueError(f"unknown option {option}, the nearest is --{difflib.get_close_matches(name, known, 1, 0.0)[0]}")
-        if not text and words and not words[0].startswith("--"):
-            text = words.pop(0)
-        elif not text and name != "resume":
-            raise ValueError(f"{option} needs a value")
-        section, _, key = name.rpartition(".")
-        values[section][key] = text
-        if not known[name].type.startswith(("str", "Literal")):
-            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                values[section][key] = ast.literal_eval(text.capitalize() if text.isalpha() else text)  # true is True
+    values = read_options(argv)
 
     def changed(settings: Settings, section: str) -> Settings:
         try:
             return dataclasses.replace(settings, **values[section])
         except ValueError as error:
-            raise ValueError(f"--{section}{'.' * bool(section)}{error}") from None
+            prefix = f"{section}." if section else ""
+            raise ValueError(f"--{prefix}{error}") from None
+
     run = changed(Run(), "")
     if run.track == "auto":
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        large = cards and all((c.major, c.minor) >= (8, 0) and c.total_memory >= 70e9 for c in cards)
-        run = dataclasses.replace(run, track="short" if large else "tiny")
+        run = dataclasses.replace(run, track=track_for_this_machine())
     if run.track not in TRACKS:
         raise ValueError(f"unknown track {run.track!r}, there are {', '.join(TRACKS)}")
-    return Track(**{section: changed(part, section) for section, part in vars(TRACKS[run.track]).items()}), run
+    sections = vars(TRACKS[run.track])
+    return Track(**{section: changed(part, section) for section, part in sections.items()}), run
+
+
+def read_options(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The values of a command line by section ("" for those of `Run`) and field, not yet checked."""
+    kinds = {f.name: kind for f, kind in fields_of(Run)}
+    for section, part in vars(Track()).items():
+        kinds |= {f"{section}.{f.name}": kind for f, kind in fields_of(type(part))}
+    values = collections.defaultdict(dict)
+    words = list(argv)
+    while words:
+        option, _, text = words.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise ValueError(f"{option!r} is not an option; options look like --track tiny")
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, 1, 0.0)[0]
+            raise ValueError(f"unknown option {option}, the nearest is --{nearest}")
+        if not text and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not text and name != "resume":
+            raise ValueError(f"{option} needs a value")
+        section, _, key = name.rpartition(".")
+        values[section][key] = value_of(text, kinds[name])
+    return values
+
+
+def value_of(text: str, kind: Any) -> Any:
+    """A word of the command line as a Python value; what is none, or is meant as text, stays text."""
+    if kind in (str, str | None) or get_origin(kind) is Literal:
+        return text
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text.capitalize() if text.isalpha() else text)  # true is True
+    return text
+
+
+def track_for_this_machine() -> str:
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    large = [(card.major, card.minor) >= (8, 0) and card.total_memory >= 70e9 for card in cards]
+    return "short" if cards and all(large) else "tiny"
+
+
+# ---- checks before anything is built
+
+
+def model_rules(track: Track) -> list[tuple[bool, str]]:
+    """What must be true of a model, and the sentence for where it is not."""
+    data, model, fp8 = track.data, track.model, track.model.fp8_head
+    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired]
+    blocks += [*sum(model.skips, ()), *(block for block, _ in model.value_tables)]
+    blocks += [i for i in (model.attention_source, model.backout) if i != -1]
+    low = {"qk", "vo", "mlp", "embed", "ngram_embed", "value_embed"}
+    fp8_sizes = (data.row_tokens, model.width, model.padded_vocab)
+    return [
+        (model.width % (4 * model.heads) == 0,
+         f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
+        (model.attention_scale * model.width / model.heads <= 40,
+         "model.attention_scale x head width is at most 40"),
+        ({*model.low_precision} <= low, "low_precision: no such bank"),
+        (len(fp8) in (0, 3) and all(x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
+        (not fp8 or all(size % 16 == 0 for size in fp8_sizes),
+         "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
+        (model.padded_vocab >= data.vocab_size,
+         f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
+        (all(i in range(model.layers) for i in blocks),
+         f"a block number, attention_source or backout is outside 0..{model.layers - 1}"),
+        (all(n >= 1 and rows >= 1 for n, rows in model.ngrams),
+         "ngrams and their tables have at least one token and row"),
+        (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
+        (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
+        (all(a < b for a, b in model.skips), "skips go on to a later block"),
+        (all(table >= 0 for _, table in model.value_tables), "value_tables count from 0"),
+        (max(model.gate_inputs, model.value_gate_inputs) <= model.width,
+         "gate_inputs and value_gate_inputs exceed the width"),
+    ]  # fmt: skip
+
+
+def schedule_rules(track: Track, run: Run) -> list[tuple[bool, str]]:
+    """What must be true of a schedule and of the options, and the sentence for where it is not."""
+    stages = track.schedule.stages
+    begins = [stage.begin for stage in stages]
+    windows = [track.evaluation.windows, *(stage.windows for stage in stages)]
+    return [
+        (begins[:1] == [0] and begins == sorted({*begins}), "schedule.stages begin at 0 and in rising order"),
+        (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages),
+         "batch and document cut are at least 1"),
+        (min(map(min, windows)) >= 1, "attention windows are at least 1 token"),
+        (abs(run.seed) < 2**63, "the seed has 64 bits"),
+        (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
+    ]  # fmt: skip
+
+
+def check_settings(track: Track, run: Run) -> None:
+    """ValueError for settings that no run can have together."""
+    for good, sentence in [*schedule_rules(track, run), *model_rules(track)]:
+        if not good:
+            raise ValueError(sentence)
+    on_nothing = GPT(track.model, 1, torch.float32, "meta")
+    optimizer = build_optimizer(on_nothing, track)  # refuses what an optimizer cannot do
+    if track.model.tied > 0:
+        optimizer.units_to_copy("lm_head", "embed")
+
+
+# ---- device and processes
+
 
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
-    accelerator = None if run.device == "cpu" else torch.accelerator.current_accelerator(True)  # None where there is none
-    if run.device == "cpu" or run.device == "auto" and (run.track == "tiny" or accelerator is None):
+    if run.device == "cpu":
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # None where there is none
+    if run.device == "auto" and (run.track == "tiny" or accelerator is None):
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
         raise ValueError(f"there is no device {run.device!r} here")
@@ -1667,47 +2976,54 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
     return torch.device(accelerator.type, local_rank)
 
-def check_settings(track: Track, run: Run) -> None:
-    """ValueError for settings that no run can have together."""
-    data, model, stages, fp8 = track.data, track.model, track.schedule.stages, track.model.fp8_head
-    begins, windows = [stage.begin for stage in stages], [track.evaluation.windows, *(stage.windows for stage in stages)]
-    blocks = [*model.attention_free, *model.long_blocks, *model.xsa, *model.key_offset, *model.paired, *sum(model.skips, ()),
-              *(block for block, _ in model.value_tables), max(0, model.frozen), max(0, model.backout)]
-    for good, sentence in (
-        (begins[:1] == [0] and begins == sorted({*begins}), "schedule.stages begin at 0 and in rising order"),
-        (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages), "batch and document cut are at least 1"),
-        (min(map(min, windows)) >= 1, "attention windows are at least 1 token"),
-        (model.width % (4 * model.heads) == 0, f"model.width {model.width} is not a multiple of 4 x {model.heads} heads"),
-        (model.attention_scale * model.width / model.heads <= 40, "model.attention_scale x head width is at most 40"),
-        ({*model.low_precision} <= {"qk", "vo", "mlp", "embed", "ngram_embed", "value_embed"}, "low_precision: no such bank"),
-        (len(fp8) in (0, 3) and all(x > 0 for x in fp8), "fp8_head is three positive numbers or ()"),
-        (not fp8 or data.row_tokens % 16 == model.width % 16 == model.padded_vocab % 16 == 0,
-         "a head in FP8 needs row_tokens, width and padded_vocab that are multiples of 16"),
-        (model.padded_vocab >= data.vocab_size, f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
-        (all(i in range(model.layers) for i in blocks), f"a block number, frozen or backout is outside 0..{model.layers - 1}"),
-        (all(n >= 1 and rows >= 1 for n, rows in model.ngrams), "ngrams and their tables have at least one token and row"),
-        (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
-        (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
-        (all(a < b for a, b in model.skips) and all(t >= 0 for _, t in model.value_tables), "skips go on, tables count from 0"),
-        (max(model.gate_inputs, model.value_gate_inputs) <= model.width, "gate_inputs and value_gate_inputs exceed the width"),
-        (abs(run.seed) < 2**63, "the seed has 64 bits"),
-        (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
-    ):
-        if not good:
-            raise ValueError(sentence)
-    build_optimizer(GPT(model, 1, torch.float32, "meta"), track)  # refuses what an optimizer cannot do
 
-def micro_rows(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
-    """Rows of a forward pass in stages of this `batch`; ValueError for a number of processes or rows that does not divide."""
-    rows = track.data.rows
-    if rows % world_size:
-        allowed = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise ValueError(f"{world_size} processes do not divide the {rows} rows of a step; allowed: {allowed}")
-    own = rows // world_size
-    if run.micro_rows and own % run.micro_rows:
-        raise ValueError(f"micro_rows {run.micro_rows} does not divide the {own} rows of a process")
-    most = max(1, 8192 // track.data.row_tokens)
-    return run.micro_rows or max(n for n in range(1, most + 1) if own * batch % n == 0)
+def set_up_device(run: Run, device: torch.device) -> None:
+    """Threads or the current device, and the place of the compile cache."""
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(run.threads or max(1, cores // processes))
+        name = "cpu"
+    else:
+        torch.accelerator.set_device_index(device.index)
+        name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
+    cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{name}"))
+    torch._dynamo.config.recompile_limit = 64
+
+
+class Job(NamedTuple):
+    """The stores of a job of several processes."""
+
+    store: dist.Store  # the launcher's, which outlives a restart: it says whether the run has ended
+    pulse: dist.Store  # of this start, for `watch`
+
+
+def start_processes(run: Run, device: torch.device, rank: int, world_size: int) -> Job:
+    """Join the process group that torchrun's environment variables describe."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0
+    under_torchrun = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+    if under_torchrun and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG: a rank does not outlive torchrun
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    bound = datetime.timedelta(seconds=run.timeout + 60)
+    # torchrun answers at once, unless it was killed meanwhile.
+    patience = datetime.timedelta(seconds=30) if under_torchrun else bound
+    launcher_store = next(dist.rendezvous("env://", timeout=patience))[0]
+    # Its store outlives a restart, with the old addresses in it: a prefix for each start keeps them apart.
+    store = dist.PrefixStore(f"start {restart}", launcher_store)
+    pulse = store.clone()
+    store.set_timeout(bound)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        timeout=bound,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=None if device.type == "cpu" else device,
+    )
+    return Job(launcher_store, pulse)
+
 
 def explanation(error: BaseException) -> str | None:
     """One sentence for what a user can do something about; None for a defect of the program."""
@@ -1717,7 +3033,8 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-        return "out of memory; --memory low, a smaller --micro_rows or --evaluation.row_tokens, or more processes, need less"
+        less = "--memory low, a smaller --micro_rows or --evaluation.row_tokens, or more processes"
+        return f"out of memory; {less}, need less"
     if isinstance(error, dist.DistError) or "gloo" in text:
         return f"lost the connection to another rank ({text.strip().splitlines()[-1]})"
     if "fail_on_recompile" in text:
@@ -1726,64 +3043,74 @@ def explanation(error: BaseException) -> str | None:
         return f"{error.strerror or text}: {error.filename}" if error.filename else text
     return None
 
+
+def report_error(error: BaseException, rank: int, world_size: int) -> None:
+    """Say why the run ends and leave with a non-zero status. Returns only for a defect of the program."""
+    # Rank 0 says what all ranks refuse alike; each rank says, with its number, what only it has met.
+    common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not dist.is_initialized())
+    by_itself = not common and world_size > 1
+    sentence = explanation(error)
+    if by_itself or rank == 0:
+        who = f"rank {rank}: " if by_itself else ""
+        what = sentence or f"{type(error).__name__}: {error}"
+        print(f"train_gpt.py: {who}{what}", file=sys.stderr, flush=True)
+    if sentence is not None:
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def run_trainer(trainer: Trainer, work: Callable[[Trainer], Any], job: Job | None) -> Any:
+    """Do the `work` while signals and the watch-dog are looked after."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, trainer.on_signal)
+    done = threading.Event()
+    if job:
+        watched = (trainer, trainer.run.timeout, done, job.pulse)
+        threading.Thread(target=watch, args=watched, daemon=True).start()
+    result = work(trainer)
+    done.set()
+    return result
+
+
 def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: trainer.train()) -> Any:
-    """Set up what a command line asks for and do the `work`; one sentence and a non-zero status when it cannot be done."""
+    """Set up what a command line asks for and do the `work`.
+
+    One sentence and a non-zero status when it cannot be done.
+    """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
-    if "--help" in argv or "-h" in argv:
-        return print(help_text())
-    rank, local_rank, world_size = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
+        for word in ("--help", "-h"):
+            if word in argv:
+                section = "".join(argv[argv.index(word) + 1 :][:1])
+                named = section and not section.startswith("-")
+                return print(help_section(section) if named else help_text())
+        # refuse what can be refused without a model
         track, run = parse_command_line(argv)
-        device = device_of(run, local_rank)
-        cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
-        model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{model}"))
+        device = device_of(run, int(os.environ.get("LOCAL_RANK", 0)))
         check_settings(track, run)
-        micro_rows(track, run, world_size)
-        if device.type == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(run.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        else:
-            torch.accelerator.set_device_index(local_rank)
-        torch._dynamo.config.recompile_limit = 64
+        rows_per_pass(track, run, world_size)
+        set_up_device(run, device)
+        # a checkpoint in use needs neither data nor other processes
         if run.evaluate is not None or run.sample is not None:
-            return use_checkpoint(run, device)
-        if "WORLD_SIZE" in os.environ:
-            restart, job = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
-            bound = datetime.timedelta(seconds=run.timeout + 60)
-            if job and sys.platform == "linux":
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a rank does not outlive torchrun
-            # torchrun answers at once, unless it was killed meanwhile; its store outlives a restart, with the old addresses
-            found = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=30) if job else bound))[0]
-            store = dist.PrefixStore(f"start {restart or 0}", found)
-            pulse = store.clone()
-            store.set_timeout(bound)
-            own, backend = None if device.type == "cpu" else device, dist.get_default_backend_for_device(device)
-            dist.init_process_group(backend, timeout=bound, store=store, rank=rank, world_size=world_size, device_id=own)
-            if on_rank_0(Comm(), lambda: job and found.check(["ended"])):
-                return dist.destroy_process_group()  # restarted by a fault after the end of the run
-        trainer, done = Trainer(track, run, Comm(), device), threading.Event()
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, trainer.on_signal)
-        if dist.is_initialized():
-            threading.Thread(target=watch, args=(trainer, run.timeout, done, pulse), daemon=True).start()
-        result = work(trainer)
-        done.set()
-        if dist.is_initialized() and rank == 0:
-            found.set("ended", "1")
-        if dist.is_initialized():
+            if not run.resume:
+                raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
+            return evaluate_checkpoint(run, device) if run.evaluate else sample_checkpoint(run, device)
+        # the run
+        job = start_processes(run, device, rank, world_size) if "WORLD_SIZE" in os.environ else None
+        if job and on_rank_0(Comm(), lambda: job.store.check(["ended"])):
+            return dist.destroy_process_group()  # restarted by a fault after the end of the run
+        result = run_trainer(Trainer(track, run, Comm(), device), work, job)
+        if job:
+            if rank == 0:
+                job.store.set("ended", "1")
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not dist.is_initialized())
-        sentence, own = explanation(error), not common and world_size > 1
-        if own or rank == 0:
-            who, cause = f"rank {rank}: " * own, sentence or f"{type(error).__name__}: {error}"
-            print(f"train_gpt.py: {who}{cause}", file=sys.stderr, flush=True)
-        if sentence is None:
-            raise
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        report_error(error, rank, world_size)
+        raise
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

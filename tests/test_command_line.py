@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -43,26 +45,91 @@ assert new == {"train_gpt"}, new
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture) -> Callable[..., list[str]]:
+    """What the program prints for a command line, line by line."""
+
+    def said(*argv: str) -> list[str]:
+        train_gpt.main(argv)
+        out, error = capsys.readouterr()
+        assert error == "" and not [line for line in out.splitlines() if len(line) > 140]
+        return out.splitlines()
+
+    return said
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--track", "short", "--help"]])
-def test_help_lists_every_track_and_field(capsys: pytest.CaptureFixture, argv: list[str]) -> None:
-    train_gpt.main(argv)
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert said.err == ""
+def test_help_has_a_line_for_every_option_and_field(say: Callable[..., list[str]], argv: list[str]) -> None:
+    lines = say(*argv)
+    assert len(lines) <= 150
     for f in dataclasses.fields(train_gpt.Run):
-        assert any(
-            line.strip().startswith(f"--{f.name} ") and f.metadata["meaning"] in line for line in lines
-        ), f.name
-    for name, track in train_gpt.TRACKS.items():
-        (begin,) = [i for i, line in enumerate(lines) if line.startswith(f"Track {name} ")]
-        ends = [i for i, line in enumerate(lines) if line.startswith("Track ") and i > begin]
-        part = lines[begin + 1 : ends[0] if ends else None]
-        for section in dataclasses.fields(track):
-            settings = getattr(track, section.name)
-            for f in dataclasses.fields(settings):
-                (line,) = [x for x in part if x.strip().startswith(f"--{section.name}.{f.name} ")]
-                assert f.metadata["meaning"] and line.endswith(f.metadata["meaning"])
-                assert str(getattr(settings, f.name)).replace(" ", "") in line.replace(" ", "")
+        (line,) = [line for line in lines if line.startswith(f"  --{f.name} ")]
+        assert line.endswith(f.metadata["meaning"])
+    cells = [line.split() for line in lines]
+    assert ["tiny", "short", "medium"] in cells  # the heads of the columns
+    for section in ("data", "model", "matrix", "schedule", "evaluation"):
+        begin = lines.index(f"--{section}.FIELD")
+        part = itertools.takewhile(lambda line: line.startswith("  "), lines[begin + 1 :])
+        rows = {line.split()[0]: line for line in part}
+        for f in dataclasses.fields(getattr(train_gpt.Track(), section)):
+            assert rows[f.name].endswith(f.metadata["meaning"])
+            for found, track in zip(rows[f.name].split()[1:4], train_gpt.TRACKS.values()):
+                value = getattr(getattr(track, section), f.name)
+                assert found == "..." or read_back(section, f.name, found) == value, f.name
+
+
+def read_back(section: str, name: str, text: str) -> Any:
+    """What the command line makes of a text that the help prints."""
+    track, _ = train_gpt.parse_command_line(["--track", "tiny", f"--{section}.{name}", text])
+    return getattr(getattr(track, section), name)
+
+
+@pytest.mark.parametrize("section", vars(train_gpt.Track()))
+def test_help_of_a_section_prints_values_as_they_are_typed(
+    say: Callable[..., list[str]], section: str
+) -> None:
+    """Of every track, however long; what is printed, typed again, is the value."""
+    text = "\n".join(say("--help", section))
+    for f in dataclasses.fields(getattr(train_gpt.Track(), section)):
+        part = text.partition(f"--{section}.{f.name} VALUE\n")[2].partition("\n--")[0]
+        assert f.metadata["meaning"] in part
+        for name, track in train_gpt.TRACKS.items():
+            lines = part.partition(f"\n    {name} ")[2].splitlines()
+            more = itertools.takewhile(lambda line: line.startswith(" " * 13), lines[1:])
+            value = " ".join(line.strip() for line in [lines[0], *more])
+            assert read_back(section, f.name, value) == getattr(getattr(track, section), f.name), f.name
+
+
+def test_help_offers_what_can_be_typed(say: Callable[..., list[str]], capsys: pytest.CaptureFixture) -> None:
+    """The types were once made by replacing parts of words: "bfloat below 1e3016"."""
+    (line,) = [line for line in say("--help") if line.startswith("  --dtype ")]
+    assert line.split()[1:3] == ["auto", "auto|bfloat16|float32;"]
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--dtype", "bf16"])
+    assert "--dtype takes auto|bfloat16|float32, not 'bf16'" in capsys.readouterr().err
+    for word in line.split()[2].rstrip(";").split("|"):
+        assert train_gpt.parse_command_line(["--dtype", word])[1].dtype == word
+
+
+def test_types_in_words() -> None:
+    words = {name: kind for name, kind in get_type_hints(train_gpt.Model).items() if name[0] != "_"}
+    said = {name: train_gpt.type_in_words(kind) for name, kind in words.items()}
+    assert (said["width"], said["tied"]) == ("int", "float")
+    assert said["xsa"] == "(int, ...)" and said["ngrams"] == "((int, int), ...)"
+    assert said["softcap"] == "(float, float, float)" and said["low_precision"] == "(text, ...)"
+    hints = get_type_hints(train_gpt.Matrix)
+    assert train_gpt.type_in_words(hints["cautious"]) == "true|false"
+    assert train_gpt.type_in_words(hints["phase"]) == "int or none"
+    stages = get_type_hints(train_gpt.Schedule)["stages"]
+    assert train_gpt.type_in_words(stages) == "((begin, windows, batch, document_cut, lr, ahead), ...)"
+
+
+def test_help_of_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_gpt.main(["--help", "optimizer"])
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and said.out == "" and said.err.count("\n") == 1
+    assert "no section 'optimizer'" in said.err and "matrix_adam" in said.err
 
 
 VALUES = [  # option, text, value
@@ -87,8 +154,8 @@ VALUES = [  # option, text, value
     ("model.skips", "()", ()),
     ("model.skips", "((1, 2), (3, 4))", ((1, 2), (3, 4))),
     ("schedule.stages", "((0, (3, 4)),)", ((0, (3, 4), 1, 4096, 1.0, ()),)),
-    ("matrix.lr_mul", "(1.0, 2.0)", (1.0, 2.0)),
-    ("matrix.lr_mul", "2.5", 2.5),
+    ("matrix.mlp_lr_mul", "(1.0, 2.0)", (1.0, 2.0)),
+    ("matrix.mlp_lr_mul", "2.5", 2.5),
 ]
 
 

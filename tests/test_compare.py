@@ -835,7 +835,8 @@ def test_presets_differ_in_the_optimizer_alone(preset):
         assert getattr(track, section) == getattr(plain[0], section)
     assert run == plain[1] and (track.matrix.kind == "adam") == (preset == "adamw")
     if preset != "adamw":  # one rate of decay for all parameters at lr 0.01, or none
-        rates = [part.lr * part.weight_decay for part in (track.embed, track.value, track.head, track.scalar)]
+        parts = (track.embed, track.tables, track.head, track.scalar)
+        rates = [part.lr * part.weight_decay for part in parts]
         assert rates == pytest.approx([0.01 * track.matrix.weight_decay] * 4, rel=0.03)
         assert track.matrix.equilibrate == (preset.split("-")[1] if "-" in preset else "none")
 

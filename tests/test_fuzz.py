@@ -230,7 +230,7 @@ def test_any_words_are_parsed_or_refused_in_one_sentence(words: list[str]) -> No
     try:
         track, run = train_gpt.parse_command_line(words)
         train_gpt.check_settings(track, run)
-        train_gpt.micro_rows(track, run, 1)
+        train_gpt.rows_per_pass(track, run, 1)
     except ValueError as error:
         assert "\n" not in str(error)
         return

@@ -9,6 +9,7 @@ import torch
 
 from train_gpt import (
     GPT,
+    MLP_MATRICES,
     TRACKS,
     FP8Linear,
     Lookup,
@@ -121,7 +122,7 @@ def reference(p, c, inputs, targets, lengths, windows, scale, base, tied=False):
             wq, wk = p["qk"].reshape(-1, c.width, c.width)[2 * attentions : 2 * attentions + 2]
             wv, wo = p["vo"][2 * attentions : 2 * attentions + 2]
             window = windows[1] if i in c.long_blocks else windows[0]
-            a = rms(outputs[c.frozen] if -1 < c.frozen < i else x)
+            a = rms(outputs[c.attention_source] if -1 < c.attention_source < i else x)
             v = (p["value_mix"][attentions, 0] * (a @ wv.T)).view(T, c.heads, d)
             for block, table in c.value_tables:
                 if block == i:
@@ -201,6 +202,27 @@ def test_loss_and_gradients_against_the_reference(name, windows, weights):
         wanted = torch.zeros_like(p[key]) if p[key].grad is None else p[key].grad
         error = (found.double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
         assert error < 1e-4, (key, float(error))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_validation_loss_is_the_plain_cross_entropy(name):
+    """The claim of a record rests on it: no term that only training minimises may be in it."""
+    model, (inputs, targets, offsets) = build(MODELS[name], spread=0.15), batch_of(ROWS)
+    with torch.no_grad():
+        loss = float(model(inputs, targets, offsets, (3, 7), 21))
+        logits = model.logits(model.stream(inputs, offsets, (3, 7), 21).flatten(0, 1)).double()
+    chances = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    counted = [(place, target) for place, target in enumerate(targets.flatten().tolist()) if target >= 0]
+    expected = -sum(math.log(chances[place, target]) for place, target in counted)
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_matrix_of_the_mlp_is_known_where_there_are_two():
+    """Bank, start and slices follow MLP_MATRICES; the learning rates go by (up, down)."""
+    model = build(SMALL, seed=3)
+    assert len(model.mlp) == SMALL.layers * len(MLP_MATRICES)
+    for name, matrices in zip(MLP_MATRICES, (model.mlp[0::2], model.mlp[1::2])):
+        assert bool(matrices.any()) == (name == "up")
 
 
 def test_bfloat16_activations_stay_near_fp32():
@@ -533,7 +555,7 @@ def test_layer_map_of_the_short_track():
     assert c.attention_free == (6,) and c.long_blocks == c.key_offset == (3, 10) and c.paired == (0, 2, 5, 9)
     assert [block for block, _ in c.value_tables] == [1, 2, 8, 9, 10]
     assert len({table for _, table in c.value_tables}) == 5
-    assert c.skips == ((3, 6),) and c.backout == c.frozen == 7 and c.xsa == (1, 3, 4, 7, 8, 10)
+    assert c.skips == ((3, 6),) and c.backout == c.attention_source == 7 and c.xsa == (1, 3, 4, 7, 8, 10)
     assert not {*c.paired} & {*c.key_offset, *c.xsa}
     assert c.softcap == (23.0, 5.0, 7.5) and c.rotary_base == 1024 and c.attention_scale == 0.1
     assert c.ngrams == ((2, 377_280),) and c.tied == 2 / 3 and c.width // c.qk_parts == 2 * c.width // c.heads
@@ -544,8 +566,8 @@ def test_initial_values():
     """Table 6.1: uniform with std 0.018 = 0.5 / sqrt(768), normal tables, zeros and constants; two
     blocks of full width."""
     c = replace(SHORT.model, padded_vocab=64, layers=2, attention_free=(), long_blocks=(),
-                value_tables=((0, 0), (1, 1)), skips=((0, 1),), backout=0, frozen=-1, xsa=(1,), key_offset=(),
-                paired=(), ngrams=((2, 9),))  # fmt: skip
+                value_tables=((0, 0), (1, 1)), skips=((0, 1),), backout=0, attention_source=-1, xsa=(1,),
+                key_offset=(), paired=(), ngrams=((2, 9),))  # fmt: skip
     p = {name: p.detach() for name, p in build(c, seed=3).named_parameters()}
     for bank in (p["qk"][:3], p["qk"][3:6], p["vo"][0::2], p["vo"][1::2], p["mlp"][0::2]):
         assert float(bank.std()) == pytest.approx(0.5 * 768**-0.5, rel=0.01)

@@ -15,7 +15,7 @@ from helpers import events, options, train, train_with
 from lib.logs import any_runs
 
 CAUTIOUS = dict(
-    embed__weight_decay=0.01, embed__cautious=True, value__weight_decay=0.01, value__cautious=True
+    embed__weight_decay=0.01, embed__cautious=True, tables__weight_decay=0.01, tables__cautious=True
 )
 EVERY = ["--every", "4"]
 PROBE = 40  # tokens at least; twice the long window are 48, which end no document, and then all 64 of a row
@@ -55,7 +55,7 @@ class Witness:
             }
             counts = {name: unit.tokens + tokens for unit in optimizer.units for name in unit.names}
             step(optimizer, tokens=tokens)
-            witness.steps[optimizer.steps] = dict(
+            witness.steps[optimizer.step_count] = dict(
                 before=before, mean={name: grad / counts[name] for name, grad in grads.items()},
                 after={name: p.detach().double().numpy().copy() for name, p in named},
                 state=optimizer.state_dict()["state"], row=witness.row, pairs=witness.pairs,
@@ -300,7 +300,7 @@ def test_nothing_is_compiled_again(tmp_path):
         model__layers=1,
         model__backout=-1,
         schedule__stages="((0,(16,24)),(0.5,(24,40)))",
-        model__frozen=-1,
+        model__attention_source=-1,
     )
     short |= {f"model__{name}": value for name, value in plain.items()}
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
@@ -313,7 +313,7 @@ def test_a_gradient_that_is_not_finite_is_null(tmp_path, monkeypatch, capsys):
 
     def spoilt(trainer, *args):
         loss = original(trainer, *args)
-        if trainer.optimizer.steps == 2:
+        if trainer.optimizer.step_count == 2:
             trainer.model.vo.grad[1, 0, 0] = math.nan
         return loss
 

@@ -125,8 +125,8 @@ BAD_OPTIONS = {  # name: (command line or overrides, words of the sentence)
     "int is no float": (dict(data__rows="12.0"), ["--data.rows", "int", "12.0"]),
     "int is no bool": (dict(seed="true"), ["--seed", "int", "True"]),
     "float": (dict(matrix__lr="fast"), ["--matrix.lr", "float", "fast"]),
-    "bool": (dict(matrix__nesterov="1"), ["--matrix.nesterov", "bool", "1"]),
-    "tuple": (dict(schedule__momentum="0.9"), ["--schedule.momentum", "tuple", "0.9"]),
+    "bool": (dict(matrix__nesterov="1"), ["--matrix.nesterov", "true|false", "1"]),
+    "tuple": (dict(schedule__momentum="0.9"), ["--schedule.momentum", "(float, float)", "0.9"]),
     "code": (dict(matrix__lr="__import__('os').getpid()"), ["--matrix.lr", "float"]),
     "missing value": (["--seed"], ["--seed", "value"]),
     "missing value before another": (["--seed", "--out", "x"], ["--seed", "value"]),
@@ -153,20 +153,21 @@ IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "dtype=foo": "dtype", "dtype=int32": "dtype", "compile=true": "compile", "attention=fa1": "attention",
     "memory=1": "memory", "micro_rows=-1": "at least 0", "threads=-1": "at least 0",
     "schedule.stages=()": "stages", "schedule.stages=(16,24)": "stages",
-    "schedule.stages=((0,16),)": "(short, long window)", "schedule.stages=((0.5,(8,8)),)": "begin at 0",
+    "schedule.stages=((0,16),)": "(begin, windows,", "schedule.stages=((0.5,(8,8)),)": "begin at 0",
     "schedule.stages=((0,(8,8)),(0,(8,8)))": "rising", "schedule.stages=((0,(8,8),0),)": "at least 1",
-    "schedule.stages=((0,(8,8),1,96.5),)": "document cut", "schedule.stages=((0,(8,8),1,96,'a'),)": "takes",
+    "schedule.stages=((0,(8,8),1,96.5),)": "document_cut", "schedule.stages=((0,(8,8),1,96,'a'),)": "takes",
     "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
     "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
     "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap",
-    "model.paired=(5,)": "block number", "model.frozen=2": "frozen", "model.qk_parts=5": "qk_parts",
-    "model.value_gate_inputs=33": "value_gate_inputs", "timeout=0": "timeout",
-    "timeout=1000000000000000": "timeout", "seed=1000000000000000000000": "seed",
+    "model.paired=(5,)": "block number", "model.attention_source=2": "attention_source",
+    "model.qk_parts=5": "qk_parts", "model.value_gate_inputs=33": "value_gate_inputs",
+    "timeout=0": "timeout", "timeout=1000000000000000": "timeout",
+    "seed=1000000000000000000000": "seed",
     "model.gate_inputs=-1": "gate_inputs", "model.gate_inputs=1000": "gate_inputs",
     "model.mlp_ratio=0": "mlp_ratio", "model.up_std=-1": "up_std", "model.skips=((1,1),)": "skips",
-    "model.value_tables=((0,-5),)": "tables", "matrix.lr_mul=()": "lr_mul",
-    "matrix.lr_mul=(2.0,'a')": "lr_mul", "embed.every=0": "every", "model.ngrams=((2,0),)": "ngrams",
-    "gate.lr_mul=()": "lr_mul", "gate.lr_mul=((0,1),)": "lr_mul",
+    "model.value_tables=((0,-5),)": "tables", "matrix.mlp_lr_mul=()": "lr_mul",
+    "matrix.mlp_lr_mul=(2.0,'a')": "mlp_lr_mul", "embed.every=0": "every", "model.ngrams=((2,0),)": "ngrams",
+    "matrix.mlp_lr_mul=(1.0,2.0,3.0)": "lr_mul", "gate.iterations=0": "iterations",
     "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
     "model.fp8_head=(0.0,1.0,1.0)": "fp8_head", "model.fp8_head=(1.0,1.0,1.0)": "multiples of 16",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
@@ -188,6 +189,37 @@ def test_impossible_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert IMPOSSIBLE[setting] in message, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("group", ["kind", "company"])
+def test_tied_weights_that_cannot_part_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, group: str
+) -> None:
+    """An embedding under Muon, or in one stack with others, would die when head and embedding part."""
+    original = train_gpt.MuonEq
+
+    def other_groups(groups: list[dict], **options: Any) -> train_gpt.MuonEq:
+        embed = next(g for g in groups if g["params"][0][0] == "embed")
+        if group == "kind":
+            embed.clear()
+            embed.update(kind="matrix", lr=0.01, params=[("embed", model.embed)])
+        else:
+            scalars = next(g for g in groups if g["params"][0][0] == "residual")
+            embed["params"] += scalars["params"]
+            groups.remove(scalars)
+        return original(groups, **options)
+
+    def build(built: train_gpt.GPT, track: train_gpt.Track) -> train_gpt.MuonEq:
+        nonlocal model
+        model = built
+        return optimizer_of(built, track)
+
+    model, optimizer_of = None, train_gpt.build_optimizer
+    monkeypatch.setattr(train_gpt, "build_optimizer", build)
+    monkeypatch.setattr(train_gpt, "MuonEq", other_groups)
+    message = refusal(options(out=tmp_path / "out"), capsys)
+    assert "embed cannot take over the optimizer state of lm_head" in message
     assert not (tmp_path / "out").exists()
 
 

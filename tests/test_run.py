@@ -229,7 +229,7 @@ def test_logs_of_the_tracks_stay_below_100_kb(reference: Outcome, name: str) -> 
 # no attention: it takes twice as long to compile
 COMPILED = dict(compile="parts", data__rows=1, model__layers=1, model__attention_free="(0,)",
                 model__long_blocks="()", model__xsa="()", model__key_offset="()", model__paired="()",
-                model__frozen=-1, model__qk_parts=1, model__skips="()", model__value_tables="()",
+                model__attention_source=-1, model__qk_parts=1, model__skips="()", model__value_tables="()",
                 model__backout=-1, schedule__stages="((0, (64, 64)),)", schedule__steps=3,
                 schedule__extension=0, evaluation__windows="(64, 64)", evaluation__row_tokens=64,
                 evaluation__tokens=200)  # fmt: skip
@@ -353,4 +353,4 @@ def test_rows_of_a_pass_follow_the_batch(asked: int, world_size: int, rows: list
         ["--track", "tiny", "--data.rows", "8", "--micro_rows", str(asked)]
     )
     # 1,024 tokens each
-    assert [train_gpt.micro_rows(track, run, world_size, batch) for batch in (1, 2, 3)] == rows
+    assert [train_gpt.rows_per_pass(track, run, world_size, batch) for batch in (1, 2, 3)] == rows

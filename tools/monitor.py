@@ -143,10 +143,10 @@ class Monitor:
         self.seconds += time.perf_counter() - began
 
     def monitored_step(self, *, tokens: int) -> None:
-        done, optimizer = self.trainer.optimizer.steps + 1, self.trainer.optimizer
+        done, optimizer = self.trainer.optimizer.step_count + 1, self.trainer.optimizer
         if done % self.every:
             return self.step(tokens=tokens)
-        self.turn, active = done // self.every, optimizer._active(optimizer.steps)
+        self.turn, active = done // self.every, optimizer._active(optimizer.step_count)
         with self.timed():
             self.found.zero_()
             if self.trainer.comm.rank == 0:
@@ -176,7 +176,7 @@ class Monitor:
             return self.originals[3](q, k, v, layout)
 
         with (torch.compiler.set_stance("force_eager"), put(train_gpt, attend=attend),
-              put(model, fused=False, layout=train_gpt.blocked_layout)):  # fmt: skip
+              put(model, fused=False, make_layout=train_gpt.blocked_layout)):  # fmt: skip
             model.stream(inputs, offsets, self.windows, self.trainer.longest, run)
 
     def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:

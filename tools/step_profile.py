@@ -83,7 +83,7 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
     """Name -> (call, how often in a step, operations, bytes) of one forward and backward pass over
     one micro-batch."""
     model, device, c = trainer.model, trainer.device, trainer.track.model
-    windows, rows = stage.windows, trainer.micro_rows[stage.batch]
+    windows, rows = stage.windows, trainer.rows_per_pass[stage.batch]
     inputs, targets, offsets = (x[:rows].to(device) for x in batch)
     B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
     n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.longest
@@ -126,16 +126,20 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
         work = 14 * D // twice * pairs
         found[name] = (backward(train_gpt.attend, q, k, v, layout), passes * count, work, 12 * n * D * size)
         if not long and twice == 1:
-            call = backward(model.attention, leaf(B, T, D), *weights, None, None, None, layout, ())
+
+            def attention(x: Tensor, qkvo: Tensor, gate: Tensor, mix: Tensor, layout: Any = layout) -> Tensor:
+                bare = dict(value_gate=None, xsa=None, value=None, key_offset=False, paired=False)
+                return model.attention(x, train_gpt.AttentionArgs(qkvo, gate, mix, layout=layout, **bare))
+
+            call = backward(attention, leaf(B, T, D), *weights)
             name = "attention with its projections, this window in all blocks"
             found[name] = (call, passes * A, 14 * D * pairs + 24 * n * D * D, 4 * n * D * size)
-    work, bytes_moved = 12 * n * D * hidden, 4 * n * D * size + 6 * D * hidden * size
-    found["MLP"] = (
-        backward(model.feed_forward, leaf(B, T, D), leaf(2, D, hidden)),
-        passes * c.layers,
-        work,
-        bytes_moved,
-    )
+    # each matrix of the MLP takes part in three products and moves three times
+    matrices = len(train_gpt.MLP_MATRICES)
+    work = 6 * matrices * n * D * hidden
+    bytes_moved = 4 * n * D * size + 3 * matrices * D * hidden * size
+    call = backward(model.feed_forward, leaf(B, T, D), leaf(matrices, D, hidden))
+    found["MLP"] = (call, passes * c.layers, work, bytes_moved)
     work, bytes_moved = 6 * n * D * c.padded_vocab, 3 * n * D * size + 12 * D * c.padded_vocab
     at_once = min(n, model.LOGITS_AT_ONCE[model.low_memory])
     call = backward(model.loss, leaf(at_once, D), targets.flatten()[:at_once, None])
@@ -168,7 +172,7 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
     track, clock, device = trainer.track, trainer.clock, trainer.device
     trainer.warm_up()
     last = track.schedule.steps - 1
-    trainer.enter(last)
+    trainer.set_stage(last)
     stage, weights = trainer.stage, train_gpt.loss_weights(track.schedule, last)
     packer = train_gpt.Packer(trainer.train_paths, track.data)
     rank, world_size, documents = trainer.comm.rank, trainer.comm.world_size, trainer.checked["documents"]
@@ -245,8 +249,9 @@ def profile(trainer: train_gpt.Trainer, trace: str | None) -> dict[str, Any]:
             recorder.export_chrome_trace(trace)
     return dict(
         device=trainer.environment["device"], torch=torch.__version__, world_size=world_size,
-        track=trainer.run.track, dtype=str(trainer.dtype).removeprefix("torch."), attention=trainer.attention,
-        windows=stage.windows, tokens=tokens, products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole,
+        track=trainer.run.track, dtype=str(trainer.dtype).removeprefix("torch."),
+        attention=trainer.attention_kernel, windows=stage.windows, tokens=tokens,
+        products_per_s=rate, bytes_per_s=bandwidth, step_ms=1e3 * whole,
         forward_backward_ms=1e3 * both, parts=rows, mfu=model_operations / whole / rate,
         peak_memory_bytes=memory,
     )  # fmt: skip

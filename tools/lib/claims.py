@@ -53,7 +53,7 @@ def flaws(run: Run) -> list[str]:
         # seconds; the clock is read again at the end
         if abs(final[name] - value) > (0.01 if name == "train_time_s" else 0):
             found.append(f"final.{name} is not that of the last validation")
-    track, settings = run.header["track"], flat(run.header["settings"])
+    track, settings = run.header["track"], flat(run.settings)
     allowed = rules(track)
     for key in (key for key in allowed if key in settings and settings[key] != allowed[key]):
         more = key == "evaluation.tokens" and settings[key] > allowed[key]

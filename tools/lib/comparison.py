@@ -17,6 +17,7 @@ import numpy as np
 from . import figures, stats
 from .claims import write
 from .logs import Point, Run, is_number
+from .names import words_for
 from .presets import PRESETS
 from .tables import chance, number
 
@@ -99,8 +100,10 @@ def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
         check(where, given, VARIANT)
         if "against" in given and given["against"] not in table["variants"].keys() - {name}:
             raise ValueError(f"{where}: against {given['against']!r} is not another variant")
-        if (preset := given.get("preset")) is not None and preset not in PRESETS:
+        preset = given.get("preset")
+        if preset is not None and preset not in PRESETS:
             raise ValueError(f"{where}: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        preset_words = words_for(folder / "train_gpt.py", PRESETS.get(preset, ()))
         grid = given.get("grid", {"": [None]})
         values = next(iter(grid.values()), None)
         numbers = (
@@ -116,7 +119,7 @@ def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
         last = first + mine["seeds"]
         variants.append(Variant(
             name, given.get("against", ""), given.get("why", ""), table["track"],
-            (*table.get("options", ()), *PRESETS.get(preset, ()), *given.get("options", ())),
+            (*table.get("options", ()), *preset_words, *given.get("options", ())),
             " ".join([*[f"preset {preset}"] * bool(preset), *given.get("options", ())]), next(iter(grid)),
             tuple(values), range(first, last), range(last, last + mine.get("finalist_seeds", 0)),
         ))  # fmt: skip

@@ -33,7 +33,8 @@ def in_turns(script: ModuleType, trainers: list[Any], rounds: int) -> list[list[
     batches, seconds = [], [[] for _ in trainers]
     for trainer in trainers:
         trainer.warm_up()
-        trainer.enter(0)
+        set_stage = getattr(trainer, "set_stage", None) or trainer.enter  # its name in November 2026
+        set_stage(0)
         packer = script.Packer(trainer.train_paths, trainer.track.data)
         batches.append(script.training_steps(packer, trainer.track, trainer.checked["documents"], 0, 1))
     for turn in range(rounds):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .names import present_settings
+
 
 class Point(NamedTuple):
     step: int
@@ -28,6 +30,11 @@ class Run:
     val: list[Point] = field(repr=False)
     train: list[Point] = field(repr=False)
     resumed: bool = False
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of the header, under the names of today."""
+        return present_settings(self.header["settings"])
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,7 +104,7 @@ def read_log(path: Path) -> Run:
 
 def different_settings(a: Run, b: Run) -> list[str]:
     """Dotted names of the settings in which two runs differ."""
-    return differing(flat(a.header["settings"]), flat(b.header["settings"]))
+    return differing(flat(a.settings), flat(b.settings))
 
 
 SEPARATOR = re.compile(r"^={100}\s*$", re.MULTILINE)

@@ -20,7 +20,7 @@ def options(**settings: object) -> list[str]:
 
 # Keller Jordan's Muon: Newton-Schulz of five steps, sqrt(max(1, m / n)), no decay (KellerJordan/Muon)
 MUON = options(
-    matrix__orthogonalize="newton_schulz", matrix__steps=5, matrix__norm_bound="frobenius",
+    matrix__orthogonalize="newton_schulz", matrix__iterations=5, matrix__norm_bound="frobenius",
     matrix__equilibrate="none", matrix__normuon=False, matrix__scale="spectral", matrix__weight_decay=0.0,
 )  # fmt: skip
 # Moonlight (2502.16982): updates of AdamW's RMS, decay 0.1 on all parameters, which have one
@@ -28,15 +28,17 @@ MUON = options(
 # learning rates on `tiny` (0.6, 1, 0.008, 0.04)
 MOONLIGHT = MUON + options(
     matrix__scale="match_rms_adamw", matrix__weight_decay=0.1, embed__weight_decay=0.0017,
-    value__weight_decay=0.001, head__weight_decay=0.125, scalar__weight_decay=0.025,
+    tables__weight_decay=0.001, head__weight_decay=0.125, scalar__weight_decay=0.025,
 )  # fmt: skip
 
 PRESETS = {
-    # nanoGPT's AdamW (1711.05101) with betas (0.9, 0.95) and decay 0.1, for the gates too; its
-    # learning rate is hidden.lr
+    # nanoGPT's AdamW (1711.05101) with betas (0.9, 0.95) and decay 0.1, for the gates too; the
+    # learning rates are matrix_adam.lr and gate_adam.lr
     "adamw": options(
-        matrix__kind="adam", gate__kind="adam", hidden__betas=(0.9, 0.95), hidden__weight_decay=0.1
-    ),
+        matrix__kind="adam", gate__kind="adam",
+        matrix_adam__betas=(0.9, 0.95), matrix_adam__weight_decay=0.1,
+        gate_adam__betas=(0.9, 0.95), gate_adam__weight_decay=0.1,
+    ),  # fmt: skip
     "muon": MUON,
     "moonlight": MOONLIGHT,
     # NorMuon (2510.05491): a mean square for each row after orthogonalising, 0.2 sqrt(m n) / ||O|| as step

@@ -57,11 +57,8 @@ def optimizer_of(settings: dict[str, Any]) -> str:
     if m.get("kind") == "adam":
         return "AdamW"
     words = ["Muon" if m.get("equilibrate", "none") == "none" else f"MuonEq-{m['equilibrate']}"]
-    iterations = m.get("iterations", m.get("steps", "?"))  # its older name
-    return (
-        " + ".join(words + ["NorMuon"] * bool(m.get("normuon")))
-        + f", {m.get('orthogonalize', '?')} {iterations}"
-    )
+    words += ["NorMuon"] * bool(m.get("normuon"))
+    return f"{' + '.join(words)}, {m.get('orthogonalize', '?')} {m.get('iterations', '?')}"
 
 
 def title(folder: Path) -> str:
@@ -99,7 +96,7 @@ def loss_of(result: dict[str, Any]) -> str:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of a record, which all its runs share."""
-    return read_log(min((folder / "runs").glob("*.jsonl"))).header["settings"]
+    return read_log(min((folder / "runs").glob("*.jsonl"))).settings
 
 
 def link(folder: Path, beside: Path) -> str:
@@ -231,7 +228,7 @@ def tried_table(track: str, results: Sequence[dict[str, Any]], root: Path, besid
     for path in (root / track / "tried").glob("*.jsonl"):
         run = read_log(path)
         final, header = run.final or {}, run.header
-        settings = comparable(header["settings"])
+        settings = comparable(run.settings)
         time, steps, loss = header["run_id"][:15], final.get("step", 0), final.get("val_loss")
         known.append(Known(time, path.stem, steps, loss, header["seed"], settings))
         paths[path.stem] = path, final.get("tokens", 0)
