@@ -5,9 +5,10 @@
     python train_gpt.py --track tiny --seed 3 --matrix.equilibrate row
     python train_gpt.py --help                              every field, its values and its meaning
 
-A step is R packed rows of T tokens whatever the number of processes N: a rank takes R / N rows, gradients are
-sums over tokens, reduced in fp32 and divided once by the global token count. Record numbers such as #42 are
-those of the public speedrun (KellerJordan/modded-nanogpt); numbers such as 2505.16932 are papers on arXiv.
+A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of processes N:
+a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided once by the global token
+count. Record numbers such as #42 are those of the public speedrun (KellerJordan/modded-nanogpt); numbers such
+as 2505.16932 are papers on arXiv.
 
 Contents, in the order in which a token meets them:
     1 Tracks      every number of a run, as data
@@ -18,6 +19,9 @@ Contents, in the order in which a token meets them:
     6 Schedule    pure functions of the step
     7 Run         data check, log, checkpoints, class Trainer
     8 Main        command line, help, devices, process group
+
+To learn how the model is trained, read sections 4 to 6, then `Trainer.advance` and `Trainer.train`. The rest
+makes data, keeps runs safe and says what is wrong.
 """
 
 from __future__ import annotations
@@ -77,7 +81,8 @@ class Stage(NamedTuple):
     """What changes together during a run (records #46, #72)."""
 
     begin: float  # the stage begins at step begin * schedule.steps; 1 is the start of the extension
-    windows: tuple[int, int]  # attention windows (short, long), in tokens
+    # Attention windows (short, long), in positions; paired heads have two positions for each token.
+    windows: tuple[int, int]
     batch: int = 1  # factor on the rows of a step
     document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
     lr: float = 1.0  # factor on the learning rates above their floor
@@ -97,7 +102,7 @@ def field(default: Any, meaning: str, minimum: float = -math.inf) -> Any:
 def coerce(value: Any, kind: Any) -> Any:
     """The value as a field of this type holds it: whole numbers as floats, lists as tuples.
 
-    TypeError or ValueError if it does not fit, OverflowError for a number that is too large or none.
+    TypeError or ValueError if it does not fit, OverflowError for NaN and for a number that is too large.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
@@ -200,7 +205,7 @@ class Model(Settings):
     softcap: tuple[float, float, float] = field(
         (30.0, 0.0, 7.5), "(A, B, C): logits are A sigmoid((l + B) / C) (#18, #54)"
     )
-    tied: float = field(0.0, "share of the steps in which the head is the embedding (#51, #53)", 0)
+    tied: float = field(0.0, "share of the steps with one table for head and embedding (#51, #53)", 0)
     # how weights are stored and multiplied
     qk_parts: int = field(1, "row blocks of q and of k, each orthogonalised by itself (#80)", 1)
     low_precision: tuple[str, ...] = field(
@@ -220,7 +225,11 @@ class Model(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Settings):
-    """What a track and a group of the class MuonEq say of a matrix update in the same words."""
+    """The fields of a matrix update that the sections of a track and the groups of `MuonEq` have in common.
+
+    A track has a `MuonSection` for gates and a `Matrix` for the blocks. `build_optimizer` makes groups of
+    them, `MatrixGroup` in section 5, where two fields have the names of the public class.
+    """
 
     lr: float = field(0.03, "learning rate at factor 1", 0)
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
@@ -246,8 +255,8 @@ class Muon(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gate(Muon):
-    """The update of the gates, which are small matrices."""
+class MuonSection(Muon):
+    """A section of a track: how some matrices are updated, by Muon or by Adam."""
 
     kind: Literal["matrix", "adam"] = field(
         "matrix", "adam: matrix_adam or gate_adam holds instead"
@@ -256,8 +265,8 @@ class Gate(Muon):
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix(Gate):
-    """The update of the matrices of the blocks: q, k, v, o and the MLP."""
+class Matrix(MuonSection):
+    """The section of the matrices of the blocks: q, k, v, o and the MLP."""
 
     mlp_lr_mul: float | tuple[float, ...] = field(
         1.0, "factor on lr in the MLP, or one for each of (up, down) (#42)"
@@ -281,10 +290,10 @@ class Schedule(Settings):
     stages: tuple[Stage, ...] = field((Stage(0, (64, 64)),), "what changes together, and when")
     cooldown: float = field(0.5, "share of the scheduled steps over which the learning rate falls")
     floor: float = field(0.1, "learning-rate factor at the end (#19)")
-    decay_power: float = field(1.0, "decay goes with the learning-rate factor to this power (#43: 2)", 1)
-    momentum: tuple[float, float] = field((0.85, 0.95), "momentum at the ends of the run and between")
+    decay_power: float = field(1.0, "lr * weight_decay goes with the factor to this power (#43: 2)", 1)
+    momentum: tuple[float, float] = field((0.85, 0.95), "(low, high): at the ends of the run, and between")
     momentum_warmup: int = field(300, "steps over which the momentum rises (#9)")
-    momentum_cooldown: int = field(50, "last steps over which it falls again (#39)")
+    momentum_cooldown: int = field(50, "last steps over which it falls again; 0: it stays (#39)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +314,7 @@ class Track:
     model: Model = Model()
     matrix: Matrix = Matrix()
     matrix_adam: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
-    gate: Gate = Gate()
+    gate: MuonSection = MuonSection()
     gate_adam: Adam = Adam(lr=0.002, betas=(0.9, 0.95), weight_decay=0.1, every=1)
     embed: Adam = Adam()
     tables: Adam = Adam()
@@ -335,7 +344,7 @@ class Run(Settings):
         "normal", "low: blocks are recomputed in the backward, few logits at a time"
     )
     micro_rows: int = field(
-        0, "rows of a forward pass, without effect on the result; 0: up to 8,192 tokens", 0
+        0, "rows of a forward pass, without effect on the result; 0: about 8,192 tokens", 0
     )
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
     checkpoint_every: int = field(0, "steps between checkpoints, the end has one too; 0: none", 0)
@@ -369,7 +378,7 @@ TINY = Track(
         ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192)),
     ),
     matrix=Matrix(lr=0.04, normuon=True),
-    gate=Gate(equilibrate="none", normuon=True, normuon_axis="row"),
+    gate=MuonSection(equilibrate="none", normuon=True, normuon_axis="row"),
     embed=Adam(lr=0.6, every=1),
     tables=Adam(lr=1.0, every=1),
     head=Adam(lr=0.008, every=1),
@@ -406,7 +415,7 @@ SHORT = Track(
         mlp_lr_mul=(2.0, 4.0),
     ),
     matrix_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
-    gate=Gate(kind="adam"),
+    gate=MuonSection(kind="adam"),
     gate_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
     embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     tables=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
@@ -439,7 +448,7 @@ MEDIUM = Track(
         lr=0.015, weight_decay=0.018, cautious=True, equilibrate="none", normuon=True, mlp_lr_mul=(2.0, 4.0)
     ),
     matrix_adam=Adam(lr=0.0008, betas=(0.9, 0.99)),
-    gate=Gate(kind="adam"),
+    gate=MuonSection(kind="adam"),
     gate_adam=Adam(lr=0.0008, betas=(0.9, 0.99)),
     embed=Adam(lr=0.004, betas=(0.8, 0.95), weight_decay=0.003, cautious=True),
     tables=Adam(lr=0.3, betas=(0.8, 0.95), weight_decay=0.0075, cautious=True),
@@ -510,17 +519,20 @@ class Batch(NamedTuple):
     offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
 
 
-def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, documents: int) -> Batch:
-    """Rows of (T + 1 tokens, lengths of their documents) as tensors; token -1 pads, M = `documents`."""
+def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, most: int) -> Batch:
+    """Rows of (T + 1 tokens, lengths of their documents) as tensors.
+
+    Token -1 pads a row. `most` is M, the largest number of documents in a row.
+    """
     tokens = np.stack([row for row, _ in rows]).astype(np.int64)  # (B, T + 1)
     inputs = tokens[:, :-1].clip(min=0).astype(np.int32)  # (B, T)
     targets = tokens[:, 1:].copy()  # (B, T)
     if not data.predict_start:
         targets[targets == data.document_start] = -1
     # A zero in front, and zeros for documents that are not there: offsets are running sums.
-    lengths = np.stack([np.pad(lengths, (1, documents - len(lengths))) for _, lengths in rows])  # (B, M + 1)
+    padded = np.stack([np.pad(lengths, (1, most - len(lengths))) for _, lengths in rows])  # (B, M + 1)
     # The last token of a row is a target only, so the last document may be one token shorter.
-    offsets = lengths.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
+    offsets = padded.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
 
 
@@ -624,7 +636,8 @@ def validation_rows(
     wanted = targets or max(1, available)
     if available < wanted:
         raise ValueError(f"{paths[0].parent} holds {available} validation targets, the track needs {wanted}")
-    stream = stream[: np.searchsorted(counted, wanted) + 2]
+    last = np.searchsorted(counted, wanted)  # stream[last + 1] is the last target that is wanted
+    stream = stream[: last + 2]
     rows = []
     for begin in range(0, len(stream) - 1, T):
         row = stream[begin : begin + T + 1]
@@ -715,7 +728,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d) -> (B, T, H, d); the softmax scale is already in q.
 
     In blocks the cost is T x window, and the exponentials need no running maximum: heads are
-    RMS-normalised and scaled, so |q k| <= 60.
+    RMS-normalised, so |q k| is at most the softmax scale times d. `model_rules` holds that below 40 at the
+    first window, and it grows slowly with the windows; fp32 overflows at 88.
     """
     if layout.mask is not None:
         C = layout.mask.size(-2)
@@ -766,7 +780,8 @@ def supports(device: torch.device, feature: str) -> bool:
 # time, and `GPT.stream` hands each block its slices. To read a forward pass, begin at `GPT.forward`:
 #   forward -> body -> stream -> embedding, layouts, then block after block (attention, feed_forward)
 #                   -> loss -> logits
-# `compile_parts` says which of these become graphs of torch.compile.
+# `compile_parts` says which of these become graphs of torch.compile. There is no train() and eval():
+# what only training does (recomputation, FP8) asks `torch.is_grad_enabled()`.
 # ----------------------------------------------------------------------------------------------------
 
 MLP_MATRICES = ("up", "down")  # of a block: the bank, its start, its learning rates and the profile follow
@@ -781,13 +796,18 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
+def turning_pairs(model: Model) -> int:
+    """Pairs of channels (j, j + d / 2) of a head that rotary positions turn: half of the d / 2 (#17)."""
+    return model.width // model.heads // 4
+
+
 def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, float]:
     """Frequencies (d / 2,) in radians per token, half of them 0 (#17), and the softmax scale.
 
     Both depend on the history of long windows: at each change YaRN (2309.00071, #31) interpolates the slow
     frequencies, and the scale grows by 1 + 0.2 ln(new / old).
     """
-    turning = model.width // model.heads // 4
+    turning = turning_pairs(model)
     frequencies = model.rotary_base ** -torch.linspace(0, 1, turning, dtype=torch.float64)
     scale = model.attention_scale
     for old, new in zip(windows, windows[1:]):
@@ -893,7 +913,7 @@ class AttentionArgs(NamedTuple):
     paired: bool
 
 
-def run_directly(part: Callable[..., Tensor], *args: Any) -> Tensor:
+def call_directly(part: Callable[..., Tensor], *args: Any) -> Tensor:
     """How the model runs a block and its loss unless they are to be recomputed in the backward."""
     return part(*args)
 
@@ -905,7 +925,7 @@ class GPT(nn.Module):
     `model.low_precision` have `dtype`. Weights are undefined until `init_weights`.
     """
 
-    # Which methods become graphs: with "parts" equal blocks share one, "whole" is a single graph.
+    # Which attributes become graphs: with "parts" equal blocks share one, "whole" is a single graph.
     COMPILED = {"parts": ("make_layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
     LOGITS_AT_ONCE = (32768, 4096)  # tokens, with memory normal and low
 
@@ -1028,26 +1048,33 @@ class GPT(nn.Module):
         The first is of the targets themselves, the others of those 1, 2, ... places on in the row.
         `windows` are (short, long), `longest` bounds the length of a document.
         """
-        windows = [window_size(w) for w in windows] if self.fused else windows
-        return self.body(inputs, targets, offsets, windows, longest, ahead)
+        return self.body(inputs, targets, offsets, self.window_sizes(windows), longest, ahead)
+
+    def window_sizes(self, windows: tuple[int, int]) -> Sequence:
+        """(short, long) as attention takes them: numbers, or `window_size` tensors where it is fused."""
+        return [window_size(w) for w in windows] if self.fused else windows
 
     def body(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int
     ) -> Tensor:
-        run = run_directly
-        if self.low_memory and torch.is_grad_enabled():  # keep the inputs of each part, recompute the rest
-            run = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
-        x = self.stream(inputs, offsets, windows, longest, run).flatten(0, 1)  # (B T, D)
+        call = call_directly
+        if self.low_memory and torch.is_grad_enabled():
+            # Keep the inputs of each part and compute the rest again; nothing in it is random.
+            call = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
+        x = self.stream(inputs, offsets, windows, longest, call).flatten(0, 1)  # (B T, D)
         shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
         all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
         at_once = self.LOGITS_AT_ONCE[self.low_memory]
         parts = zip(x.split(at_once), all_targets.split(at_once))
-        return torch.stack([run(self.loss, *part) for part in parts]).sum(0)
+        return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
     def stream(
-        self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, run: Callable = run_directly
+        self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, call: Callable = call_directly
     ) -> Tensor:
-        """Activations (B, T, D) of tokens (B, T) before the last norm; `run` calls a block."""
+        """Activations (B, T, D) of tokens (B, T) before the last norm. `call` calls a block.
+
+        `windows` are those of `window_sizes`.
+        """
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
         attention_weights = self.attention_weights()
@@ -1057,11 +1084,11 @@ class GPT(nn.Module):
         skip_weights = torch.sigmoid(self.skip).to(dtype).unbind(0)
         tables = dict(c.value_tables)
         read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
-        outputs = {}  # of the blocks in `read_later`
+        outputs = {}  # of the blocks in `read_later`; none has the number -1
 
         x, values = self.embedding(inputs, offsets)  # (B, T, D), (tables, B, T, D)
         values = values.unbind(0)
-        x0 = x.view_as(x)  # a tensor of its own: a graph for blocks whose x is x0 would be one more
+        x0 = x.view_as(x)  # another tensor: for a block whose x is x0 dynamo would make one more graph
         for i in range(c.layers):
             # skips: the outputs of earlier blocks (U-net)
             for number, (source, target) in enumerate(c.skips):
@@ -1077,9 +1104,9 @@ class GPT(nn.Module):
                     key_offset=i in c.key_offset,
                     paired=i in c.paired,
                 )
-            # the block, whose attention may read the output of an earlier one
+            # the block, whose attention reads the output of `attention_source` once that is there
             attention_input = outputs.get(c.attention_source)
-            x = run(self.block, x, x0, attention_input, residuals[i], mlps[i], attention)
+            x = call(self.block, x, x0, attention_input, residuals[i], mlps[i], attention)
             if i in read_later:
                 outputs[i] = x
         if c.backout >= 0:
@@ -1091,7 +1118,7 @@ class GPT(nn.Module):
     ) -> dict[tuple[bool, bool], Layout]:
         """The layout of each kind of block that occurs, by (has the long window, has paired heads).
 
-        Paired heads see a row of 2 T positions, two for each token.
+        Paired heads see a row of 2 T positions, two for each token; a window counts positions.
         """
         c, made = self.config, {}
         for long, paired in sorted({(i in c.long_blocks, i in c.paired) for i in self.attention_blocks}):
@@ -1117,6 +1144,7 @@ class GPT(nn.Module):
         """First activations (B, T, D) and value embeddings (tables, B, T, D) of tokens (B, T)."""
         c, dtype = self.config, self.dtype
         starts = document_starts(offsets, inputs.size(1))
+        # while they are tied, the table is that of the head; `embed` takes over when they part
         x = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype)
         # n-grams: a row for each length; those that share a row by chance differ in their signs (#83)
         if c.ngrams:
@@ -1155,17 +1183,17 @@ class GPT(nn.Module):
         q, k, v = F.linear(x, args.qkvo[: 3 * D]).view(B, T, 3 * H, -1).chunk(3, 2)  # (B, T, H, d) each
         v = self.mix_value(x, v, args)
         q, k = norm(q), norm(k)
-        # paired heads: h and h + H / 2 become one head with two positions for each token (#58)
+        # paired heads: h and h + H / 2 become one head, whose positions 2 t and 2 t + 1 are theirs at t (#58)
         attended = v
         if args.paired:
             q, k, attended = (z.reshape(B, 2 * T, H // 2, -1) for z in (q, k, v))
         # positions; the softmax scale goes into q
         q, k = self.rotate(q) * self.attention_scale, self.rotate(k)
         # key offset: the channels that do not turn are those of the position before, so that a query that
-        # looks for a token finds the token after it (#49)
+        # looks for a token finds the token after it (#49); of paired heads that is the other head's position
         if args.key_offset:
             d = k.size(-1)
-            still = torch.arange(d, device=k.device) % (d // 2) >= d // 4
+            still = torch.arange(d, device=k.device) % (d // 2) >= turning_pairs(self.config)
             k = torch.where(still & ~args.layout.starts[..., None, None], k.roll(1, 1), k)
         y = attend(q, k, attended, args.layout).reshape(B, T, H, -1)
         # exclusive self-attention: a share of the component along the position's own value is removed (#82)
@@ -1280,7 +1308,8 @@ ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
 class Comm:
     """The collectives of a step. With one process the buffers are passed through.
 
-    The asynchronous ones return work to `wait()` for. `calls` counts them, as a sign of life for `watch`.
+    The asynchronous ones return work to `wait()` for. `calls` counts them, and the forward passes: signs of
+    life for `watch`.
     """
 
     DONE = types.SimpleNamespace(wait=lambda: None)  # work that is done
@@ -1324,7 +1353,7 @@ class Comm:
 
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
-    """MuonEq (MaeChd/muon-eq): scale rows and / or columns of u (K, m, n) by their sums of squares.
+    """MuonEq (2603.28254): scale rows and / or columns of u (K, m, n) by their sums of squares.
 
     The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. The floor of
     a sum is 1e-8 of their mean, so that with exponent -1/2 the scale of u has no effect.
@@ -1419,7 +1448,8 @@ class Unit:
         self.chunk = -(-self.size // comm.world_size)
         self.padding = self.chunk * comm.world_size - self.size
         self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
-        # one unpadded parameter: gradients and weights travel from and to its own storage
+        # one unpadded parameter: its stack is a view of it, so gradients and weights travel from and to its
+        # own storage
         self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
         self.lr_mul = self.chunk_of_factors([float(factor) for member in members for factor in member.lr_mul])
         shapes = self.state_shapes()
@@ -1447,7 +1477,7 @@ class Unit:
     def reset(self) -> None:
         """State as at the start; the master copy is that of the parameters now."""
         self.updates = 0
-        self.tokens = 0  # of the steps since the last update
+        self.tokens = 0  # of the steps since the last update; with grads="mean" the number of these steps
         # the first step with a gradient that is not finite
         self.bad_since = torch.full((), math.inf, device=self.device)
         for key, value in self.state.items():
@@ -1488,8 +1518,8 @@ class Unit:
         Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
         """
         self.updates += 1
-        full = self.stack(self.params)
-        weights = self.state.get("master", full[self.own])
+        full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
+        weights = self.state.get("master", full[self.own])  # fp32, changed in place
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
@@ -1505,7 +1535,7 @@ class Unit:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
         group, mean = self.group, grad * scale
         beta1, beta2 = group["betas"]
-        if group["weight_decay"]:  # the new first moment has the sign of the update
+        if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
             self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
         # torch.tensor would wait for the device
         count = torch.full((), float(self.updates), device=weights.device)
@@ -1544,7 +1574,10 @@ class Unit:
             weights.sub_(update * factor)
 
     def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
-        """Decoupled decay; cautious: only where update and weight agree in sign (2510.12402)."""
+        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
+
+        Cautious: only where update and weight `agree` in sign (2510.12402).
+        """
         amount = self.group["lr"] * self.group["weight_decay"]
         if amount and self.group["cautious"]:
             weights.sub_(amount * weights * agree(update * weights, 0))
@@ -1707,12 +1740,13 @@ class MuonEq(torch.optim.Optimizer):
     def step(self, *, tokens: int | None = None) -> None:
         """Update the groups that are due.
 
-        `tokens` is the global token count behind the gradients, for grads="token_sum" only.
+        `tokens` is the global count of targets behind the gradients, for grads="token_sum" only.
         """
-        if (self.grads == "token_sum") != (tokens is not None) or tokens == 0:
+        summed = self.grads == "token_sum"
+        if summed != (tokens is not None) or tokens == 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
         for unit in self.units:
-            unit.tokens += 1 if tokens is None else tokens
+            unit.tokens += tokens if summed else 1
         active = self._active(self.step_count)
         self.step_count += 1
 
@@ -1720,7 +1754,7 @@ class MuonEq(torch.optim.Optimizer):
         reducing = []
         for unit in reversed(active):
             full = unit.gradients()
-            chunk, work = self.comm.reduce_scatter(full) if tokens else (full[unit.own], Comm.DONE)
+            chunk, work = self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.DONE)
             reducing.append((unit, full, chunk, work))
 
         # update: the smallest unit first
@@ -1905,7 +1939,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
-FORMER_MODEL_FIELDS = {"frozen": "attention_source"}  # names in checkpoints of November 2026
+FORMER_MODEL_FIELDS = {"frozen": "attention_source"}  # names in checkpoints from before December 2026
 
 
 class Refusal(ValueError):
@@ -2000,7 +2034,7 @@ def on_rank_0(comm: Comm, work: Callable[[], Any]) -> Any:
     return result
 
 
-def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Store) -> None:
+def watch(trainer: Trainer, seconds: int, ended: threading.Event, store: dist.Store) -> None:
     """Thread that ends this process when no rank has moved for `seconds`, or the store of the ranks is gone.
 
     All ranks make the same collective calls in the same order, so those that have made fewest hold up
@@ -2009,7 +2043,7 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
     comm = trainer.comm
     calls, idle, why = -1, 0, ""
     try:
-        while not why and not done.wait(1.0):
+        while not why and not ended.wait(1.0):
             latest = comm.calls + trainer.optimizer.comm.calls
             idle = idle + 1 if latest == calls else 0
             calls = latest
@@ -2021,7 +2055,7 @@ def watch(trainer: Trainer, seconds: int, done: threading.Event, store: dist.Sto
                 why = f"no progress for {seconds} s (--timeout), held up by rank {behind}"
     except RuntimeError:
         why = "the process that started it does not answer"
-    if why and not done.is_set():
+    if why and not ended.is_set():
         print(f"train_gpt.py: rank {comm.rank} ends: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -2214,7 +2248,7 @@ def newest_checkpoint(out: Path, key: dict) -> str:
 def build_optimizer(model: GPT, track: Track) -> MuonEq:
     """Which parameter is updated by which section of the track."""
 
-    def muon(settings: Gate, adam: Adam, lr_mul: Any = 1.0) -> dict[str, Any]:
+    def muon(settings: MuonSection, adam: Adam, lr_mul: Any = 1.0) -> dict[str, Any]:
         if settings.kind == "adam":
             return {"kind": "adam", **vars(adam)}
         shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Muon)}
@@ -2304,6 +2338,7 @@ class Trainer:
         # progress: all that a checkpoint keeps besides weights and state
         self.done, self.tokens = 0, 0  # steps and tokens so far
         self.position = (0, 0, 0)  # of the packer
+        self.next_progress = 0  # the step at or after which a line is printed
         self.clock = Clock(device)
         # what the run is called, and what a checkpoint must share with it
         now, random = time.strftime("%Y%m%d-%H%M%S"), os.urandom(2).hex()
@@ -2396,6 +2431,7 @@ class Trainer:
         factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)
         for group, (lr, decay) in zip(self.optimizer.param_groups, self.base):
             group["lr"] = lr * factor
+            # the optimizer multiplies it by the learning rate, which has one power of the factor already
             group["weight_decay"] = decay * factor ** (schedule.decay_power - 1)
             group["momentum"] = momentum
         self.optimizer.step(tokens=data.targets)
@@ -2454,12 +2490,12 @@ class Trainer:
             path = on_rank_0(self.comm, lambda: newest_checkpoint(Path(run.out), key))
         if not path:
             return "", ""
-        # Rank 0 reads it first, so that a refusal is one sentence.
+        # Rank 0 reads it first, so that a refusal is one sentence; nothing is sent to the others.
         on_rank_0(self.comm, lambda: load_checkpoint(Path(path), key) and None)
         found = load_checkpoint(Path(path), key)
         if found["step"] > self.num_steps:
             raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.num_steps} steps")
-        try:  # the fields of the groups are the track's
+        try:  # learning rates and the like are the track's, not those of the checkpoint
             self.optimizer.load_state_dict({**found["optimizer"], "groups": []})
             self.model.load_state_dict(found["model"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -2552,7 +2588,9 @@ class Trainer:
         line = dict(step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
         self.log.write("step", **line)
         self.check_finite(not bad_ranks and math.isfinite(train_loss), f"training loss {train_loss}")
-        if self.done % max(1, self.num_steps // 20) == 0 or self.done == self.num_steps:
+        if self.done >= self.next_progress or self.done == self.num_steps:
+            twentieth = max(1, self.num_steps // 20)
+            self.next_progress = (self.done // twentieth + 1) * twentieth
             speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
             self.say(f"step {self.done}/{self.num_steps} loss {train_loss:.4f} {speed}")
         return stops > 0
@@ -2572,6 +2610,7 @@ class Trainer:
         every = self.run.checkpoint_every
         if self.done == self.num_steps:
             return every > 0
+        # the first step at or after a multiple of `every` that is a multiple of `period`
         due = stopping or (every > 0 and self.done % every < self.period)
         return due and self.done % self.period == 0
 
@@ -2725,13 +2764,11 @@ def sample_checkpoint(run: Run, device: torch.device) -> str:
         encode, decode = encoding.encode_ordinary, encoding.decode
     tokens = [data.document_start, *encode(run.sample)]
     generator = torch.Generator().manual_seed(run.seed)
-    if model.fused:
-        windows = [window_size(w) for w in windows]
     for _ in range(run.sample_tokens):
         T = min(len(tokens), longest)
         inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
         offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
-        x = model.stream(inputs, offsets, windows, T)
+        x = model.stream(inputs, offsets, model.window_sizes(windows), T)
         logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
         chances = (logits / max(run.temperature, 1e-6)).softmax(0)
         tokens.append(int(chances.multinomial(1, generator=generator)))
@@ -2796,7 +2833,7 @@ def help_table() -> list[str]:
         for f, kind in fields_of(type(part)):
             lines.append(row(f.name, of_tracks(section, f.name), meaning_of(f, kind)))
     lines.append("--gate.FIELD (as --matrix.FIELD, without mlp_lr_mul; where the values differ)")
-    for f, _ in fields_of(Gate):
+    for f, _ in fields_of(MuonSection):
         if of_tracks("gate", f.name) != of_tracks("matrix", f.name):
             lines.append(row(f.name, of_tracks("gate", f.name)))
     lines.append(", ".join(f"--{section}.FIELD" for section in adam_sections) + " (all of Adam)")
@@ -3063,12 +3100,12 @@ def run_trainer(trainer: Trainer, work: Callable[[Trainer], Any], job: Job | Non
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, trainer.on_signal)
-    done = threading.Event()
+    ended = threading.Event()
     if job:
-        watched = (trainer, trainer.run.timeout, done, job.pulse)
+        watched = (trainer, trainer.run.timeout, ended, job.pulse)
         threading.Thread(target=watch, args=watched, daemon=True).start()
     result = work(trainer)
-    done.set()
+    ended.set()
     return result
 
 
@@ -3089,9 +3126,9 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
         # refuse what can be refused without a model
         track, run = parse_command_line(argv)
         device = device_of(run, int(os.environ.get("LOCAL_RANK", 0)))
+        set_up_device(run, device)  # before anything asks torch's compiler where its cache is
         check_settings(track, run)
         rows_per_pass(track, run, world_size)
-        set_up_device(run, device)
         # a checkpoint in use needs neither data nor other processes
         if run.evaluate is not None or run.sample is not None:
             if not run.resume:

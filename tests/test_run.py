@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,15 @@ def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
     assert stored.stem == hashlib.sha256(source).hexdigest()
 
 
+def test_progress_is_said_all_along_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """About twenty times, also where a twentieth of the steps is no multiple of `log_every`."""
+    small = dict(data__rows=1, data__row_tokens=32, evaluation__every=1000, evaluation__tokens=200)
+    small |= dict(schedule__steps=150, schedule__extension=0, evaluation__log_every=10)
+    train(options(out=tmp_path, **small))
+    said = re.findall(r"^step (\d+)/150 loss", capsys.readouterr().out, re.MULTILINE)
+    assert [int(step) for step in said] == list(range(10, 151, 10))
+
+
 @pytest.mark.parametrize("name", train_gpt.TRACKS)
 def test_logs_of_the_tracks_stay_below_100_kb(reference: Outcome, name: str) -> None:
     longest = {}
@@ -335,7 +345,7 @@ def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         state, params = self.state_dict()["state"], {unit.names[0]: unit.params[0] for unit in self.units}
         assert not any(x.any() for x in before["embed"].values() if isinstance(x, torch.Tensor))
         same = [torch.equal(state["embed"][key], state["lm_head"][key]) for key in ("exp_avg", "exp_avg_sq")]
-        parted.append((self.steps, torch.equal(params["embed"], params["lm_head"]), same))
+        parted.append((self.step_count, torch.equal(params["embed"], params["lm_head"]), same))
 
     monkeypatch.setattr(train_gpt.MuonEq, "copy_state", copy_state)
     params = train(options(out=tmp_path)).params
