@@ -38,8 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "lib"))
-from builds import Build, Options, Outcome, Workplace, last_line, load_build, machine, reason  # noqa: E402
+from lib.builds import Build, Options, Outcome, Workplace, last_line, load_build, machine, reason
 
 # ----------------------------------------------------------------------------------------
 # Cases: what both builds run, in today's names (lib/builds.py translates them for an older build)

@@ -28,26 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 import shards  # noqa: E402
 
+from .names import words_for  # noqa: E402
+
 Options = Mapping[str, Any]  # settings by name: {"matrix.lr": 0.02}
-
-# The name of a setting before, for builds that do not know today's. One that ends in "." is a whole section.
-NAMES_BEFORE = {
-    "tables.": "value.",
-    "matrix_adam.": "hidden.",
-    "gate_adam.": "hidden.",
-    "model.attention_source": "model.frozen",
-    "matrix.mlp_lr_mul": "matrix.lr_mul",
-    "matrix.iterations": "matrix.steps",
-    "gate.iterations": "gate.steps",
-}
-
-
-def name_before(name: str) -> str:
-    """The earlier name of a setting; the same where it had none."""
-    section = name.partition(".")[0] + "."
-    if section in NAMES_BEFORE:
-        return NAMES_BEFORE[section] + name.removeprefix(section)
-    return NAMES_BEFORE.get(name, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +41,12 @@ class Build:
     name: str  # a file's name, or a git revision with its commit
     script: Path  # a copy that nobody changes meanwhile
     digest: str  # its sha256
-    known: frozenset[str]  # options that it has
     again: bool = False  # NEW is OLD: its runs are done all the same, which shows that they repeat
 
     def words(self, options: Options) -> list[str]:
-        """A command line in the names that this build knows; ValueError for one that it does not have."""
-        chosen: dict[str, str] = {}
-        for name, value in options.items():
-            found = name if name in self.known else name_before(name)
-            if found not in self.known:
-                raise ValueError(f"{self.side} {self.name} has no option --{name}")
-            if chosen.setdefault(found, str(value)) != str(value):
-                raise ValueError(f"{self.side} {self.name} has one option --{found}, which gets two values")
-        return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+        """A command line in the names that this build knows."""
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return words_for(self.script, words)
 
 
 def load_build(side: str, name: str, folder: Path) -> Build:
@@ -88,8 +64,7 @@ def load_build(side: str, name: str, folder: Path) -> Build:
     said = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     if said.returncode:
         raise ValueError(f"{side} {name} does not start: {last_line(said.stderr)}")
-    known = frozenset(re.findall(r"^ +--([\w.]+)", said.stdout, re.MULTILINE))
-    return Build(side, name, script, digest, known)
+    return Build(side, name, script, digest)
 
 
 def git(*words: str) -> bytes:
