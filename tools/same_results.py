@@ -490,16 +490,24 @@ def main(argv: Sequence[str]) -> int:
     times = argv[:1] == ["times"]
     args = parse(argv[times:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, too
+    try:
+        return compare(args, times)
+    except (ValueError, OSError) as error:
+        print(f"same_results.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("same_results.py: interrupted; --out DIR keeps the runs that have ended", file=sys.stderr)
+        return 130
+
+
+def compare(args: argparse.Namespace, times: bool) -> int:
+    """Do what the command line asks for, print and keep the table; the exit status."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.out or Path(scratch)).absolute()
-        try:
-            old = load_build("OLD", args.old, folder / "builds")
-            new = load_build("NEW", args.new, folder / "builds")
-            new = dataclasses.replace(new, again=new.digest == old.digest)
-            place = Workplace(folder)
-        except (ValueError, OSError) as error:
-            print(f"same_results.py: {error}", file=sys.stderr)
-            return 2
+        old = load_build("OLD", args.old, folder / "builds")
+        new = load_build("NEW", args.new, folder / "builds")
+        new = dataclasses.replace(new, again=new.digest == old.digest)
+        place = Workplace(folder)
         findings = {} if times else check_all(args.cases, old, new, place)
         result = check_times(old, new, place, args) if times else table(findings)
         good = all(finding.same for finding in findings.values())

@@ -132,13 +132,20 @@ class Outcome:
 
     folder: Path
 
+    def file(self, pattern: str) -> Path:
+        """The one file of this pattern; ValueError when there is none or more than one."""
+        found = [*self.folder.glob(pattern)]
+        if len(found) != 1:
+            raise ValueError(f"a run left {len(found)} files {pattern}")
+        return found[0]
+
     def checkpoint(self, step: int) -> Path:
-        return next(self.folder.glob(f"*/step_{step:06d}.pt"))
+        return self.file(f"*/step_{step:06d}.pt")
 
     def losses(self, after: int = 0) -> list[tuple[str, int, float | None, int]]:
         """(event, step, loss, tokens) of all losses in the log after a step, in its order."""
         key = {"step": "train_loss", "val": "val_loss", "final": "val_loss"}
-        lines = [json.loads(line) for line in next(self.folder.glob("*.jsonl")).read_text().splitlines()]
+        lines = [json.loads(line) for line in self.file("*.jsonl").read_text().splitlines()]
         events = [line for line in lines if line["event"] in key and line["step"] > after]
         return [(line["event"], line["step"], line[key[line["event"]]], line["tokens"]) for line in events]
 
