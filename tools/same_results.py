@@ -1,7 +1,7 @@
 """Prove that a change of train_gpt.py changed no number.
 
     python tools/same_results.py OLD NEW [--out DIR] [--only CASE ...] [--quick]
-    python tools/same_results.py times OLD NEW [--out DIR] [--rounds 40]
+    python tools/same_results.py times OLD NEW [--out DIR] [--rounds 40] [--passes 1] [--threads 0]
 
 OLD and NEW are files or git revisions: 3ab6d49, HEAD, path/to/train_gpt.py. Both do the same short
 runs on the CPU, each in processes of its own: every track, one and two processes, float32 and
@@ -10,7 +10,8 @@ all optimizer state of the last checkpoint have to be the same numbers. So has w
 checkpoint of OLD: --adopt true goes on as OLD does, --evaluate and --sample give the same number and
 text. The last thing printed is a table; the status is 1 when anything differs.
 
-`times` trains `tiny`, compiled, with both in turns in one process: the ratio of their step times.
+`times` trains `tiny`, compiled, with both in turns in one process: the ratio of their step times. A
+pass takes as long as two runs; its interval halves with four times the passes.
 
 --out DIR keeps the table (same-results.md, step-times.md), the runs and the compile cache in DIR; a
 run of the same source, settings, versions and machine is not done again. --only takes parts of the
@@ -382,7 +383,8 @@ class Racer:
         self.trainer, self.clock = trainer, trainer.clock
         self.steps = module.total_steps(trainer.track.schedule)
         trainer.warm_up()
-        trainer.enter(0)
+        set_stage = getattr(trainer, "set_stage", None) or trainer.enter  # its name in November 2026
+        set_stage(0)
         packer = module.Packer(trainer.train_paths, trainer.track.data)
         self.batches = module.training_steps(packer, trainer.track, trainer.checked["documents"], 0, 1)
 
@@ -411,25 +413,30 @@ def seconds_in_turns(racers: Sequence[Racer], rounds: int) -> list[list[float]]:
     return seconds
 
 
-def check_times(old: Build, new: Build, place: Workplace, rounds: int) -> str:
+def check_times(old: Build, new: Build, place: Workplace, args: argparse.Namespace) -> str:
     """A table with the ratio of the step times of `tiny`, compiled, and its 95% interval over the blocks."""
     from scipy import stats
 
     os.environ |= place.environment  # one compile cache for both
     modules = [load_module(build) for build in (old, new)]
-    options = ["--track", "tiny", "--device", "cpu", "--out", str(place.folder / "times")]
+    options = ["--track", "tiny", "--device", "cpu", "--threads", str(args.threads)]
 
     def race(*trainers: Any) -> list[list[float]]:
-        return seconds_in_turns([Racer(*pair) for pair in zip(modules, trainers)], rounds)
+        seconds: list[list[float]] = [[], []]
+        for _ in range(args.passes):
+            racers = [Racer(*pair) for pair in zip(modules, trainers)]
+            for side, more in zip(seconds, seconds_in_turns(racers, args.rounds)):
+                side += more
+        return seconds
 
     # `main` gives its trainer to the function that it gets: that of NEW is made inside that of OLD
     seconds = modules[0].main(options, lambda a: modules[1].main(options, lambda b: race(a, b)))
     logs = np.log(seconds[1]) - np.log(seconds[0])
     mean = float(logs.mean())
-    half = float(stats.t.ppf(0.975, rounds - 1) * logs.std(ddof=1) / math.sqrt(rounds))
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
     ends = mean - half, mean + half
     cells = {
-        "blocks": f"{rounds}",
+        "blocks": f"{len(logs)}",
         "OLD, s": f"{sum(seconds[0]):.2f}",
         "NEW, s": f"{sum(seconds[1]):.2f}",
         "mean log ratio NEW / OLD": f"{mean:+.5f}",
@@ -437,7 +444,7 @@ def check_times(old: Build, new: Build, place: Workplace, rounds: int) -> str:
         "as a ratio": f"{math.exp(mean):.4f}, {' to '.join(f'{math.exp(x):.4f}' for x in ends)}",
         "NEW slower by at most": f"{math.expm1(ends[1]):+.2%}",
     }
-    title = f"Training of `tiny`, compiled, {torch.get_num_threads()} threads, in turns in one process:"
+    title = f"Training of `tiny`, compiled, threads: {torch.get_num_threads()}, in turns in one process:"
     return "\n".join([title, "", *markdown([[*cells], ["---"] * len(cells), [*cells.values()]])])
 
 
@@ -456,6 +463,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only what takes seconds")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--rounds", type=int, default=40, help="of times: blocks of steps, 30 to 200")
+    parser.add_argument("--passes", type=int, default=1, help="of times: whole schedules of both builds")
+    parser.add_argument("--threads", type=int, default=0, help="of times: 1 where others use the machine too")
     args = parser.parse_args(argv)
     args.cases = {name: case for name, case in CASES.items() if chosen(name, args.only)}
     if args.quick:
@@ -464,6 +473,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("no such case; --list prints them")
     if not 30 <= args.rounds <= 200:
         parser.error("--rounds is 30 to 200")
+    if args.passes < 1:
+        parser.error("--passes is at least 1")
     return args
 
 
@@ -490,7 +501,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"same_results.py: {error}", file=sys.stderr)
             return 2
         findings = {} if times else check_all(args.cases, old, new, place)
-        result = check_times(old, new, place, args.rounds) if times else table(findings)
+        result = check_times(old, new, place, args) if times else table(findings)
         good = all(finding.same for finding in findings.values())
         builds = "\n".join(f"- {build.side}: `{build.name}`, sha256 {build.digest}" for build in (old, new))
         text = f"{time.strftime('%Y-%m-%d')}, {', '.join(machine())}\n\n{builds}\n\n{result}\n"
