@@ -43,6 +43,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -352,7 +353,7 @@ class Run(Settings):
         None, "checkpoint to go on from; without a value: the newest good one of this run"
     )
     evaluate: str | None = field(
-        None, "shard or folder of shards: print the loss of the checkpoint --resume PATH on it"
+        None, "shard, or corpus for its validation shards: print the loss of --resume PATH on it"
     )
     sample: str | None = field(
         None, "text that the model of the checkpoint --resume PATH goes on from"
@@ -825,14 +826,16 @@ def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int
     the other in one bank. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
     """
     document = starts.cumsum(1)  # (B, T)
+    T = inputs.size(1)
     rows, second_hashes = [], []
     table_begin = 0
     for n, count in ngrams:
         key = inputs.long() + 1  # (B, T)
         for k in range(1, n):
-            same = document[:, k:] == document[:, :-k]
-            earlier = torch.where(same, inputs[:, :-k].long() + 1, 0)  # 0 for what lies before the document
-            key = (key * HASH_KEY + F.pad(earlier, (k, 0))) % 2**31
+            shift = min(k, T)  # a row may be shorter than the n-gram
+            same = document[:, shift:] == document[:, : T - shift]
+            earlier = torch.where(same, inputs[:, : T - shift].long() + 1, 0)  # 0 before the document
+            key = (key * HASH_KEY + F.pad(earlier, (shift, 0))) % 2**31
         rows.append(table_begin + (key * HASH_ROW >> 8) % count)
         second_hashes.append(key * HASH_SIGN >> 9)
         table_begin += count
@@ -1956,8 +1959,20 @@ def source() -> tuple[bytes, str]:
 # ---- the data of a run
 
 
-def corpus_folder(data: Data) -> Path:
-    return Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
+def folder_from(variable: str, beside_this_file: str) -> Path:
+    """The folder that an environment variable names; one that is empty is as good as none."""
+    return Path(os.environ.get(variable) or Path(__file__).resolve().parent / beside_this_file)
+
+
+def how_to_make(corpus: str) -> str:
+    """What makes a corpus that is not there, as far as it is beside this file."""
+    scripts = Path(__file__).resolve().parent / "data"
+    script = "fineweb" if corpus.startswith("fineweb") else corpus
+    if (scripts / f"{script}.py").is_file():
+        return f"run `python data/{script}.py` or set DATA_DIR"
+    if (scripts / "tokenize_text.py").is_file():
+        return f"run `python data/tokenize_text.py {corpus} FILES` or set DATA_DIR"
+    return "set DATA_DIR to the folder of the corpora"
 
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
@@ -1965,8 +1980,7 @@ def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Pa
 
     ValueError for a manifest that is missing, damaged or of another corpus.
     """
-    script = "fineweb" if data.corpus.startswith("fineweb") else data.corpus
-    hint = f"run `python data/{script}.py` or set DATA_DIR"
+    hint = how_to_make(data.corpus)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = manifest["vocab_size"], manifest["document_start"]
@@ -2003,8 +2017,12 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     most = 0
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
-        for _ in range(data.rows * stage.batch):
-            most = max(most, len(packer.next_row(stage.document_cut)))
+        counts = [len(packer.next_row(stage.document_cut)) for _ in range(data.rows * stage.batch)]
+        most = max(most, *counts)
+        # the first document of a row begins at its first token, which is never a target
+        starts = sum(counts) - len(counts)
+        if not data.predict_start and starts == len(counts) * data.row_tokens:
+            raise ValueError(f"{folder} has nothing to predict in step {step}: all documents have one token")
     epoch, last, _ = packer.position
     used = (training if epoch else training[: last + 1]) + validation
     for path in used:
@@ -2161,6 +2179,8 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         folder = Path(__file__).parent
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder).stdout.strip()
 
+    # A repository that merely encloses this file says nothing of it.
+    tracked = bool(command(f"git ls-files -- {shlex.quote(Path(__file__).name)}"))
     if device.type == "cuda":
         driver = command("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         name = torch.cuda.get_device_name(device)
@@ -2169,8 +2189,8 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         name = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
     return {
         "source_sha256": source()[1],
-        "git_commit": command("git rev-parse HEAD"),
-        "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
+        "git_commit": command("git rev-parse HEAD") if tracked else None,
+        "git_dirty": bool(command("git status --porcelain --untracked-files=no")) if tracked else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
@@ -2226,8 +2246,21 @@ def load_checkpoint(path: Path, key: dict) -> dict:
     for name, value in key.items():
         if found["key"].get(name) != value:
             other = f"checkpoint {path} belongs to another {name}"
+            if name == "track":
+                other += f" ({different_settings(found['key'].get(name), value)})"
             raise ValueError(f"{other}; --adopt true takes it as the start of a new run")
     return found
+
+
+def different_settings(before: Any, now: dict[str, dict[str, Any]]) -> str:
+    """The settings "section.field" in which two tracks differ, the first few by name."""
+    before = before if isinstance(before, dict) else {}
+    names = []
+    for section in now.keys() | before.keys():
+        a, b = before.get(section, {}), now.get(section, {})
+        names += [f"{section}.{field}" for field in a.keys() | b.keys() if a.get(field) != b.get(field)]
+    shown = ", ".join(sorted(names)[:3])
+    return f"other {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def newest_checkpoint(out: Path, key: dict) -> str:
@@ -2358,7 +2391,7 @@ class Trainer:
     def load_data(self) -> None:
         """Check the corpus and make this rank's validation batches."""
         data, evaluation, comm = self.track.data, self.track.evaluation, self.comm
-        folder = corpus_folder(data)
+        folder = folder_from("DATA_DIR", "data") / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(self.track, folder))
         self.train_paths, val_paths, _ = shards_of(folder, data)
         try:
@@ -2577,7 +2610,8 @@ class Trainer:
             units = [unit for unit, step in zip(self.optimizer.units, since) if step == first]
             names = [name for unit in units for name in unit.names]
             where = f"gradients of {', '.join(names)} since step {first:.0f}"
-        raise Refusal(f"not finite at step {self.done}, {what}: {where}; the last checkpoint is kept")
+        kept = "; the last checkpoint is kept" if list(self.folder.glob("step_*.pt")) else ""
+        raise Refusal(f"not finite at step {self.done}, {what}: {where}{kept}")
 
     def report(self, loss: Tensor, targets: int) -> bool:
         """Log the loss of the last step; whether a rank was asked to stop. Collective."""
@@ -2735,18 +2769,27 @@ def model_of_checkpoint(path: str, device: torch.device) -> tuple[GPT, Track]:
 
 @torch.no_grad()
 def evaluate_checkpoint(run: Run, device: torch.device) -> float:
-    """The mean loss, nats per token, of --resume on the shards of --evaluate; printed and returned."""
+    """The mean loss, nats per token, of --resume on a shard or on the validation shards of a corpus.
+
+    Printed with the names of the shards, and returned.
+    """
     model, track = model_of_checkpoint(run.resume, device)
     data, evaluation = track.data, track.evaluation
-    paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
+    given = Path(run.evaluate)
+    folder = given if given.is_dir() else given.parent
+    paths = [given]
+    if given.is_dir() or (folder / "manifest.json").is_file():  # which also knows the vocabulary
+        _, validation, _ = shards_of(folder, data)
+        paths = validation if given.is_dir() else paths
     for path in paths:
-        check_tokens(path, data, run.evaluate)
+        check_tokens(path, data, path)
     total, count = 0.0, 0
     for tokens, lengths in validation_rows(paths, data, evaluation.row_tokens):
         batch = make_batch([(tokens, lengths)], data, len(lengths))
         total += float(model(*(x.to(device) for x in batch), evaluation.windows, evaluation.row_tokens))
         count += int((batch.targets >= 0).sum())
-    print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
+    names = ", ".join(map(str, paths))
+    print(f"{total / count:.4f} nats per token over {count:,} tokens of {names}")
     return total / count
 
 
@@ -3000,6 +3043,14 @@ def check_settings(track: Track, run: Run) -> None:
 # ---- device and processes
 
 
+def number_from(variable: str, alone: int) -> int:
+    """A number that torchrun puts into the environment; `alone` where it is not set or empty."""
+    text = os.environ.get(variable) or str(alone)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {variable} is {text!r}, not a number as torchrun sets it")
+    return int(text)
+
+
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     if run.device == "cpu":
@@ -3009,7 +3060,7 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
         raise ValueError(f"there is no device {run.device!r} here")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
+    if number_from("LOCAL_WORLD_SIZE", 1) > torch.accelerator.device_count():
         raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
     return torch.device(accelerator.type, local_rank)
 
@@ -3018,13 +3069,13 @@ def set_up_device(run: Run, device: torch.device) -> None:
     """Threads or the current device, and the place of the compile cache."""
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = number_from("LOCAL_WORLD_SIZE", 1)
         torch.set_num_threads(run.threads or max(1, cores // processes))
         name = "cpu"
     else:
         torch.accelerator.set_device_index(device.index)
         name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+    cache = folder_from("CACHE_DIR", ".cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{name}"))
     torch._dynamo.config.recompile_limit = 64
 
@@ -3115,9 +3166,9 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
     One sentence and a non-zero status when it cannot be done.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = 0, 1  # until the environment has been read
     try:
+        rank, world_size = number_from("RANK", 0), number_from("WORLD_SIZE", 1)
         for word in ("--help", "-h"):
             if word in argv:
                 section = "".join(argv[argv.index(word) + 1 :][:1])
@@ -3125,7 +3176,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
                 return print(help_section(section) if named else help_text())
         # refuse what can be refused without a model
         track, run = parse_command_line(argv)
-        device = device_of(run, int(os.environ.get("LOCAL_RANK", 0)))
+        device = device_of(run, number_from("LOCAL_RANK", 0))
         set_up_device(run, device)  # before anything asks torch's compiler where its cache is
         check_settings(track, run)
         rows_per_pass(track, run, world_size)
@@ -3135,7 +3186,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
                 raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
             return evaluate_checkpoint(run, device) if run.evaluate else sample_checkpoint(run, device)
         # the run
-        job = start_processes(run, device, rank, world_size) if "WORLD_SIZE" in os.environ else None
+        job = start_processes(run, device, rank, world_size) if os.environ.get("WORLD_SIZE") else None
         if job and on_rank_0(Comm(), lambda: job.store.check(["ended"])):
             return dist.destroy_process_group()  # restarted by a fault after the end of the run
         result = run_trainer(Trainer(track, run, Comm(), device), work, job)
