@@ -34,6 +34,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import gc
@@ -47,6 +48,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import textwrap
 import threading
 import time
@@ -2014,6 +2017,109 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     return {"digests": {path.name: digests[path] for path in used}, "documents": most}
 
 
+# ---- the machine as it is
+
+
+def compile_cache(device: torch.device) -> Path:
+    """The folder in which torch's compiler keeps what it has made for this device."""
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+    folder = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder / f"inductor-{torch.__version__}-{name}"))
+
+
+def cannot_write(folder: Path) -> str:
+    """Why nothing can be written to a folder, which may be still to be made; "" where something can."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):  # os.access would say yes to a folder in /proc
+            return ""
+    except OSError as error:
+        return f"{there}: {error.strerror}"
+
+
+def closed_inside(folder: Path) -> str:
+    """The first thing in a folder that this user may not use, which another one has made; "" for none."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            need = os.R_OK | os.W_OK | os.X_OK if name in folders else os.R_OK
+            if not os.access(path, need) and os.path.exists(path):  # else it was removed meanwhile
+                return f"{path}: {os.strerror(errno.EACCES)}"
+    return ""
+
+
+def check_folders(run: Run, device: torch.device) -> None:
+    """ValueError for a folder that the run will write to and cannot."""
+    if why := cannot_write(Path(run.out)):
+        raise ValueError(f"--out {run.out} cannot be written ({why}); choose another folder")
+    if run.compile == "none":
+        return
+    cache = compile_cache(device)
+    if why := cannot_write(cache) or closed_inside(cache):
+        remedy = "set CACHE_DIR to another folder, or take --compile none"
+        raise ValueError(f"the compile cache cannot be written ({why}); {remedy}")
+
+
+def compiler_and_probe(device_type: str) -> tuple[str, list[str], str, str]:
+    """The compiler that torch will call, its words, a small source for it, and the packages it comes in."""
+    mac = sys.platform == "darwin"
+    if device_type == "cpu":  # kernels in C++; Python.h is in each of them
+        compiler = os.environ.get("CXX", "clang++" if mac else "g++")
+        words, headers = ["-x", "c++"], ["Python.h", "cmath"]
+        if not mac:
+            words, headers = [*words, "-fopenmp"], [*headers, "omp.h"]
+        packages = "g++ python3-dev"
+    else:  # Triton's launcher in C
+        compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
+        words, headers = ["-x", "c"], ["Python.h"]
+        packages = "gcc python3-dev"
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    install = "xcode-select --install" if mac else f"apt install {packages}"
+    return compiler, ["-shared", "-fPIC", *words, f"-I{sysconfig.get_path('include')}"], source, install
+
+
+def failed_probe(command: Sequence[str], library: Path) -> str:
+    """Why a compiler's command gives no `library` that can be loaded; "" where it does."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        if done.returncode:
+            return next((line for line in said if "error: " in line), said[-1]).rpartition("error: ")[2][:200]
+        ctypes.CDLL(str(library))  # fails for another machine's code, and on disks that allow no programs
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)[:200]
+    return ""
+
+
+def compiler_problem(cache: Path, device_type: str = "cpu") -> str:
+    """Why torch cannot compile for a device here, and what to install; "" where it can.
+
+    A tiny file is compiled and loaded, which takes 0.3 s, once for each compiler: a file in the `cache`
+    remembers that it went well.
+    """
+    compiler, words, source, install = compiler_and_probe(device_type)
+    found = shutil.which(compiler)
+    if found is None:
+        return f"there is no compiler {compiler}; `{install}` brings one"
+    known = [os.path.realpath(found), os.stat(found).st_mtime_ns, words, source, torch.__version__]
+    marker = cache / f"compiler-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}-works"
+    if marker.exists():
+        return ""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        probe, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        probe.write_text(source)
+        why = failed_probe([found, *words, str(probe), "-o", str(library)], library)
+    if why:
+        return f"the compiler {compiler} does not work ({why}); `{install}` brings what it needs"
+    marker.touch()
+    return ""
+
+
 # ---- several processes
 
 
@@ -2320,6 +2426,8 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
+        on_rank_0(comm, lambda: check_folders(run, device))
+        self.choose_compile()
         self.load_data()
         self.startup["data"] = time.time()
         self.build_model()
@@ -2355,6 +2463,21 @@ class Trainer:
         self.asked_to_stop = 0  # the number of the signal
         self.startup["model and optimizer"] = time.time()
 
+    def choose_compile(self) -> None:
+        """Decide what is compiled: without a working compiler nothing, or Refusal where it was asked for."""
+        wanted, kind = self.run.compile, self.device.type
+        self.compiled = wanted
+        if wanted == "auto":
+            self.compiled = "whole" if kind == "cpu" else "parts"
+        if self.compiled == "none":
+            return
+        cache = compile_cache(self.device)
+        if problem := on_rank_0(self.comm, lambda: compiler_problem(cache, kind)):
+            if wanted != "auto":
+                raise Refusal(f"{problem}, and --compile none does without")
+            self.compiled = "none"
+            self.say(f"not compiled, which makes steps slower: {problem}")
+
     def load_data(self) -> None:
         """Check the corpus and make this rank's validation batches."""
         data, evaluation, comm = self.track.data, self.track.evaluation, self.comm
@@ -2381,9 +2504,6 @@ class Trainer:
         self.model = GPT(track.model, longest_row, self.dtype, device)
         self.model.low_memory = run.memory == "low"
         self.optimizer = build_optimizer(self.model, track)
-        self.compiled = run.compile
-        if self.compiled == "auto":
-            self.compiled = "whole" if device.type == "cpu" else "parts"
         self.model.compile_parts(self.compiled)
 
     def say(self, text: str) -> None:
@@ -3020,12 +3140,9 @@ def set_up_device(run: Run, device: torch.device) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(run.threads or max(1, cores // processes))
-        name = "cpu"
     else:
         torch.accelerator.set_device_index(device.index)
-        name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{name}"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache(device))
     torch._dynamo.config.recompile_limit = 64
 
 
