@@ -35,15 +35,14 @@ import dataclasses
 import datetime
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -2020,6 +2019,12 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
 # ---- the machine as it is
 
 
+def check_system() -> None:
+    """ValueError where runs cannot be kept apart by locks on files, which is on Windows."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise ValueError("this needs Linux or macOS; on Windows use WSL")
+
+
 def compile_cache(device: torch.device) -> Path:
     """The folder in which torch's compiler keeps what it has made for this device."""
     name = device.type
@@ -2207,6 +2212,8 @@ class Log:
         content, digest = source()
         (self.path.parent / f"{digest}.py").write_bytes(content)
         self.file = open(self.path, "a+b")
+        import fcntl  # only here: Windows has none, and the optimizer is of use there too
+
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2256,6 +2263,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator's allocator, or of the process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
+    import resource  # only here: Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -3241,6 +3250,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
                 named = section and not section.startswith("-")
                 return print(help_section(section) if named else help_text())
         # refuse what can be refused without a model
+        check_system()
         track, run = parse_command_line(argv)
         device = device_of(run, int(os.environ.get("LOCAL_RANK", 0)))
         set_up_device(run, device)  # before anything asks torch's compiler where its cache is

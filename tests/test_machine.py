@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 
 import launch
 import train_gpt
-from helpers import finish, options, refusal, start, train, train_with
+from helpers import ROOT, finish, options, refusal, start, train, train_with
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 IN_THE_WAY = ["a file", "below a file", "/proc/train_gpt"]
@@ -205,3 +206,29 @@ def test_cuda_needs_a_compiler_of_c(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if shutil.which("gcc"):
         monkeypatch.delenv("CC")
         assert train_gpt.compiler_problem(cache, "cuda") == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Systems
+
+WITHOUT = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["fcntl", "resource"]))  # as on Windows: an import fails
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+"""
+
+
+@pytest.mark.parametrize("script, name", [("train_gpt.py", "train_gpt.py"), ("tools/launch.py", "run.sh")])
+def test_a_system_without_fcntl_is_refused_in_words(tmp_path: Path, script: str, name: str) -> None:
+    code = WITHOUT.format(root=str(ROOT)) + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / script), "--track", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"{name}: this needs Linux or macOS; on Windows use WSL\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_optimizer_can_be_imported_without_fcntl() -> None:
+    code = WITHOUT.format(root=str(ROOT)) + "from train_gpt import MuonEq"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

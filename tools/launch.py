@@ -60,6 +60,7 @@ def plan(words: Sequence[str]) -> Plan:
     train_gpt = trainer()
     import torch
 
+    train_gpt.check_system()
     track, run = train_gpt.parse_command_line(words)
     device = train_gpt.device_of(run, 0)
     train_gpt.check_settings(track, run)
