@@ -34,20 +34,22 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import fcntl
+import errno
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import textwrap
 import threading
 import time
@@ -2032,6 +2034,115 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     return {"digests": {path.name: digests[path] for path in used}, "documents": most}
 
 
+# ---- the machine as it is
+
+
+def check_system() -> None:
+    """ValueError where runs cannot be kept apart by locks on files, which is on Windows."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise ValueError("this needs Linux or macOS; on Windows use WSL")
+
+
+def compile_cache(device: torch.device) -> Path:
+    """The folder in which torch's compiler keeps what it has made for this device."""
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+    here = folder_from("CACHE_DIR", ".cache") / f"inductor-{torch.__version__}-{name}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or here)
+
+
+def cannot_write(folder: Path) -> str:
+    """Why nothing can be written to a folder, which may be still to be made; "" where something can."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):  # os.access would say yes to a folder in /proc
+            return ""
+    except OSError as error:
+        return f"{there}: {error.strerror}"
+
+
+def closed_inside(folder: Path) -> str:
+    """The first thing in a folder that this user may not use, which another one has made; "" for none."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            need = os.R_OK | os.W_OK | os.X_OK if name in folders else os.R_OK
+            if not os.access(path, need) and os.path.exists(path):  # else it was removed meanwhile
+                return f"{path}: {os.strerror(errno.EACCES)}"
+    return ""
+
+
+def check_folders(run: Run, device: torch.device) -> None:
+    """ValueError for a folder that the run will write to and cannot."""
+    if why := cannot_write(Path(run.out)):
+        raise ValueError(f"--out {run.out} cannot be written ({why}); choose another folder")
+    if run.compile == "none":
+        return
+    cache = compile_cache(device)
+    if why := cannot_write(cache) or closed_inside(cache):
+        remedy = "set CACHE_DIR to another folder, or take --compile none"
+        raise ValueError(f"the compile cache cannot be written ({why}); {remedy}")
+
+
+def compiler_and_probe(device_type: str) -> tuple[str, list[str], str, str]:
+    """The compiler that torch will call, its words, a small source for it, and the packages it comes in."""
+    mac = sys.platform == "darwin"
+    if device_type == "cpu":  # kernels in C++; Python.h is in each of them
+        compiler = os.environ.get("CXX", "clang++" if mac else "g++")
+        words, headers = ["-x", "c++"], ["Python.h", "cmath"]
+        if not mac:
+            words, headers = [*words, "-fopenmp"], [*headers, "omp.h"]
+        packages = "g++ python3-dev"
+    else:  # Triton's launcher in C
+        compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
+        words, headers = ["-x", "c"], ["Python.h"]
+        packages = "gcc python3-dev"
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    install = "xcode-select --install" if mac else f"apt install {packages}"
+    return compiler, ["-shared", "-fPIC", *words, f"-I{sysconfig.get_path('include')}"], source, install
+
+
+def failed_probe(command: Sequence[str], library: Path) -> str:
+    """Why a compiler's command gives no `library` that can be loaded; "" where it does."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        if done.returncode:
+            return next((line for line in said if "error: " in line), said[-1]).rpartition("error: ")[2][:200]
+        ctypes.CDLL(str(library))  # fails for another machine's code, and on disks that allow no programs
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)[:200]
+    return ""
+
+
+def compiler_problem(cache: Path, device_type: str = "cpu") -> str:
+    """Why torch cannot compile for a device here, and what to install; "" where it can.
+
+    A tiny file is compiled and loaded, which takes 0.3 s, once for each compiler: a file in the `cache`
+    remembers that it went well.
+    """
+    compiler, words, source, install = compiler_and_probe(device_type)
+    found = shutil.which(compiler)
+    if found is None:
+        return f"there is no compiler {compiler}; `{install}` brings one"
+    known = [os.path.realpath(found), os.stat(found).st_mtime_ns, words, source, torch.__version__]
+    marker = cache / f"compiler-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}-works"
+    if marker.exists():
+        return ""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        probe, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        probe.write_text(source)
+        why = failed_probe([found, *words, str(probe), "-o", str(library)], library)
+    if why:
+        return f"the compiler {compiler} does not work ({why}); `{install}` brings what it needs"
+    marker.touch()
+    return ""
+
+
 # ---- several processes
 
 
@@ -2119,6 +2230,8 @@ class Log:
         content, digest = source()
         (self.path.parent / f"{digest}.py").write_bytes(content)
         self.file = open(self.path, "a+b")
+        import fcntl  # only here: Windows has none, and the optimizer is of use there too
+
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2168,6 +2281,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator's allocator, or of the process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
+    import resource  # only here: Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -2353,6 +2468,8 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
+        on_rank_0(comm, lambda: check_folders(run, device))
+        self.choose_compile()
         self.load_data()
         self.startup["data"] = time.time()
         self.build_model()
@@ -2388,6 +2505,21 @@ class Trainer:
         self.asked_to_stop = 0  # the number of the signal
         self.startup["model and optimizer"] = time.time()
 
+    def choose_compile(self) -> None:
+        """Decide what is compiled: without a working compiler nothing, or Refusal where it was asked for."""
+        wanted, kind = self.run.compile, self.device.type
+        self.compiled = wanted
+        if wanted == "auto":
+            self.compiled = "whole" if kind == "cpu" else "parts"
+        if self.compiled == "none":
+            return
+        cache = compile_cache(self.device)
+        if problem := on_rank_0(self.comm, lambda: compiler_problem(cache, kind)):
+            if wanted != "auto":
+                raise Refusal(f"{problem}, and --compile none does without")
+            self.compiled = "none"
+            self.say(f"not compiled, which makes steps slower: {problem}")
+
     def load_data(self) -> None:
         """Check the corpus and make this rank's validation batches."""
         data, evaluation, comm = self.track.data, self.track.evaluation, self.comm
@@ -2414,9 +2546,6 @@ class Trainer:
         self.model = GPT(track.model, longest_row, self.dtype, device)
         self.model.low_memory = run.memory == "low"
         self.optimizer = build_optimizer(self.model, track)
-        self.compiled = run.compile
-        if self.compiled == "auto":
-            self.compiled = "whole" if device.type == "cpu" else "parts"
         self.model.compile_parts(self.compiled)
 
     def say(self, text: str) -> None:
@@ -3071,12 +3200,9 @@ def set_up_device(run: Run, device: torch.device) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         processes = number_from("LOCAL_WORLD_SIZE", 1)
         torch.set_num_threads(run.threads or max(1, cores // processes))
-        name = "cpu"
     else:
         torch.accelerator.set_device_index(device.index)
-        name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    cache = folder_from("CACHE_DIR", ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{name}"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache(device))
     torch._dynamo.config.recompile_limit = 64
 
 
@@ -3175,6 +3301,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
                 named = section and not section.startswith("-")
                 return print(help_section(section) if named else help_text())
         # refuse what can be refused without a model
+        check_system()
         track, run = parse_command_line(argv)
         device = device_of(run, number_from("LOCAL_RANK", 0))
         set_up_device(run, device)  # before anything asks torch's compiler where its cache is
