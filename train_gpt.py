@@ -34,19 +34,22 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import fcntl
+import errno
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
-import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import textwrap
 import threading
 import time
@@ -352,7 +355,7 @@ class Run(Settings):
         None, "checkpoint to go on from; without a value: the newest good one of this run"
     )
     evaluate: str | None = field(
-        None, "shard or folder of shards: print the loss of the checkpoint --resume PATH on it"
+        None, "shard, or corpus for its validation shards: print the loss of --resume PATH on it"
     )
     sample: str | None = field(
         None, "text that the model of the checkpoint --resume PATH goes on from"
@@ -825,14 +828,16 @@ def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int
     the other in one bank. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
     """
     document = starts.cumsum(1)  # (B, T)
+    T = inputs.size(1)
     rows, second_hashes = [], []
     table_begin = 0
     for n, count in ngrams:
         key = inputs.long() + 1  # (B, T)
         for k in range(1, n):
-            same = document[:, k:] == document[:, :-k]
-            earlier = torch.where(same, inputs[:, :-k].long() + 1, 0)  # 0 for what lies before the document
-            key = (key * HASH_KEY + F.pad(earlier, (k, 0))) % 2**31
+            shift = min(k, T)  # a row may be shorter than the n-gram
+            same = document[:, shift:] == document[:, : T - shift]
+            earlier = torch.where(same, inputs[:, : T - shift].long() + 1, 0)  # 0 before the document
+            key = (key * HASH_KEY + F.pad(earlier, (shift, 0))) % 2**31
         rows.append(table_begin + (key * HASH_ROW >> 8) % count)
         second_hashes.append(key * HASH_SIGN >> 9)
         table_begin += count
@@ -1956,8 +1961,20 @@ def source() -> tuple[bytes, str]:
 # ---- the data of a run
 
 
-def corpus_folder(data: Data) -> Path:
-    return Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parent / "data")) / data.corpus
+def folder_from(variable: str, beside_this_file: str) -> Path:
+    """The folder that an environment variable names; one that is empty is as good as none."""
+    return Path(os.environ.get(variable) or Path(__file__).resolve().parent / beside_this_file)
+
+
+def how_to_make(corpus: str) -> str:
+    """What makes a corpus that is not there, as far as it is beside this file."""
+    scripts = Path(__file__).resolve().parent / "data"
+    script = "fineweb" if corpus.startswith("fineweb") else corpus
+    if (scripts / f"{script}.py").is_file():
+        return f"run `python data/{script}.py` or set DATA_DIR"
+    if (scripts / "tokenize_text.py").is_file():
+        return f"run `python data/tokenize_text.py {corpus} FILES` or set DATA_DIR"
+    return "set DATA_DIR to the folder of the corpora"
 
 
 def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
@@ -1965,8 +1982,7 @@ def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Pa
 
     ValueError for a manifest that is missing, damaged or of another corpus.
     """
-    script = "fineweb" if data.corpus.startswith("fineweb") else data.corpus
-    hint = f"run `python data/{script}.py` or set DATA_DIR"
+    hint = how_to_make(data.corpus)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = manifest["vocab_size"], manifest["document_start"]
@@ -2003,8 +2019,12 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     most = 0
     for step in range(total_steps(track.schedule)):
         stage = stages_until(track.schedule, step)[-1]
-        for _ in range(data.rows * stage.batch):
-            most = max(most, len(packer.next_row(stage.document_cut)))
+        counts = [len(packer.next_row(stage.document_cut)) for _ in range(data.rows * stage.batch)]
+        most = max(most, *counts)
+        # the first document of a row begins at its first token, which is never a target
+        starts = sum(counts) - len(counts)
+        if not data.predict_start and starts == len(counts) * data.row_tokens:
+            raise ValueError(f"{folder} has nothing to predict in step {step}: all documents have one token")
     epoch, last, _ = packer.position
     used = (training if epoch else training[: last + 1]) + validation
     for path in used:
@@ -2012,6 +2032,115 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digests[path]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
     return {"digests": {path.name: digests[path] for path in used}, "documents": most}
+
+
+# ---- the machine as it is
+
+
+def check_system() -> None:
+    """ValueError where runs cannot be kept apart by locks on files, which is on Windows."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise ValueError("this needs Linux or macOS; on Windows use WSL")
+
+
+def compile_cache(device: torch.device) -> Path:
+    """The folder in which torch's compiler keeps what it has made for this device."""
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+    here = folder_from("CACHE_DIR", ".cache") / f"inductor-{torch.__version__}-{name}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or here)
+
+
+def cannot_write(folder: Path) -> str:
+    """Why nothing can be written to a folder, which may be still to be made; "" where something can."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):  # os.access would say yes to a folder in /proc
+            return ""
+    except OSError as error:
+        return f"{there}: {error.strerror}"
+
+
+def closed_inside(folder: Path) -> str:
+    """The first thing in a folder that this user may not use, which another one has made; "" for none."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            need = os.R_OK | os.W_OK | os.X_OK if name in folders else os.R_OK
+            if not os.access(path, need) and os.path.exists(path):  # else it was removed meanwhile
+                return f"{path}: {os.strerror(errno.EACCES)}"
+    return ""
+
+
+def check_folders(run: Run, device: torch.device) -> None:
+    """ValueError for a folder that the run will write to and cannot."""
+    if why := cannot_write(Path(run.out)):
+        raise ValueError(f"--out {run.out} cannot be written ({why}); choose another folder")
+    if run.compile == "none":
+        return
+    cache = compile_cache(device)
+    if why := cannot_write(cache) or closed_inside(cache):
+        remedy = "set CACHE_DIR to another folder, or take --compile none"
+        raise ValueError(f"the compile cache cannot be written ({why}); {remedy}")
+
+
+def compiler_and_probe(device_type: str) -> tuple[str, list[str], str, str]:
+    """The compiler that torch will call, its words, a small source for it, and the packages it comes in."""
+    mac = sys.platform == "darwin"
+    if device_type == "cpu":  # kernels in C++; Python.h is in each of them
+        compiler = os.environ.get("CXX", "clang++" if mac else "g++")
+        words, headers = ["-x", "c++"], ["Python.h", "cmath"]
+        if not mac:
+            words, headers = [*words, "-fopenmp"], [*headers, "omp.h"]
+        packages = "g++ python3-dev"
+    else:  # Triton's launcher in C
+        compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
+        words, headers = ["-x", "c"], ["Python.h"]
+        packages = "gcc python3-dev"
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    install = "xcode-select --install" if mac else f"apt install {packages}"
+    return compiler, ["-shared", "-fPIC", *words, f"-I{sysconfig.get_path('include')}"], source, install
+
+
+def failed_probe(command: Sequence[str], library: Path) -> str:
+    """Why a compiler's command gives no `library` that can be loaded; "" where it does."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        if done.returncode:
+            return next((line for line in said if "error: " in line), said[-1]).rpartition("error: ")[2][:200]
+        ctypes.CDLL(str(library))  # fails for another machine's code, and on disks that allow no programs
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)[:200]
+    return ""
+
+
+def compiler_problem(cache: Path, device_type: str = "cpu") -> str:
+    """Why torch cannot compile for a device here, and what to install; "" where it can.
+
+    A tiny file is compiled and loaded, which takes 0.3 s, once for each compiler: a file in the `cache`
+    remembers that it went well.
+    """
+    compiler, words, source, install = compiler_and_probe(device_type)
+    found = shutil.which(compiler)
+    if found is None:
+        return f"there is no compiler {compiler}; `{install}` brings one"
+    known = [os.path.realpath(found), os.stat(found).st_mtime_ns, words, source, torch.__version__]
+    marker = cache / f"compiler-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}-works"
+    if marker.exists():
+        return ""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        probe, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        probe.write_text(source)
+        why = failed_probe([found, *words, str(probe), "-o", str(library)], library)
+    if why:
+        return f"the compiler {compiler} does not work ({why}); `{install}` brings what it needs"
+    marker.touch()
+    return ""
 
 
 # ---- several processes
@@ -2101,6 +2230,8 @@ class Log:
         content, digest = source()
         (self.path.parent / f"{digest}.py").write_bytes(content)
         self.file = open(self.path, "a+b")
+        import fcntl  # only here: Windows has none, and the optimizer is of use there too
+
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2150,6 +2281,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator's allocator, or of the process on a CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
+    import resource  # only here: Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -2161,6 +2294,8 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         folder = Path(__file__).parent
         return subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder).stdout.strip()
 
+    # A repository that merely encloses this file says nothing of it.
+    tracked = bool(command(f"git ls-files -- {shlex.quote(Path(__file__).name)}"))
     if device.type == "cuda":
         driver = command("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         name = torch.cuda.get_device_name(device)
@@ -2169,8 +2304,8 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         name = command("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1") or os.uname().machine
     return {
         "source_sha256": source()[1],
-        "git_commit": command("git rev-parse HEAD"),
-        "git_dirty": bool(command("git status --porcelain --untracked-files=no")),
+        "git_commit": command("git rev-parse HEAD") if tracked else None,
+        "git_dirty": bool(command("git status --porcelain --untracked-files=no")) if tracked else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
@@ -2226,8 +2361,21 @@ def load_checkpoint(path: Path, key: dict) -> dict:
     for name, value in key.items():
         if found["key"].get(name) != value:
             other = f"checkpoint {path} belongs to another {name}"
+            if name == "track":
+                other += f" ({different_settings(found['key'].get(name), value)})"
             raise ValueError(f"{other}; --adopt true takes it as the start of a new run")
     return found
+
+
+def different_settings(before: Any, now: dict[str, dict[str, Any]]) -> str:
+    """The settings "section.field" in which two tracks differ, the first few by name."""
+    before = before if isinstance(before, dict) else {}
+    names = []
+    for section in now.keys() | before.keys():
+        a, b = before.get(section, {}), now.get(section, {})
+        names += [f"{section}.{field}" for field in a.keys() | b.keys() if a.get(field) != b.get(field)]
+    shown = ", ".join(sorted(names)[:3])
+    return f"other {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def newest_checkpoint(out: Path, key: dict) -> str:
@@ -2320,6 +2468,8 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
+        on_rank_0(comm, lambda: check_folders(run, device))
+        self.choose_compile()
         self.load_data()
         self.startup["data"] = time.time()
         self.build_model()
@@ -2355,10 +2505,25 @@ class Trainer:
         self.asked_to_stop = 0  # the number of the signal
         self.startup["model and optimizer"] = time.time()
 
+    def choose_compile(self) -> None:
+        """Decide what is compiled: without a working compiler nothing, or Refusal where it was asked for."""
+        wanted, kind = self.run.compile, self.device.type
+        self.compiled = wanted
+        if wanted == "auto":
+            self.compiled = "whole" if kind == "cpu" else "parts"
+        if self.compiled == "none":
+            return
+        cache = compile_cache(self.device)
+        if problem := on_rank_0(self.comm, lambda: compiler_problem(cache, kind)):
+            if wanted != "auto":
+                raise Refusal(f"{problem}, and --compile none does without")
+            self.compiled = "none"
+            self.say(f"not compiled, which makes steps slower: {problem}")
+
     def load_data(self) -> None:
         """Check the corpus and make this rank's validation batches."""
         data, evaluation, comm = self.track.data, self.track.evaluation, self.comm
-        folder = corpus_folder(data)
+        folder = folder_from("DATA_DIR", "data") / data.corpus
         self.checked = on_rank_0(comm, lambda: check_data(self.track, folder))
         self.train_paths, val_paths, _ = shards_of(folder, data)
         try:
@@ -2381,9 +2546,6 @@ class Trainer:
         self.model = GPT(track.model, longest_row, self.dtype, device)
         self.model.low_memory = run.memory == "low"
         self.optimizer = build_optimizer(self.model, track)
-        self.compiled = run.compile
-        if self.compiled == "auto":
-            self.compiled = "whole" if device.type == "cpu" else "parts"
         self.model.compile_parts(self.compiled)
 
     def say(self, text: str) -> None:
@@ -2577,7 +2739,8 @@ class Trainer:
             units = [unit for unit, step in zip(self.optimizer.units, since) if step == first]
             names = [name for unit in units for name in unit.names]
             where = f"gradients of {', '.join(names)} since step {first:.0f}"
-        raise Refusal(f"not finite at step {self.done}, {what}: {where}; the last checkpoint is kept")
+        kept = "; the last checkpoint is kept" if list(self.folder.glob("step_*.pt")) else ""
+        raise Refusal(f"not finite at step {self.done}, {what}: {where}{kept}")
 
     def report(self, loss: Tensor, targets: int) -> bool:
         """Log the loss of the last step; whether a rank was asked to stop. Collective."""
@@ -2735,18 +2898,27 @@ def model_of_checkpoint(path: str, device: torch.device) -> tuple[GPT, Track]:
 
 @torch.no_grad()
 def evaluate_checkpoint(run: Run, device: torch.device) -> float:
-    """The mean loss, nats per token, of --resume on the shards of --evaluate; printed and returned."""
+    """The mean loss, nats per token, of --resume on a shard or on the validation shards of a corpus.
+
+    Printed with the names of the shards, and returned.
+    """
     model, track = model_of_checkpoint(run.resume, device)
     data, evaluation = track.data, track.evaluation
-    paths = sorted(Path(run.evaluate).glob("*.bin")) or [Path(run.evaluate)]
+    given = Path(run.evaluate)
+    folder = given if given.is_dir() else given.parent
+    paths = [given]
+    if given.is_dir() or (folder / "manifest.json").is_file():  # which also knows the vocabulary
+        _, validation, _ = shards_of(folder, data)
+        paths = validation if given.is_dir() else paths
     for path in paths:
-        check_tokens(path, data, run.evaluate)
+        check_tokens(path, data, path)
     total, count = 0.0, 0
     for tokens, lengths in validation_rows(paths, data, evaluation.row_tokens):
         batch = make_batch([(tokens, lengths)], data, len(lengths))
         total += float(model(*(x.to(device) for x in batch), evaluation.windows, evaluation.row_tokens))
         count += int((batch.targets >= 0).sum())
-    print(f"{total / count:.4f} nats per token over {count:,} tokens of {run.evaluate}")
+    names = ", ".join(map(str, paths))
+    print(f"{total / count:.4f} nats per token over {count:,} tokens of {names}")
     return total / count
 
 
@@ -3000,6 +3172,14 @@ def check_settings(track: Track, run: Run) -> None:
 # ---- device and processes
 
 
+def number_from(variable: str, alone: int) -> int:
+    """A number that torchrun puts into the environment; `alone` where it is not set or empty."""
+    text = os.environ.get(variable) or str(alone)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {variable} is {text!r}, not a number as torchrun sets it")
+    return int(text)
+
+
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     if run.device == "cpu":
@@ -3009,7 +3189,7 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
         raise ValueError(f"there is no device {run.device!r} here")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.accelerator.device_count():
+    if number_from("LOCAL_WORLD_SIZE", 1) > torch.accelerator.device_count():
         raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
     return torch.device(accelerator.type, local_rank)
 
@@ -3018,14 +3198,11 @@ def set_up_device(run: Run, device: torch.device) -> None:
     """Threads or the current device, and the place of the compile cache."""
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = number_from("LOCAL_WORLD_SIZE", 1)
         torch.set_num_threads(run.threads or max(1, cores // processes))
-        name = "cpu"
     else:
         torch.accelerator.set_device_index(device.index)
-        name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    cache = Path(os.environ.get("CACHE_DIR", Path(__file__).resolve().parent / ".cache"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / f"inductor-{torch.__version__}-{name}"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache(device))
     torch._dynamo.config.recompile_limit = 64
 
 
@@ -3115,17 +3292,18 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
     One sentence and a non-zero status when it cannot be done.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = 0, 1  # until the environment has been read
     try:
+        rank, world_size = number_from("RANK", 0), number_from("WORLD_SIZE", 1)
         for word in ("--help", "-h"):
             if word in argv:
                 section = "".join(argv[argv.index(word) + 1 :][:1])
                 named = section and not section.startswith("-")
                 return print(help_section(section) if named else help_text())
         # refuse what can be refused without a model
+        check_system()
         track, run = parse_command_line(argv)
-        device = device_of(run, int(os.environ.get("LOCAL_RANK", 0)))
+        device = device_of(run, number_from("LOCAL_RANK", 0))
         set_up_device(run, device)  # before anything asks torch's compiler where its cache is
         check_settings(track, run)
         rows_per_pass(track, run, world_size)
@@ -3135,7 +3313,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
                 raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
             return evaluate_checkpoint(run, device) if run.evaluate else sample_checkpoint(run, device)
         # the run
-        job = start_processes(run, device, rank, world_size) if "WORLD_SIZE" in os.environ else None
+        job = start_processes(run, device, rank, world_size) if os.environ.get("WORLD_SIZE") else None
         if job and on_rank_0(Comm(), lambda: job.store.check(["ended"])):
             return dist.destroy_process_group()  # restarted by a fault after the end of the run
         result = run_trainer(Trainer(track, run, Comm(), device), work, job)

@@ -976,7 +976,9 @@ def slugs(text: str) -> set[str]:
 def test_links_of_the_pages_lead_somewhere():
     """Links, and paths in backquotes that begin with ../, which is how records point to what lies
     beside them."""
-    pages, checked = [*(ROOT / "records").rglob("*.md"), *(ROOT / "tools").rglob("*.md")], 0
+    folders = [ROOT / name for name in ("records", "tools", "docs", "findings")]
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    checked = 0
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)\s]+)\)|`(\.\./[^`\s]*)`", text):
@@ -990,6 +992,13 @@ def test_links_of_the_pages_lead_somewhere():
             )
             checked += 1
     assert checked > 100
+
+
+def test_the_first_page_is_short_and_begins_with_a_picture():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 130
+    assert any(line.startswith("![") for line in lines[:30])
+    assert any("not run on a GPU" in line for line in lines[:45])
 
 
 def test_no_log_is_larger_than_promised():

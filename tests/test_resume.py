@@ -232,7 +232,9 @@ def test_checkpoint_of_another_run_is_refused(
     (path,) = stopped.glob("*/step_000006.pt")
     out = shutil.copytree(stopped, tmp_path / "out")
     message = refusal(options(out=out, resume=path, **change), capsys)
-    assert str(path) in message and ("seed" if "seed" in change else "track") in message
+    (name,) = change
+    expected = "another seed" if name == "seed" else f"another track (other {name.replace('__', '.')})"
+    assert str(path) in message and expected in message
     # another track: its own, fresh run
     outcome = resume(out, schedule__steps=2, schedule__extension=0, **change)
     assert "resume" not in [line["event"] for line in outcome.lines]
@@ -419,15 +421,37 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[O
 
 
 def test_loss_of_a_checkpoint(trained: tuple, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    """On the validation shard the run's own, on a folder that of all its shards."""
+    """The run's own, on the validation shard and on the folder: a corpus means its validation shards."""
     (outcome, use), folder = trained, data_dir / "shakespeare"
     found = train_gpt.main([*use, "--evaluate", str(folder / "val_000000.bin")])
     assert found == pytest.approx(outcome.final["val_loss"], rel=1e-6)
     assert f"over {outcome.final['val_tokens']:,} tokens" in capsys.readouterr().out
-    found = train_gpt.main([*use, "--evaluate", str(folder)])
-    stream = np.concatenate([train_gpt.read_shard(path) for path in sorted(folder.glob("*.bin"))])
-    said = f"{found:.4f} nats per token over {(stream[1:] != 256).sum():,} tokens of {folder}"
-    assert said in capsys.readouterr().out
+    assert train_gpt.main([*use, "--evaluate", str(folder)]) == found
+    said = f"{found:.4f} nats per token over {outcome.final['val_tokens']:,} tokens of "
+    assert capsys.readouterr().out == f"{said}{folder / 'val_000000.bin'}\n"
+
+
+def test_a_corpus_of_another_tokenizer_is_not_evaluated(
+    trained: tuple, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its manifest says so, also when its tokens are small; a folder without a manifest is no corpus."""
+    _, use = trained
+    corpus = shutil.copytree(data_dir / "shakespeare", tmp_path / "corpus")
+    manifest = corpus / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 257', '"vocab_size": 256'))
+    for given in (corpus, corpus / "val_000000.bin"):
+        assert "vocabulary" in refusal([*use, "--evaluate", str(given)], capsys)
+    manifest.unlink()
+    assert "manifest.json is missing" in refusal([*use, "--evaluate", str(corpus)], capsys)
+
+
+def test_a_sample_may_begin_with_less_than_an_n_gram(trained: tuple, tmp_path: Path) -> None:
+    """The longest n-gram of `tiny` has six tokens, a prompt may have one."""
+    long = dict(model__ngrams="((2, 40), (9, 64))", schedule__steps=1, schedule__extension=0)
+    train(options(out=tmp_path, checkpoint_every=1, **long))
+    (path,) = tmp_path.glob("*/step_000001.pt")
+    text = train_gpt.main([*trained[1][:-1], str(path), "--sample", "a", "--sample_tokens", "3"])
+    assert text.startswith("a")
 
 
 def test_loss_of_a_checkpoint_whose_head_is_the_embedding_too(

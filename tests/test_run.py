@@ -31,6 +31,7 @@ from helpers import (
     train,
     train_with,
 )
+from lib import in_turns
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 
@@ -136,7 +137,8 @@ def test_a_seed_gives_one_run(tmp_path: Path, reference: Outcome) -> None:
 
 HEADER = {
     "run_id": str, "track": str, "settings": dict, "seed": int, "dtype": str, "micro_rows": list,
-    "source_sha256": str, "git_commit": str, "git_dirty": bool, "torch": str, "cuda": (str, type(None)),
+    "source_sha256": str, "git_commit": (str, type(None)), "git_dirty": (bool, type(None)),
+    "torch": str, "cuda": (str, type(None)),
     "driver": str, "python": str, "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict,
     "compiled": str, "compile": str, "startup_s": dict, "attention": str, "head": str,
 }  # fmt: skip
@@ -187,6 +189,35 @@ def test_header_says_what_was_run(reference: Outcome, data_dir: Path) -> None:
     parts = ["imports and processes", "data", "model and optimizer", "graphs", "optimizer"]
     assert list(header["startup_s"]) == parts and min(header["startup_s"].values()) >= 0
     assert (header["attention"], header["head"]) == ("blocked", "float32")
+
+
+def test_commit_is_that_of_the_source_or_unknown(tmp_path: Path) -> None:
+    """A repository that merely encloses the file says nothing of it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *words],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    def environment() -> dict[str, Any]:
+        script = in_turns.load(str(inner / "train_gpt.py"))
+        return script.environment(torch.device("cpu"), script.Comm())
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "outer")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    shutil.copy(ROOT / "train_gpt.py", inner)
+    found = environment()
+    assert found["git_commit"] is None and found["git_dirty"] is None
+    git("add", "inner")
+    git("commit", "-q", "-m", "it is in the repository now")
+    found = environment()
+    assert found["git_commit"] == git("rev-parse", "HEAD") and found["git_dirty"] is False
+    with open(inner / "train_gpt.py", "a") as file:
+        file.write("# changed\n")
+    assert environment()["git_dirty"] is True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")

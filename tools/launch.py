@@ -60,9 +60,11 @@ def plan(words: Sequence[str]) -> Plan:
     train_gpt = trainer()
     import torch
 
+    train_gpt.check_system()
     track, run = train_gpt.parse_command_line(words)
     device = train_gpt.device_of(run, 0)
     train_gpt.check_settings(track, run)
+    train_gpt.check_folders(run, device)
     devices = 1 if device.type == "cpu" else torch.accelerator.device_count()
     processes = processes_for(track.data.rows, devices)
     if processes < devices:

@@ -1,0 +1,234 @@
+"""The machine as it is: folders that cannot be written, compilers that do not work, how threads wait."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import launch
+import train_gpt
+from helpers import ROOT, finish, options, refusal, start, train, train_with
+
+pytestmark = pytest.mark.usefixtures("data_dir")
+IN_THE_WAY = ["a file", "below a file", "/proc/train_gpt"]
+
+
+def bad_folder(kind: str, tmp_path: Path) -> Path:
+    """A folder that nobody can write to, root neither."""
+    if kind.startswith("/"):
+        if not Path(kind).parent.is_dir():
+            pytest.skip("there is no /proc here")
+        return Path(kind)
+    (tmp_path / "file").write_text("x")
+    return tmp_path / "file" / "folder" if kind == "below a file" else tmp_path / "file"
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("check_data", "compiler_problem"):
+        monkeypatch.setattr(train_gpt, name, mock.Mock(side_effect=AssertionError(f"{name} came first")))
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_an_output_folder_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture, nothing_is_read: None, kind: str
+) -> None:
+    folder = bad_folder(kind, tmp_path)
+    sentence = refusal(options(out=folder, compile="auto"), capsys)
+    assert sentence.startswith(f"--out {folder} cannot be written (")
+
+
+@pytest.mark.parametrize("compile", ["auto", "whole", "parts"])
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_a_compile_cache_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, nothing_is_read: None,
+    kind: str, compile: str,
+) -> None:  # fmt: skip
+    folder = bad_folder(kind, tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("CACHE_DIR", str(folder))
+    sentence = refusal(options(out=tmp_path / "out", compile=compile), capsys)
+    nearest = folder if folder.exists() else folder.parent
+    assert f"({nearest}: " in sentence and "CACHE_DIR" in sentence and "--compile none" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_compiles_nothing_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bad_folder("a file", tmp_path)))
+    train(options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0))
+
+
+def test_all_ranks_end_alike(tmp_path: Path) -> None:
+    folder = bad_folder("below a file", tmp_path)
+    (codes,) = train_with(2, [options(out=folder)], dict(os.environ), tmp_path / "ranks")
+    said = [(tmp_path / "ranks" / f"output_{rank}").read_text() for rank in (0, 1)]
+    assert codes == [1, 1]
+    assert said[0].startswith(f"train_gpt.py: --out {folder} cannot be written") and said[0].count("\n") == 1
+    assert said[1] == ""
+
+
+def test_looking_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert train_gpt.cannot_write(tmp_path / "there") == ""
+    assert train_gpt.cannot_write(tmp_path / "a" / "b") == ""
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def as_nobody(function: Callable[[Path], str], folder: Path, expected: str) -> None:
+    if os.getuid() == 0:  # who may write anywhere
+        os.setuid(65534)
+    assert function(folder) == expected, function(folder)
+
+
+@pytest.mark.parametrize("closed", ["ab/kernel.so", "ab", ""])
+def test_a_cache_of_somebody_else(tmp_path: Path, closed: str) -> None:
+    """What inductor made for another user is found in the cache's folders, not only at its top."""
+    cache = tmp_path / "cache"
+    (cache / "ab").mkdir(parents=True)
+    (cache / "ab" / "kernel.so").touch()
+    for path in (*tmp_path.rglob("*"), tmp_path, *tmp_path.parents[:-1]):
+        if path.owner() == tmp_path.owner() and path != Path("/tmp"):
+            path.chmod(0o777)
+    (cache / closed).chmod(0o444 if closed == "ab" else 0)
+    denied = f"{cache / closed}: Permission denied"
+    check = train_gpt.closed_inside if closed else train_gpt.cannot_write
+    assert finish(start(as_nobody, [(check, cache, denied)])) == [0]
+    (cache / closed).chmod(0o777)
+    assert finish(start(as_nobody, [(check, cache, "")])) == [0]
+
+
+@pytest.mark.parametrize("words", [["--out", "FILE"], ["--compile", "whole"]])
+def test_the_launcher_refuses_before_it_makes_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, words: list[str]
+) -> None:
+    file = bad_folder("a file", tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("CACHE_DIR", str(file))
+    monkeypatch.setattr(launch, "make_data", None)
+    monkeypatch.setattr(launch, "start", None)
+    words = [word.replace("FILE", str(file)) for word in words]
+    assert launch.main(["--track", "tiny", *words]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("run.sh: ") and err.count("\n") == 1
+    assert str(file) in err and ("--out" in err or "CACHE_DIR" in err)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilers
+
+BROKEN = {  # what a compiler does with "$@", and a word of the sentence
+    "no OpenMP": ("echo 'probe.cpp:3:10: fatal error: omp.h: No such file' >&2; exit 1", "(omp.h: No such"),
+    "says nothing": ("exit 4", "(exit status 4)"),
+    "makes nothing": ("exit 0", "probe.so"),
+    "makes something else": ('for word; do :; done; echo text > "$word"', "probe.so"),
+}
+
+
+def compiler(folder: Path, does: str) -> str:
+    path = folder / "a compiler"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty compile cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["none", *BROKEN])
+def test_a_compiler_that_does_not_work_is_refused_before_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path, name: str
+) -> None:
+    does, word = BROKEN.get(name, ("", "there is no compiler"))
+    monkeypatch.setenv("CXX", compiler(tmp_path, does) if does else "/nothing/g++")
+    monkeypatch.setattr(train_gpt, "check_data", mock.Mock(side_effect=AssertionError("read first")))
+    for _ in range(2):  # that it failed is not remembered
+        sentence = refusal(options(out=tmp_path / "out", compile="whole"), capsys)
+        assert word in sentence and os.environ["CXX"] in sentence
+        assert "`apt install g++ python3-dev`" in sentence and "--compile none" in sentence
+    assert not (tmp_path / "out").exists() and not (cache.exists() and list(cache.iterdir()))
+
+
+def test_auto_goes_on_without_a_compiler_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path
+) -> None:
+    monkeypatch.setenv("CXX", "/nothing/g++")
+    outcome = train(options(out=tmp_path / "out", compile="auto"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "compile" in line]
+    assert len(lines) == 1 and lines[0].startswith("not compiled") and "/nothing/g++" in lines[0]
+    assert "--compile none" not in lines[0]
+    assert outcome.lines[0]["compiled"] == "none" and outcome.final["step"] == 20
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_that_works_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    assert train_gpt.compiler_problem(cache) == ""
+    assert len(list(cache.iterdir())) == 1  # what was made for the test is gone
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError("tried again")):
+        assert train_gpt.compiler_problem(cache) == ""
+    # another compiler, and another cache, know nothing of it
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exit 1"))
+    assert "does not work" in train_gpt.compiler_problem(cache)
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'exec g++ "$@"'))
+    assert train_gpt.compiler_problem(tmp_path / "other") == ""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_disk_that_allows_no_programs_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    error = OSError("probe.so: failed to map segment from shared object")
+    with mock.patch.object(ctypes, "CDLL", side_effect=error):
+        assert "failed to map segment" in train_gpt.compiler_problem(cache)
+
+
+def test_cuda_needs_a_compiler_of_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("CC", "/nothing/cc")
+    sentence = train_gpt.compiler_problem(cache, "cuda")
+    assert "/nothing/cc" in sentence and "apt install gcc" in sentence
+    if shutil.which("gcc"):
+        monkeypatch.delenv("CC")
+        assert train_gpt.compiler_problem(cache, "cuda") == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Systems
+
+WITHOUT = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["fcntl", "resource"]))  # as on Windows: an import fails
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+"""
+
+
+@pytest.mark.parametrize("script, name", [("train_gpt.py", "train_gpt.py"), ("tools/launch.py", "run.sh")])
+def test_a_system_without_fcntl_is_refused_in_words(tmp_path: Path, script: str, name: str) -> None:
+    code = WITHOUT.format(root=str(ROOT)) + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / script), "--track", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"{name}: this needs Linux or macOS; on Windows use WSL\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_optimizer_can_be_imported_without_fcntl() -> None:
+    code = WITHOUT.format(root=str(ROOT)) + "from train_gpt import MuonEq"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
