@@ -1944,7 +1944,23 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
-FORMER_MODEL_FIELDS = {"frozen": "attention_source"}  # names in checkpoints from before December 2026
+# What settings were called before December 2026: checkpoints of that time are read, options are told apart.
+FORMER_NAMES = {
+    "value.": "tables.",
+    "hidden.": "matrix_adam.",
+    "model.frozen": "model.attention_source",
+    "matrix.lr_mul": "matrix.mlp_lr_mul",
+    "matrix.steps": "matrix.iterations",
+    "gate.steps": "gate.iterations",
+}
+
+
+def present_name(name: str) -> str:
+    """What a setting "section.field" is called now."""
+    for before, now in FORMER_NAMES.items():
+        if name == before or (before.endswith(".") and name.startswith(before)):
+            return now + name.removeprefix(before)
+    return name
 
 
 class Refusal(ValueError):
@@ -1977,10 +1993,10 @@ def how_to_make(corpus: str) -> str:
     return "set DATA_DIR to the folder of the corpora"
 
 
-def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
-    """Training shards, validation shards and the sha256 of each, as the manifest beside them has them.
+def read_manifest(folder: Path, data: Data) -> dict[Path, str]:
+    """The shards of a corpus and their sha256, as the manifest beside them has them.
 
-    ValueError for a manifest that is missing, damaged or of another corpus.
+    ValueError for a manifest that is missing, damaged or of another tokenizer.
     """
     hint = how_to_make(data.corpus)
     try:
@@ -1994,6 +2010,12 @@ def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Pa
     needed = data.vocab_size, data.document_start
     if found != needed:
         raise ValueError(f"{folder} has vocabulary and document start {found}, the track needs {needed}")
+    return digests
+
+
+def shards_of(folder: Path, data: Data) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """Training shards, validation shards and the sha256 of each; ValueError where one kind is missing."""
+    digests = read_manifest(folder, data)
     training = [path for path in digests if "train_" in path.name]
     validation = [path for path in digests if "val_" in path.name]
     if not training or not validation:
@@ -2877,8 +2899,8 @@ def model_of_checkpoint(path: str, device: torch.device) -> tuple[GPT, Track]:
     found = load_checkpoint(Path(path), {})
     try:
         settings = found["key"]["track"]
-        sizes = settings["model"].items()
-        model_settings = {FORMER_MODEL_FIELDS.get(name, name): value for name, value in sizes}
+        of_model = {present_name(f"model.{name}"): value for name, value in settings["model"].items()}
+        model_settings = {name.removeprefix("model."): value for name, value in of_model.items()}
         track = Track(
             data=Data(**settings["data"]),
             model=Model(**model_settings),
@@ -2908,8 +2930,10 @@ def evaluate_checkpoint(run: Run, device: torch.device) -> float:
     folder = given if given.is_dir() else given.parent
     paths = [given]
     if given.is_dir() or (folder / "manifest.json").is_file():  # which also knows the vocabulary
-        _, validation, _ = shards_of(folder, data)
-        paths = validation if given.is_dir() else paths
+        shards = read_manifest(folder, data)
+        paths = [path for path in shards if "val_" in path.name] if given.is_dir() else paths
+    if not paths:
+        raise ValueError(f"{folder} holds no validation shards; name a shard")
     for path in paths:
         check_tokens(path, data, path)
     total, count = 0.0, 0
@@ -3082,6 +3106,8 @@ def read_options(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not option.startswith("--"):
             raise ValueError(f"{option!r} is not an option; options look like --track tiny")
         if name not in kinds:
+            if present_name(name) in kinds:
+                raise ValueError(f"unknown option {option}, it is --{present_name(name)} now")
             nearest = difflib.get_close_matches(name, kinds, 1, 0.0)[0]
             raise ValueError(f"unknown option {option}, the nearest is --{nearest}")
         if not text and words and not words[0].startswith("--"):

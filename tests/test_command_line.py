@@ -192,6 +192,16 @@ def test_the_order_of_options_does_not_matter_but_the_last_one_counts() -> None:
     assert parse("--track", "tiny", "--checkpoint-every", "5")[1].checkpoint_every == 5
 
 
+@pytest.mark.parametrize("before, now", [
+    ("value.lr", "tables.lr"), ("hidden.betas", "matrix_adam.betas"), ("matrix.steps", "matrix.iterations"),
+    ("gate.steps", "gate.iterations"), ("model.frozen", "model.attention_source"),
+    ("matrix.lr_mul", "matrix.mlp_lr_mul"),
+])  # fmt: skip
+def test_a_former_name_is_answered_with_the_present_one(before: str, now: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option --{before}, it is --{now} now"):
+        train_gpt.parse_command_line([f"--{before}", "1"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice depends on the devices")
 def test_track_auto_is_tiny_without_a_large_gpu() -> None:
     assert (
