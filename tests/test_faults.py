@@ -18,7 +18,7 @@ import torch
 
 import faults
 import train_gpt
-from helpers import ROOT, events, finish, options, start, train
+from helpers import ROOT, Outcome, events, finish, options, start, train, train_with
 
 KILLS, SEED = 12, 0
 
@@ -223,6 +223,42 @@ def test_under_torchrun_ranks_may_be_killed_and_the_launcher_too(tmp_path: Path)
     assert [line["event"] for line in lines].count("resume") == 2
     steps = [line["step"] for line in lines if line["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def two_nodes(out: Path, **overrides: Any) -> list[subprocess.Popen]:
+    """Two agents of torchrun with a process each, as on two machines; they meet on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+        "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two",
+        "--local_addr=127.0.0.1", "--monitor-interval=0.1",
+        str(ROOT / "train_gpt.py"), *options(out=out, **overrides),
+    ]  # fmt: skip
+    return [
+        subprocess.Popen(command, stdout=open(f"{out}.{node}.txt", "wb"), stderr=subprocess.STDOUT)
+        for node in range(2)
+    ]
+
+
+def test_two_nodes_train_as_one_with_two_processes(tmp_path: Path) -> None:
+    """The same bits; where one of the two agents is killed, the other one ends."""
+    (one,) = train_with(2, [options(out=tmp_path / "one")], dict(os.environ), tmp_path / "processes")
+    for job in two_nodes(tmp_path / "two"):
+        assert job.wait(60) == 0
+    (log,) = (tmp_path / "two").glob("*.jsonl")
+    assert Outcome(log=log).losses == one[0].losses
+
+    first, second = two_nodes(tmp_path / "killed", **LONG)
+    try:
+        wait_for(lambda: faults.last_step(tmp_path / "killed") > 10)
+        second.kill()
+        assert first.wait(45) != 0
+        wait_for(lambda: not faults.workers(first.pid), 10)
+    finally:
+        first.kill()
+        second.kill()
 
 
 def test_a_restart_after_the_end_of_the_run_does_not_train_again(tmp_path: Path) -> None:
