@@ -40,7 +40,7 @@ def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) ->
         run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed,
         torch="2.13.0", world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
         compiled=True, compile="warm", device="abacus", cpus=2, threads=2, driver="",
-        data={"val_000000.bin": "0" * 64},
+        data=claims.SHAKESPEARE,
     )  # fmt: skip
     end = dict(step=100, val_loss=loss, val_tokens=RULES.tokens, train_time_s=seconds, tokens=409_600)
     steps = [
@@ -260,6 +260,7 @@ def better_final(lines: list[dict]) -> None:
     lines[-1]["val_loss"] = 1.40
 
 
+OTHER_VAL = claims.SHAKESPEARE | {"val_000000.bin": "1" * 64}
 REFUSALS = {
     "source_sha256": change("header", "source_sha256", "f" * 64),
     "track": change("header", "track", "short"),
@@ -268,7 +269,13 @@ REFUSALS = {
     "world_size": change("header", "world_size", 2),
     "torch": change("header", "torch", "2.12.0"),
     "dtype": change("header", "dtype", "float32"),
-    "data": change("header", "data", {"val_000000.bin": "1" * 64}),
+    "data differs": change("header", "data", OTHER_VAL),
+    "data: val_000000.bin has sha256": change("header", "data", OTHER_VAL),
+    "data: val_000001.bin is no file": change("header", "data", OTHER_VAL | {"val_000001.bin": "1" * 64}),
+    "data: train_000001.bin of shakespeare was not read": change(
+        "header", "data", {"val_000000.bin": claims.SHAKESPEARE["val_000000.bin"]}
+    ),
+    "data is missing": change("header", "data", None),
     "seed": change("header", "seed", 0),
     "run_id": change("header", "run_id", "20260101-000000_tiny_0_abcd"),
     "resume": resume,
@@ -299,12 +306,61 @@ def test_verify_names_the_file_and_the_field(folder, field, capsys):
     assert any(f"{path}: {field}" in line or f"{path}: final.{field}" in line for line in said), said
 
 
-def test_settings_that_all_runs_share_do_not_excuse_an_easier_target(folder):
+def edit_logs(folder: Path, *mutations) -> None:
     for path in (folder / "runs").glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for mutate in (change("header", "settings.evaluation.target", 1.6), change("final", "target", 1.6)):
+        for mutate in mutations:
             mutate(lines)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_record_on_other_bytes_than_those_of_the_track_is_refused(folder, capsys):
+    """Each run says the same digests, result.json follows from them, and still nothing holds."""
+    zeros = dict.fromkeys(claims.SHAKESPEARE, "0" * 64)
+    edit_logs(folder, change("header", "data", zeros))
+    assert record.main(["verify", str(folder)]) == 1
+    said = capsys.readouterr().out
+    for name, digest in claims.SHAKESPEARE.items():
+        assert said.count(f"data: {name} has sha256 {'0' * 64}, shakespeare has {digest}") == len(LOSSES)
+
+
+def fineweb(last: int, **other: str) -> dict[str, str]:
+    names = ["val_000000", *(f"train_{i:06d}" for i in range(1, last + 1))]
+    return {f"fineweb_{name}.bin": other.get(name, "a" * 64) for name in names}
+
+
+def test_the_names_of_fineweb_are_known_and_its_digests_are_those_of_the_baseline():
+    assert claims.other_data("fineweb10B", fineweb(3)) == []
+    (wrong,) = claims.other_data("fineweb10B", {"fineweb_val_000000.bin": "a" * 64})
+    assert wrong == "data: fineweb_train_000001.bin of fineweb10B was not read"
+    hole = fineweb(3)
+    del hole["fineweb_train_000002.bin"]
+    assert claims.other_data("fineweb10B", hole) == [
+        "data: fineweb_train_000003.bin is no file of fineweb10B",
+        "data: fineweb_train_000002.bin of fineweb10B was not read",
+    ]
+    # a shorter schedule reads fewer files
+    assert claims.data_apart(fineweb(3), fineweb(5)) == claims.data_apart(fineweb(5), fineweb(3)) == []
+    assert claims.data_apart(fineweb(3), fineweb(5, train_000002="b")) == ["fineweb_train_000002.bin"]
+    assert claims.data_apart(fineweb(3), fineweb(3, val_000000="b")) == ["fineweb_val_000000.bin"]
+    more = fineweb(3) | {"fineweb_val_000001.bin": "b"}
+    assert claims.data_apart(fineweb(3), more) == ["fineweb_val_000001.bin"]
+    assert claims.data_apart(fineweb(3), hole) == ["fineweb_train_000003.bin"]
+
+
+def test_a_record_on_other_bytes_than_its_baseline_is_refused(challenger, monkeypatch):
+    # a corpus of which only the names are known
+    monkeypatch.setattr(claims, "other_data", lambda corpus, files: [])
+    assert claims.summarize(challenger)["beats"]
+    edit_logs(challenger, change("header", "data", OTHER_VAL))
+    with pytest.raises(ValueError, match="pair 1: data: val_000000.bin differs between the two runs"):
+        claims.summarize(challenger)
+
+
+def test_settings_that_all_runs_share_do_not_excuse_an_easier_target(folder):
+    edit_logs(
+        folder, change("header", "settings.evaluation.target", 1.6), change("final", "target", 1.6)
+    )
     with pytest.raises(ValueError, match="settings.evaluation.target is 1.6, track tiny says 1.5"):
         claims.summarize(folder)
 

@@ -36,6 +36,50 @@ def rules(track: str) -> dict[str, Any]:
     return {key: settings[key] for key in (*fixed, "evaluation.tokens")}
 
 
+# the files that data/shakespeare.py makes, the same bytes on every machine
+SHAKESPEARE = {
+    "train_000001.bin": "0a2e806df4be9b1a90a5d0713ec012ec26a3a18ac85d1f38e628ef42187cd48e",
+    "val_000000.bin": "3dca7ae6b80be15b91d09a578319cc7c807715c9850820ab4cde220c677808f4",
+}
+
+
+def other_data(corpus: str, files: Any) -> list[str]:
+    """Where the files of a run, {name: sha256}, are not those of a track's corpus.
+
+    The bytes of FineWeb are what the hub publishes: data/fineweb.py asks there. Here only their names are
+    known, so its digests are compared with the baseline's (`data_apart`).
+    """
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        return ["data is missing: the files that were read, and the sha256 of each"]
+    if corpus == "shakespeare":
+        known: dict[str, str | None] = dict(SHAKESPEARE)
+    elif corpus == "fineweb10B":
+        training = sum("_train_" in name for name in files)
+        known = {f"fineweb_train_{i:06d}.bin": None for i in range(1, max(training, 1) + 1)}
+        known["fineweb_val_000000.bin"] = None
+    else:
+        return []
+    found = [f"data: {name} is no file of {corpus}" for name in sorted(files.keys() - known.keys())]
+    found += [f"data: {name} of {corpus} was not read" for name in sorted(known.keys() - files.keys())]
+    for name in sorted(files.keys() & known.keys()):
+        if known[name] not in (None, files[name]):
+            found.append(f"data: {name} has sha256 {files[name]}, {corpus} has {known[name]}")
+    return found
+
+
+def data_apart(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """The files that differ between two runs.
+
+    A run names the training files that it reads, from the first on, so that the shorter schedule may lack
+    the last ones of the longer. The validation files are the same.
+    """
+    apart = [name for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
+    apart += [name for name in sorted(a.keys() ^ b.keys()) if "train_" not in name]
+    training = [sorted(name for name in files if "train_" in name) for files in (a, b)]
+    shorter, longer = sorted(training, key=len)
+    return apart + [name for name, other in zip(shorter, longer) if name != other]
+
+
 # header fields that all runs of a record share
 SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")
 
@@ -60,6 +104,8 @@ def flaws(run: Run) -> list[str]:
         harder = key == "evaluation.target" and settings[key] < allowed[key]
         if not (more or harder):
             found.append(f"settings.{key} is {settings[key]}, track {track} says {allowed[key]}")
+    if allowed:
+        found += other_data(allowed["data.corpus"], run.header.get("data"))
     wanted = max(settings.get("evaluation.tokens", 0), allowed.get("evaluation.tokens", 0))
     if final["val_tokens"] < wanted:
         found.append(f"final.val_tokens is {final['val_tokens']}, the track says {wanted}")
@@ -145,6 +191,8 @@ def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[s
         for key in ("device", "cpus", "threads", "world_size", "torch", "driver"):
             if couple[0].header.get(key) != couple[1].header.get(key):
                 raise ValueError(f"{where}: {key} differs between the two runs")
+        if apart := data_apart(*(run.header.get("data") or {} for run in couple)):
+            raise ValueError(f"{where}: data: {', '.join(apart)} differs between the two runs")
         couples.append(couple)
     for name in ("baseline_run", "candidate_run"):
         if len({pair[name] for pair in pairs}) < len(pairs):
