@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +27,13 @@ SOURCE = b"print('the source that was run')\n"
 BASE = "2026-01-01_base"
 
 
-def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) -> list[dict]:
-    """The events of a run of 100 steps whose training loss falls by 0.01 a step."""
+def log_lines(
+    seed: int, loss: float, seconds: float, source: bytes = SOURCE, second: int | None = None
+) -> list[dict]:
+    """The events of a run of 100 steps whose training loss falls by 0.01 a step.
+
+    second: of the minute in which it began.
+    """
     settings = {
         "data": {"corpus": "shakespeare", "rows": 2, "row_tokens": 2048},
         "model": {"layers": 4, "width": 192},
@@ -37,8 +43,9 @@ def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) ->
         "evaluation": {"target": RULES.target, "tokens": RULES.tokens},
     }  # fmt: skip
     header = dict(
-        run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed,
-        torch="2.13.0", world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
+        run_id=f"20260101-{seed if second is None else second:06d}_tiny_{seed}_abcd", track="tiny",
+        settings=settings, seed=seed, torch="2.13.0", world_size=1,
+        source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
         compiled=True, compile="warm", device="abacus", cpus=2, threads=2, driver="",
         data=claims.SHAKESPEARE,
     )  # fmt: skip
@@ -66,13 +73,14 @@ def write_log(folder: Path, lines: list[dict]) -> Path:
 
 
 def write_record(
-    folder: Path, losses: list[float], seconds: list[float], first_seed: int = 0, source: bytes = SOURCE
+    folder: Path, losses: list[float], seconds: list[float], source: bytes = SOURCE, second: int = 0
 ) -> Path:
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(source)
     (folder / "README.md").write_text(f"# The record {folder.name[11:]}\n\nWhat changed.\n")
     for i, (loss, s) in enumerate(zip(losses, seconds)):
-        write_log(folder, log_lines(first_seed + i, loss, s, source))
+        seed = claims.first_seed(folder.name, source) + i
+        write_log(folder, log_lines(seed, loss, s, source, second + i))
     return folder
 
 
@@ -93,7 +101,7 @@ def folder(tmp_path: Path) -> Path:
 def challenger(folder: Path) -> Path:
     """A record that was timed against `folder` in six pairs and is faster."""
     lower = [x - 0.001 for x in LOSSES]
-    made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, first_seed=100, source=b"pass\n")
+    made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, b"pass\n", second=100)
     pairs = [
         dict(baseline=folder.name, order="baseline first", planned=6, discarded=None,
              baseline_run=b.header["run_id"], candidate_run=c.header["run_id"])
@@ -260,6 +268,7 @@ def better_final(lines: list[dict]) -> None:
     lines[-1]["val_loss"] = 1.40
 
 
+FIRST_SEED = claims.first_seed(BASE, SOURCE)
 OTHER_VAL = claims.SHAKESPEARE | {"val_000000.bin": "1" * 64}
 REFUSALS = {
     "source_sha256": change("header", "source_sha256", "f" * 64),
@@ -277,7 +286,7 @@ REFUSALS = {
     ),
     "data is missing": change("header", "data", None),
     "seed": change("header", "seed", 0),
-    "run_id": change("header", "run_id", "20260101-000000_tiny_0_abcd"),
+    "run_id": change("header", "run_id", log_lines(FIRST_SEED, 1.49, 70.0, second=0)[0]["run_id"]),
     "resume": resume,
     "final": drop_final,
     "compiles_in_timed_region": change("final", "compiles_in_timed_region", 1),
@@ -376,7 +385,7 @@ def test_damaged_logs_are_named(folder, text):
 
 
 def test_a_copy_of_a_run_under_another_seed_is_refused(folder):
-    lines = log_lines(50, LOSSES[2], 70.0)
+    lines = log_lines(FIRST_SEED + len(LOSSES), LOSSES[2], 70.0)
     write_log(folder, lines)
     with pytest.raises(ValueError, match="final.val_loss 1.488 is also that of"):
         claims.summarize(folder)
@@ -621,13 +630,7 @@ def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_pat
     assert command(tmp_path, "run", "--name", "slow", "--runs", "1", "--source", scripts("slow")) == 0
     slow, mark = only(tmp_path, "slow"), tmp_path / "compiled"
     script = scripts("fast", SPEED=0.9, COMPILES=str(mark))
-    mark.touch()  # not while the cache is filled
     candidate = runner.new_record(tmp_path / "records", "tiny", "fast", script)
-    assert command(tmp_path, "ab", "--baseline", slow, "--candidate", candidate, "--pairs", "1") == 0
-    mark.unlink()
-    for path in candidate.glob("runs/*"):
-        path.unlink()
-    (candidate / "pairs.jsonl").unlink()
     original = runner.Record.run
     try:
         runner.Record.run = lambda self, seed, bar, only_warm=False: (
@@ -639,6 +642,15 @@ def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_pat
     result = claims.verify(candidate)
     assert result["beats"][0]["discarded"] == 1 and result["beats"][0]["pairs"] == 5 and result["holds"]
     assert len(list((candidate / "discarded").iterdir())) == len(list((slow / "discarded").iterdir())) == 1
+    # what was set aside is still there and says why
+    (log,) = (candidate / "discarded").iterdir()
+    text = log.read_text()
+    log.write_text(text.replace('"compiles_in_timed_region": 2', '"compiles_in_timed_region": 0'))
+    with pytest.raises(ValueError, match="pair 1: it was set aside, but nothing was compiled"):
+        claims.verify(candidate)
+    log.unlink()
+    with pytest.raises(ValueError, match="seed .* has no run"):
+        claims.verify(candidate)
 
 
 def test_until_decided_stops_when_time_and_loss_are_settled(tmp_path, scripts):
@@ -702,6 +714,173 @@ def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
     assert json.loads(json.dumps(train_gpt.dataclasses.asdict(track))) == run.header["settings"]
     with pytest.raises(ValueError, match="settings.evaluation.tokens is 1000, track tiny says"):
         claims.summarize(only(tmp_path, "real"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs that were left out
+
+
+def delete(folder: Path, place: int) -> str:
+    """Take one log away and its line in pairs.jsonl, and let the other lines say that fewer were planned."""
+    run = claims.read_runs(folder)[place]
+    run.path.unlink()
+
+    def drop(pairs: list[dict]) -> None:
+        pairs[:] = [pair for pair in pairs if pair["candidate_run"] != run.header["run_id"]]
+        for pair in pairs:
+            pair["planned"] = len(pairs)
+
+    if (folder / "pairs.jsonl").exists():
+        edit_pairs(folder, drop)
+    return str(run.header["seed"])
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_hole_in_the_seeds_is_seen(challenger, folder, place, capsys):
+    for record_folder in (challenger, folder):
+        seed = delete(record_folder, place)
+        command(folder.parents[2], "run", "--name", record_folder.name[11:], "--runs", "0",
+                "--source", str(record_folder / "train_gpt.py"))  # fmt: skip
+        assert f"{record_folder}: seed {seed} has no run" in capsys.readouterr().err
+        assert record.main(["verify", str(record_folder)]) == 1
+        assert f"seed {seed} has no run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record_of_the_repository", ["two-blocks", "n-grams"])
+def test_a_hole_in_a_real_record_is_seen(tmp_path, record_of_the_repository):
+    track = tmp_path / "tiny"
+    shutil.copytree(ROOT / "records" / "tiny", track)
+    (place,) = track.glob(f"*_{record_of_the_repository}")
+    claims.verify(place)
+    runs = claims.read_runs(place)
+    worst = max(range(len(runs) - 1), key=lambda i: runs[i].final["val_loss"])
+    seed = delete(place, worst)
+    with pytest.raises(ValueError, match=f"seed {seed} has no run"):
+        claims.summarize(place)
+
+
+def test_seeds_that_somebody_picked_are_refused(folder):
+    log = claims.read_runs(folder)[5].path
+    seed = FIRST_SEED + 5
+    log.write_text(log.read_text().replace(f'"seed": {seed}', f'"seed": {seed + 1000}'))
+    with pytest.raises(ValueError) as error:
+        claims.verify(folder)
+    first, second = str(error.value).splitlines()
+    assert f"{log}: seed {seed + 1000} is none of this record" in first
+    assert f"seed {seed} has no run: the folder's name and its source give {FIRST_SEED} to {seed}" in second
+
+
+def test_another_name_for_the_same_runs_is_refused(folder):
+    other = folder.with_name("2026-01-01_better-name")
+    folder.rename(other)
+    with pytest.raises(ValueError, match="is none of this record"):
+        claims.verify(other)
+
+
+def test_a_line_that_was_taken_out_of_the_pairs_is_missed(challenger):
+    """The logs stay; the pair in which the candidate was slow is gone."""
+    run = claims.read_runs(challenger)[2]
+    edit_pairs(challenger, lambda pairs: pairs.pop(2))
+    with pytest.raises(ValueError, match="pairs.jsonl: 6 pairs were planned, 5 are there"):
+        claims.summarize(challenger)
+    edit_pairs(challenger, lambda pairs: [pair.update(planned=5) for pair in pairs])
+    with pytest.raises(ValueError, match="it was run for the A/B with .*_base and is in no pair") as error:
+        claims.summarize(challenger)
+    assert str(run.path) in str(error.value) and BASE in str(error.value)
+
+
+@pytest.mark.parametrize("side", ["baseline_run", "candidate_run"])
+def test_a_pair_that_was_set_aside_needs_its_logs_and_a_reason(challenger, side):
+    edit_pairs(challenger, lambda pairs: pairs[3].update(discarded="it was slow"))
+    with pytest.raises(ValueError, match="pair 4: it was set aside, but nothing was compiled"):
+        claims.summarize(challenger)
+    edit_pairs(challenger, lambda pairs: pairs[3].update({side: "gone"}))
+    with pytest.raises(ValueError, match=f"pair 4: {side} gone was set aside, and is not a finished run"):
+        claims.summarize(challenger)
+
+
+def test_each_run_says_which_of_how_many_it_is(tmp_path, scripts, capsys):
+    arguments = ("run", "--name", "slow", "--source", scripts("slow"), "--runs")
+    assert command(tmp_path, *arguments, "3") == 0
+    slow = only(tmp_path, "slow")
+    plans = [run.plan for run in claims.read_runs(slow)]
+    assert plans == [logs.plan_of(index, 3, None) for index in (1, 2, 3)]
+    ab = ("ab", "--baseline", slow, "--candidate", scripts("fast", SPEED=0.9), "--name", "fast", "--pairs")
+    assert command(tmp_path, *ab, "6") == 0
+    fast = only(tmp_path, "fast")
+    plans = [run.plan for run in claims.read_runs(fast)]
+    assert plans == [logs.plan_of(index, 6, slow.name) for index in range(1, 7)]
+    plans = [run.plan for run in claims.read_runs(slow)[3:]]
+    assert plans == [logs.plan_of(index, None, fast.name) for index in range(4, 10)]
+    assert claims.verify(slow)["val_loss"]["n"] == 9 and claims.verify(fast)["holds"]
+    # the last run leaves no hole in the seeds, but the others say that it was planned
+    delete(fast, 5)
+    with pytest.raises(ValueError, match="6 runs were planned, 5 are there"):
+        claims.summarize(fast)
+    assert command(tmp_path, *ab, "5") == 1 and "6 runs were planned" in capsys.readouterr().err
+
+
+def test_a_run_says_with_what_it_was_paired(tmp_path, scripts):
+    ab = ("ab", "--baseline", scripts("slow"), "--candidate", scripts("fast"), "--name", "fast")
+    assert command(tmp_path, *ab, "--until-decided", "--max-pairs", "6") == 0
+    fast, slow = only(tmp_path, "fast"), only(tmp_path, "fast-baseline")
+    assert [run.plan["planned"] for run in claims.read_runs(fast)] == [None] * 6
+    # the first and the last one lie at no hole in the order of time
+    edit_pairs(fast, lambda pairs: pairs.__delitem__(0))
+    edit_pairs(fast, lambda pairs: pairs.__delitem__(-1))
+    with pytest.raises(ValueError) as error:
+        claims.summarize(fast)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4 and all("is in no pair" in line for line in lines)
+    assert sum(str(slow) in line for line in lines) == 2
+
+
+def test_a_pair_that_was_interrupted_is_set_aside_and_said(tmp_path, scripts):
+    fail = tmp_path / "fail"
+    slow, fast = scripts("slow"), scripts("fast", SPEED=0.9, FAIL=str(fail))
+    ab = ("ab", "--baseline", slow, "--candidate", fast, "--name", "fast", "--pairs")
+    assert command(tmp_path, *ab, "2") == 0
+    original = runner.Record.run
+
+    def interrupted(self, seed, bar, only_warm=False):
+        fail.unlink(missing_ok=True) if only_warm else fail.touch()
+        return original(self, seed, bar, only_warm)
+
+    runner.Record.run = interrupted
+    try:
+        assert command(tmp_path, *ab, "6") == 1
+    finally:
+        runner.Record.run = original
+        fail.unlink()
+    candidate, baseline = only(tmp_path, "fast"), only(tmp_path, "fast-baseline")
+    assert len(claims.read_runs(baseline)) == 3 and len(claims.read_runs(candidate)) == 2
+    with pytest.raises(ValueError, match="is in no pair"):
+        claims.summarize(candidate)
+    assert command(tmp_path, *ab, "6") == 0
+    third = claims.read_pairs(candidate)[2]
+    assert third["discarded"] == "interrupted after its first run" and third["candidate_run"] == ""
+    (result,) = claims.verify(candidate)["beats"]
+    assert result["pairs"] == 6 and result["discarded"] == 1
+    # its loss counts
+    assert claims.verify(baseline)["val_loss"]["n"] == 7
+
+
+@pytest.mark.parametrize("plan", [{"index": "1"}, {"planned": 1.5}, {"beside": 3}, {"beside": ""}])
+def test_a_plan_that_is_none_is_refused(folder, plan):
+    path = claims.read_runs(folder)[0].path
+    header, *rest = path.read_text().splitlines()
+
+    def written(event: dict) -> None:
+        path.write_text("\n".join([header, json.dumps(event), *rest]) + "\n")
+
+    written(logs.plan_of(1, 6, None))
+    assert claims.verify(folder)["holds"]
+    written(logs.plan_of(1, 6, None) | plan)
+    with pytest.raises(ValueError, match="the plan event lacks index, planned or beside"):
+        claims.verify(folder)
+    written(logs.plan_of(2, 6, None))
+    with pytest.raises(ValueError, match="plan.index is 2, the seed is that of run 1"):
+        claims.verify(folder)
 
 
 # --------------------------------------------------------------------------------------------------

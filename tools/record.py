@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import stats
-from lib.claims import ROOT, read_pairs, record_folders, verify, write, write_result
+from lib.claims import ROOT, read_pairs, read_runs, record_folders, verify, write, write_result
 from lib.logs import Run, public_runs
 from lib.runner import Record, alone, exit_status, new_record, positive
 from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
@@ -38,6 +38,7 @@ from lib.tables import chance, claim, history, number, page_text, pages, title, 
 def command_run(a: argparse.Namespace) -> int:
     folder = new_record(a.root, a.track, a.name, a.source)
     record = Record(folder, a.overrides, a.processes)
+    record.planned = a.runs
     done = min(a.runs, len(record.runs))
     with alone(a.root), tqdm(total=a.runs, initial=done, unit="run", dynamic_ncols=True) as bar:
         while len(record.runs) < a.runs:
@@ -75,7 +76,23 @@ def command_ab(a: argparse.Namespace) -> int:
         return sum(not pair["discarded"] for pair in ours())
 
     most, began = a.max_pairs if a.until_decided else a.pairs, time.monotonic()
+    baseline.beside, candidate.beside = candidate.folder.name, baseline.folder.name
+    candidate.planned = planned and len(candidate.runs) + max(0, planned - valid())
+
+    def add(runs: dict[Record, Run], order: str, discarded: str | None) -> None:
+        ids = {record: run.header["run_id"] for record, run in runs.items()}
+        line = {
+            "baseline": baseline.folder.name, "order": order, "planned": planned,
+            "baseline_run": ids.get(baseline, ""), "candidate_run": ids.get(candidate, ""),
+            "discarded": discarded,
+        }  # fmt: skip
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
     with alone(a.root), tqdm(total=most, initial=min(most, valid()), unit="pair", dynamic_ncols=True) as bar:
+        for record, run in halves(baseline, candidate, ours()):
+            order = "baseline first" if record is baseline else "candidate first"
+            add({record: run}, order, "interrupted after its first run")
         if valid() < most:
             for record in (baseline, candidate):
                 bar.set_postfix_str(f"filling the compile cache of {record.folder.name}")
@@ -89,14 +106,7 @@ def command_ab(a: argparse.Namespace) -> int:
             compiled = any(run.final["compiles_in_timed_region"] for run in runs.values())
             for record, run in runs.items() if compiled else ():
                 record.discard(run)
-            line = {
-                "baseline": baseline.folder.name, "order": order, "planned": planned,
-                "baseline_run": runs[baseline].header["run_id"],
-                "candidate_run": runs[candidate].header["run_id"],
-                "discarded": "a compile inside the clock" if compiled else None,
-            }  # fmt: skip
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            add(runs, order, "a compile inside the clock" if compiled else None)
             ratio = runs[candidate].final["train_time_s"] / runs[baseline].final["train_time_s"]
             bar.write(f"pair {len(ours())}: time ratio {ratio:.4f}" + (", discarded" if compiled else ""))
             bar.update(not compiled)
@@ -104,6 +114,18 @@ def command_ab(a: argparse.Namespace) -> int:
     result = write_result(candidate.folder)
     print(claim(result))
     return 0
+
+
+def halves(baseline: Record, candidate: Record, pairs: list[dict[str, Any]]) -> list[tuple[Record, Run]]:
+    """The runs of this A/B whose pair was interrupted: they are in no line of pairs.jsonl yet."""
+    found = []
+    for record, name in ((baseline, "baseline_run"), (candidate, "candidate_run")):
+        named = {pair[name] for pair in pairs}
+        for run in (*record.runs, *read_runs(record.folder, "discarded")):
+            begun = run.plan and run.plan["beside"] == record.beside
+            if begun and run.header["run_id"] not in named:
+                found.append((record, run))
+    return found
 
 
 def settled(baseline: Record, candidate: Record, pairs: list[dict[str, Any]]) -> bool:

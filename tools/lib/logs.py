@@ -30,6 +30,7 @@ class Run:
     val: list[Point] = field(repr=False)
     train: list[Point] = field(repr=False)
     resumed: bool = False
+    plan: dict[str, Any] | None = None  # which of how many: see `plan_of`
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -66,6 +67,22 @@ HEADER = {"run_id": str, "track": str, "settings": dict, "source_sha256": str, "
 FINAL = ("step", "val_loss", "val_tokens", "train_time_s", "tokens", "target", "compiles_in_timed_region")
 
 
+def plan_of(index: int, planned: int | None, beside: str | None) -> dict[str, Any]:
+    """The event that `record.py` puts after the header of a run, so that each log of a record says what the
+    others must be.
+
+    index: the run's place among all that were begun for this record, from 1 on. planned: how many were to
+    count in the end, None where the results decide. beside: the record that the run was timed against.
+    """
+    return {"event": "plan", "index": index, "planned": planned, "beside": beside}
+
+
+def is_plan(event: dict[str, Any]) -> bool:
+    index, planned, beside = (event.get(name, "") for name in ("index", "planned", "beside"))
+    whole = type(index) is int and (planned is None or type(planned) is int)
+    return whole and (beside is None or isinstance(beside, str) and bool(beside))
+
+
 def read_log(path: Path) -> Run:
     """One of our logs. ValueError naming the file and what is wrong with it when it is not such a log."""
     events = []
@@ -99,7 +116,10 @@ def read_log(path: Path) -> Run:
             raise ValueError(f"{path}: a {kind} event lacks step, {loss}, train_time_s or tokens") from None
 
     resumed = any(e["event"] == "resume" for e in events)
-    return Run(path, header, final, curve("val", "val_loss"), curve("step", "train_loss"), resumed)
+    plan = next((e for e in events if e["event"] == "plan"), None)
+    if plan and not is_plan(plan):
+        raise ValueError(f"{path}: the plan event lacks index, planned or beside")
+    return Run(path, header, final, curve("val", "val_loss"), curve("step", "train_loss"), resumed, plan)
 
 
 def different_settings(a: Run, b: Run) -> list[str]:
