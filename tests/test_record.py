@@ -153,7 +153,8 @@ def test_p_values_agree_with_an_independent_implementation(n):
 
 def test_samples_that_prove_nothing_have_p_one():
     assert stats.p_below([], 1.5) == stats.p_below([1.0], 1.5) == 1.0
-    assert stats.p_below([1.5, 1.5], 1.5) == 1.0 and stats.p_below([1.4, 1.4], 1.5) == 0.0
+    assert stats.p_below([1.5, 1.5], 1.5) == 1.0 and stats.p_below([1.4, 1.4], 1.5) == 1.0
+    assert stats.p_below([1.4] * 3, 1.5) == stats.sequential([-0.1] * 9)["p_below"] == 1.0
 
 
 def power_of(n: int, margin: float) -> float:
@@ -912,7 +913,7 @@ def public_log(
 @pytest.mark.parametrize("unit", ["ms", "s"])
 @pytest.mark.parametrize("separator_first", [False, True])
 def test_public_logs_are_read_past_their_source(tmp_path, unit, separator_first):
-    run = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
+    (run,) = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
     assert run.final == {"step": 1480, "val_loss": 3.2784, "train_time_s": pytest.approx(86.0)}
     assert [p.step for p in run.val] == [0, 740, 1480] and run.header["torch"] == "2.10.0+cu128"
     assert run.header["world_size"] == 8 and run.header["device"] == "NVIDIA H100 80GB HBM3"
@@ -946,11 +947,227 @@ def test_import_gives_the_statistics_of_a_folder(tmp_path, capsys):
 
 
 def test_import_keeps_different_scripts_apart(tmp_path, capsys):
-    for name, code in (("a", ""), ("b", ""), ("c", "import torch")):
-        public_log(tmp_path / f"{name}.txt", 3.278, 86.0, code=code)
+    for name, code, seconds in (("a", "", 86.0), ("b", "", 86.1), ("c", "import torch", 86.2)):
+        public_log(tmp_path / f"{name}.txt", 3.278, seconds, code=code)
     assert record.main(["import", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "n 2, 1480 of 1480" in said and "n 1, 1480 of 1480" in said and "they are not one claim" in said
+    # no statistic that cannot be
+    assert "all losses are the same: no spread" in said and "one run shows no spread" in said
+    assert " p " not in said
+
+
+FIVE = [3.2781, 3.2790, 3.2775, 3.2799, 3.2768]
+
+
+def imported(folder: Path, capsys) -> dict:
+    assert record.main(["import", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_same_run_counts_once_whatever_it_is_called(tmp_path, capsys):
+    """A copy, a copy with another end, the program's output beside the log, and a part of it."""
+    for i, loss in enumerate(FIVE):
+        public_log(tmp_path / f"{i}.txt", loss, 86.0 + i)
+    (before,) = imported(tmp_path, capsys)["groups"]
+    assert before["val_loss"]["n"] == 5 and before["p"] == pytest.approx(0.017, abs=5e-4)
+    text = (tmp_path / "0.txt").read_text()
+    (tmp_path / "0 copy.txt").write_text(text)
+    (tmp_path / "windows.txt").write_text("\ufeff" + text.replace("\n", "\r\n") + "\n\n")
+    (tmp_path / "another-source.txt").write_text("# edited\n" + text)
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "train.log").write_text(text.rpartition("=" * 100 + "\n")[2])
+    results = text.rpartition("=" * 100 + "\n")[2].splitlines(keepends=True)
+    (tmp_path / "seed" / "end.log").write_text("".join(results[2:]))
+    read = imported(tmp_path, capsys)
+    assert [group["val_loss"] for group in read["groups"]] == [before["val_loss"]]
+    assert len(read["refused"]) == 5
+    assert all("the same losses and times as in" in line for line in read["refused"])
+    # another run with the same last loss is another run
+    public_log(tmp_path / "6.txt", FIVE[0], 95.0)
+    assert imported(tmp_path, capsys)["groups"][0]["val_loss"]["n"] == 6
+
+
+def test_a_figure_does_not_count_a_mirror_either(tmp_path):
+    public_log(tmp_path / "a.txt", 3.278, 86.0)
+    shutil.copy(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert len(logs.any_runs(tmp_path)) == 1
+
+
+def test_one_file_that_is_no_log_does_not_hide_the_others(tmp_path, capsys):
+    good = public_log(tmp_path / "good.txt", 3.278, 86.0)
+    text = good.read_text()
+    source, environment, results = text.split("=" * 100 + "\n")
+    line = "=" * 100 + "\n"
+    first = results.splitlines(keepends=True)[1]
+    files = {
+        "requirements.txt": ("numpy\ntorch==2.10\n", "no line of a validation"),
+        "metadata.txt": ("seed=0\ntarget_val_loss=0\n", "no line of a validation"),
+        "stderr.txt": ("W0506 torch/distributed/run.py:852] ****\n", "no line of a validation"),
+        "final_val_loss.txt": (results.splitlines()[3] + "\n", "no line of a validation but one"),
+        "source.txt": (source, "no line of 100 `=` between a source and its results"),
+        "early.txt": (source + line + environment, "no line of a validation but one"),
+        "broke-off.txt": (source + line + environment + line + first, "no validation after step 0"),
+        "nothing.txt": (source + line + environment + line, "no line `step:i/N val_loss:x"),
+        "nan.txt": (text.replace("val_loss:3.278 ", "val_loss:nan "), "the last validation loss is nan"),
+        "empty.txt": ("", "no line of a validation"),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "image.log").write_bytes(bytes(range(256)))
+    read = imported(tmp_path, capsys)
+    assert [group["files"] for group in read["groups"]] == [["good.txt"]]
+    refused = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in read["refused"])
+    assert refused.keys() == {*files, "image.log"}
+    for name, (_, reason) in files.items():
+        assert refused[name].startswith(reason), name
+    good.unlink()
+    assert record.main(["import", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert all(name in said for name in files) and "Traceback" not in said
+
+
+SHORT_LOG = """step:0/1480 val_loss:10.82584 train_time:0.000s step_avg:nanms
+step:1/1480 train_time:90.041s step_avg:90041.48ms
+step:740/1480 val_loss:3.61 val_avg_loss:3.62 val_ema_loss:3.63 train_time:43.000s step_avg:58.10ms
+step:1480/1480 val_loss:3.27633 val_avg_loss:3.3 val_ema_loss:3.27489 train_time:86.5s step_avg:58.10ms
+"""
+
+
+@pytest.mark.parametrize("form", ["two lines", "one line", "output", "bom"])
+def test_forms_with_further_fields_and_without_environment_or_source(tmp_path, form):
+    line, source = "=" * 100 + "\n", "import torch\nprint0('step')\n"
+    environment = "Running PyTorch 2.10.0\n"
+    text = {
+        "two lines": source + line + environment + line + SHORT_LOG,
+        "one line": source + line + "logs/a.txt\nUsing seed=1\n" + SHORT_LOG,
+        "output": "experiment=a\ntorch 2.11.0+cu130\nlogs/a.txt\n" + SHORT_LOG + "Mon May 18 UTC 2026\n",
+        "bom": "\ufeff" + source + line + environment + line + SHORT_LOG,
+    }[form]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (run,) = logs.read_public_log(tmp_path / "a.txt")
+    assert run.final == {"step": 1480, "val_loss": 3.27633, "train_time_s": 86.5}
+    assert [(p.step, p.loss) for p in run.val] == [(0, 10.82584), (740, 3.61), (1480, 3.27633)]
+    digest = hashlib.sha256(source.strip().encode()).hexdigest()
+    assert run.header["source_sha256"] == ("" if form == "output" else digest)
+    assert run.header["torch"] == {"output": "2.11.0+cu130", "one line": ""}.get(form, "2.10.0")
+
+
+def test_the_oldest_logs_have_no_times(tmp_path, capsys):
+    (tmp_path / "main.log").write_text(
+        "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\ns:1 trl:10.9598 lr:0.000002 norm:15.24\n"
+        "s:250 tel:6.3097\ns:251 trl:3.3148\ns:500 tel:3.2722\n"
+    )
+    (run,) = logs.read_public_log(tmp_path / "main.log")
+    assert [(p.step, p.loss) for p in run.val] == [(0, 11.0092), (250, 6.3097), (500, 3.2722)]
+    assert run.final == {"step": 500, "val_loss": 3.2722, "train_time_s": None}
+    assert record.main(["import", str(tmp_path)]) == 0
+    assert "training time unknown" in capsys.readouterr().out
+    (group,) = imported(tmp_path, capsys)["groups"]
+    assert group["train_time_s"] is None and group["p"] is None
+
+
+def test_a_log_may_hold_several_runs(tmp_path, capsys):
+    path = public_log(tmp_path / "a.txt", 3.278, 86.0)
+    more = [SHORT_LOG.replace("3.27633", loss).replace("86.5", s) for loss, s in (("3.2771", "86.1"),
+            ("3.2782", "86.2"), ("3.2780", "86.3"))]  # fmt: skip
+    broken = SHORT_LOG.splitlines(keepends=True)[0]
+    path.write_text(path.read_text() + "".join(more) + broken)
+    (group,) = imported(tmp_path, capsys)["groups"]
+    assert group["val_loss"]["n"] == 4 and group["files"] == ["a.txt"]
+    assert group["val_loss"]["mean"] == pytest.approx((3.278 + 3.2771 + 3.2782 + 3.2780) / 4)
+    (tmp_path / "third.log").write_text(more[2])
+    read = imported(tmp_path, capsys)
+    assert len(read["refused"]) == 1 and "third.log" in read["refused"][0]
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def plain_groups(folder: Path) -> dict[tuple, list[str]]:
+    """{(folder, source, steps): last losses} of standard logs, read without anything of the tools."""
+    found: dict[tuple, list[str]] = {}
+    for path in sorted(folder.rglob("*.txt")):
+        lines = path.read_text().split("\n")
+        marks = [i for i, line in enumerate(lines) if line == "=" * 100]
+        val = [line for line in lines[marks[1] :] if line.startswith("step:") and " val_loss:" in line]
+        steps = val[-1].split()[0].split("/")[1]
+        source = "\n".join(lines[: marks[0]]).strip()
+        key = (str(path.parent.relative_to(folder)), hashlib.sha256(source.encode()).hexdigest()[:8], steps)
+        found.setdefault(key, []).append(val[-1].split()[1].removeprefix("val_loss:"))
+    return found
+
+
+def test_the_page_on_a_clone_agrees_with_a_plain_parser_and_is_the_same_twice(tmp_path, capsys):
+    clone = tmp_path / "clone"
+    short, medium = clone / "records" / "track_1_short", clone / "records" / "track_2_medium"
+    third = clone / "records" / "track_3_optimization" / "results"
+    for i, loss in enumerate(FIVE):
+        public_log(short / "2025-01-01_A" / f"{i}.txt", loss - 0.001, 80.0 + i)
+        public_log(short / "2025-01-01_A" / "baseline" / f"{i}.txt", loss, 90.0 + i, code="import torch")
+        public_log(medium / "2025-01-02_B" / f"{i}.txt", loss, 100.0 + i)
+    public_log(third / "one.txt", 3.277, 120.0)
+    public_log(short / "2025-01-03_C" / "again.txt", FIVE[0] - 0.001, 80.0)  # of A
+    plain = plain_groups(clone / "records")
+    shutil.copy(short / "2025-01-01_A" / "0.txt", short / "2025-01-01_A" / "baseline" / "copy.txt")
+    (short / "2025-01-01_A" / "notes.txt").write_text("a note\n")
+    git(tmp_path, "init", "-q", str(clone))
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "logs")
+    (short / "2025-01-01_A" / "0.txt").write_text("not committed\n")
+    git(tmp_path, "clone", "-q", "--bare", str(clone), str(tmp_path / "bare"))
+    pages = []
+    for place in (clone, clone, tmp_path / "bare"):
+        assert record.main(["public", str(place), "--out", str(tmp_path / "public.md")]) == 0
+        pages.append((tmp_path / "public.md").read_bytes())
+    assert pages[0] == pages[1] == pages[2]
+    text = pages[0].decode()
+    assert git(clone, "rev-parse", "HEAD").strip() in text
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    rows = [row for row in cells if len(row) == 11 and row[5].isdigit()]
+    assert [row[0] for row in rows] == [
+        "2025-01-01_A", "2025-01-01_A/baseline", "2025-01-03_C", "2025-01-02_B", "results",
+    ]  # fmt: skip
+    folders = ["track_1_short/" + rows[i][0] for i in range(3)]
+    folders += ["track_2_medium/2025-01-02_B", "track_3_optimization/results"]
+    assert {(f, row[2], row[5]) for f, row in zip(folders, rows)} == plain.keys()
+    for folder, row in zip(folders, rows):
+        x = np.array([float(loss) for loss in plain[folder, row[2], row[5]]])
+        assert row[6:8] == [str(len(x)), f"{x.mean():.5f}"] and row[3:5] == ["2.10.0+cu128", "8"]
+        if len(x) == 1:
+            assert row[8:] == ["-", "-", "-"]
+            continue
+        target = 2.92 if "medium" in folder else 3.28
+        p = t_tail((target - x.mean()) / (x.std(ddof=1) / math.sqrt(len(x))), len(x) - 1)
+        assert row[8:] == [f"{x.std(ddof=1):.5f}", f"{p:.2g}", "yes" if p < 0.01 else "no"]
+    assert [row[10] for row in rows] == ["yes", "no", "-", "no", "-"]
+    assert [row[1] for row in rows] == ["6", "6", "1", "5", "1"]
+    numbers = {row[0]: row[1:] for row in cells if len(row) == 8}
+    assert numbers["track_1_short"] == ["3.28", "3", "13", "3", "1", "1", "0"]
+    assert numbers["track_2_medium"] == ["2.92", "1", "5", "1", "0", "0", "0"]
+    assert "notes.txt: no line of a validation" in text
+    mirror = "the same losses and times as in track_1_short/2025-01-01_A/0.txt: one run, counted once"
+    assert f"2025-01-01_A/baseline/copy.txt: {mirror}" in text
+    assert "2025-01-03_C/again.txt: the same losses and times as in" in text.partition("## In two records")[2]
+
+
+@pytest.mark.parametrize("what", ["nothing", "no clone", "no records", "a folder of a clone"])
+def test_what_is_no_clone_gets_one_sentence(tmp_path, what, capsys):
+    clone = tmp_path / "clone"
+    if what != "nothing":
+        clone.mkdir()
+    if what == "no records":
+        git(tmp_path, "init", "-q", str(clone))
+        git(clone, "commit", "-q", "--allow-empty", "-m", "nothing")
+    if what == "a folder of a clone":  # the commit would be that of the repository around it
+        git(tmp_path, "init", "-q")
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", "nothing")
+    assert record.main(["public", str(clone), "--out", str(tmp_path / "public.md")]) == 1
+    said = capsys.readouterr().err
+    assert str(clone) in said and said.count("\n") == 1 and not (tmp_path / "public.md").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ and figures.
     python tools/record.py table [--check]          the tables of README.md and of the pages in records/
     python tools/record.py plot curves|leading|history ...
     python tools/record.py import DIR               statistics of logs of the public speedrun
+    python tools/record.py public CLONE --out records/public.md
 
 A record is a folder records/<track>/<date>_<name>/ with train_gpt.py as run, runs/*.jsonl, pairs.jsonl
 when it was timed against another, a README.md that says what changed, and result.json, which this tool
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from lib import stats
 from lib.claims import ROOT, read_pairs, read_runs, record_folders, verify, write, write_result
 from lib.logs import Run, public_runs
+from lib.public import groups_of, page, survey
 from lib.runner import Record, alone, exit_status, new_record, positive
 from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
 
@@ -190,40 +191,22 @@ def command_import(a: argparse.Namespace) -> int:
         raise ValueError(
             f"{a.folder} holds no log of the public speedrun" + "".join(f"\n  {line}" for line in refused)
         )
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        key = (
-            run.header["source_sha256"],
-            run.header["steps"],
-            run.final["step"],
-            run.header["world_size"],
-            run.header["torch"],
-        )
-        groups.setdefault(key, []).append(run)
-    report = []
-    for (digest, steps, last, world_size, torch), members in groups.items():
-        losses = [run.final["val_loss"] for run in members]
-        seconds = [run.final["train_time_s"] for run in members]
-        report.append({
-            "folder": os.path.commonpath([str(run.path.parent) for run in members]), "source_sha256": digest,
-            "steps": steps, "last_step": last, "world_size": world_size, "torch": torch,
-            "device": members[0].header["device"], "target": a.target, "val_loss": stats.describe(losses),
-            "p": stats.p_below(losses, a.target) if len(losses) > 1 else None,
-            "train_time_s": stats.describe(seconds), "files": [run.path.name for run in members],
-        })  # fmt: skip
+    report = groups_of(runs, a.target)
     if a.json:
         print(json.dumps({"groups": report, "refused": refused}, indent=1))
         return 0
     for group in report:
         loss, seconds = group["val_loss"], group["train_time_s"]
+        p = group["no_p"] or f"p {chance(group['p'])} against {a.target}"
+        time = "training time unknown"
+        if seconds:
+            time = f"training time mean {seconds['mean']:.2f} s, sd {number(seconds['sd'], 2)}"
         machine = f"{group['world_size']} x {group['device']}" if group["device"] else "unknown machine"
         print(f"{group['folder']}: n {loss['n']}, {group['last_step']} of {group['steps']} steps, "
               "mean validation loss "
-              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, p {chance(group['p'])} against {a.target}; "
-              "training time mean "
-              f"{seconds['mean']:.2f} s, sd {number(seconds['sd'], 2)}; "
+              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, {p}; {time}; "
               f"{machine}, torch {group['torch'] or 'unknown'}, "
-              f"source {group['source_sha256'][:12]}")  # fmt: skip
+              f"source {group['source_sha256'][:12] or 'unknown'}")  # fmt: skip
     if len(report) > 1:
         print(
             f"{len(report)} groups: sources, steps, torch versions or numbers of processes differ, "
@@ -231,6 +214,18 @@ def command_import(a: argparse.Namespace) -> int:
         )
     for line in refused:
         print(f"not read: {line}")
+    return 0
+
+
+def command_public(a: argparse.Namespace) -> int:
+    found = survey(a.clone)
+    if not found["folders"]:
+        raise ValueError(f"{a.clone} has no logs below records/")
+    write(a.out, page(found))
+    groups = [group for folder in found["folders"].values() for group in folder["groups"]]
+    logs = sum(folder["logs"] for folder in found["folders"].values())
+    print(f"{a.out}: {logs} logs in {len(found['folders'])} folders, {len(groups)} groups, "
+          f"{len(found['refused'])} files or runs not read or not counted again")  # fmt: skip
     return 0
 
 
@@ -368,6 +363,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("folder", type=Path, metavar="DIR")
     p.add_argument("--target", type=float, default=3.28, help="validation loss (default: 3.28)")
     p.add_argument("--json", action="store_true", help="for machines")
+
+    p = command("public", command_public, "A page on what the logs of the public speedrun show by "
+                "themselves, from a clone of its repository: its newest commit.")  # fmt: skip
+    p.add_argument("clone", type=Path, metavar="CLONE", help="a clone, which may be bare")
+    p.add_argument("--out", type=Path, required=True, help="the page to write")
     a = parser.parse_args(argv)
     if overrides and a.command not in ("run", "ab"):
         parser.error("only run and ab take options after --")
