@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +27,13 @@ SOURCE = b"print('the source that was run')\n"
 BASE = "2026-01-01_base"
 
 
-def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) -> list[dict]:
-    """The events of a run of 100 steps whose training loss falls by 0.01 a step."""
+def log_lines(
+    seed: int, loss: float, seconds: float, source: bytes = SOURCE, second: int | None = None
+) -> list[dict]:
+    """The events of a run of 100 steps whose training loss falls by 0.01 a step.
+
+    second: of the minute in which it began.
+    """
     settings = {
         "data": {"corpus": "shakespeare", "rows": 2, "row_tokens": 2048},
         "model": {"layers": 4, "width": 192},
@@ -37,10 +43,11 @@ def log_lines(seed: int, loss: float, seconds: float, source: bytes = SOURCE) ->
         "evaluation": {"target": RULES.target, "tokens": RULES.tokens},
     }  # fmt: skip
     header = dict(
-        run_id=f"20260101-{seed:06d}_tiny_{seed}_abcd", track="tiny", settings=settings, seed=seed,
-        torch="2.13.0", world_size=1, source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
+        run_id=f"20260101-{seed if second is None else second:06d}_tiny_{seed}_abcd", track="tiny",
+        settings=settings, seed=seed, torch="2.13.0", world_size=1,
+        source_sha256=hashlib.sha256(source).hexdigest(), dtype="bfloat16",
         compiled=True, compile="warm", device="abacus", cpus=2, threads=2, driver="",
-        data={"val_000000.bin": "0" * 64},
+        data=claims.SHAKESPEARE,
     )  # fmt: skip
     end = dict(step=100, val_loss=loss, val_tokens=RULES.tokens, train_time_s=seconds, tokens=409_600)
     steps = [
@@ -66,13 +73,14 @@ def write_log(folder: Path, lines: list[dict]) -> Path:
 
 
 def write_record(
-    folder: Path, losses: list[float], seconds: list[float], first_seed: int = 0, source: bytes = SOURCE
+    folder: Path, losses: list[float], seconds: list[float], source: bytes = SOURCE, second: int = 0
 ) -> Path:
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(source)
     (folder / "README.md").write_text(f"# The record {folder.name[11:]}\n\nWhat changed.\n")
     for i, (loss, s) in enumerate(zip(losses, seconds)):
-        write_log(folder, log_lines(first_seed + i, loss, s, source))
+        seed = claims.first_seed(folder.name, source) + i
+        write_log(folder, log_lines(seed, loss, s, source, second + i))
     return folder
 
 
@@ -93,7 +101,7 @@ def folder(tmp_path: Path) -> Path:
 def challenger(folder: Path) -> Path:
     """A record that was timed against `folder` in six pairs and is faster."""
     lower = [x - 0.001 for x in LOSSES]
-    made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, first_seed=100, source=b"pass\n")
+    made = write_record(folder.parent / "2026-01-02_faster", lower, FASTER, b"pass\n", second=100)
     pairs = [
         dict(baseline=folder.name, order="baseline first", planned=6, discarded=None,
              baseline_run=b.header["run_id"], candidate_run=c.header["run_id"])
@@ -145,7 +153,8 @@ def test_p_values_agree_with_an_independent_implementation(n):
 
 def test_samples_that_prove_nothing_have_p_one():
     assert stats.p_below([], 1.5) == stats.p_below([1.0], 1.5) == 1.0
-    assert stats.p_below([1.5, 1.5], 1.5) == 1.0 and stats.p_below([1.4, 1.4], 1.5) == 0.0
+    assert stats.p_below([1.5, 1.5], 1.5) == 1.0 and stats.p_below([1.4, 1.4], 1.5) == 1.0
+    assert stats.p_below([1.4] * 3, 1.5) == stats.sequential([-0.1] * 9)["p_below"] == 1.0
 
 
 def power_of(n: int, margin: float) -> float:
@@ -260,6 +269,8 @@ def better_final(lines: list[dict]) -> None:
     lines[-1]["val_loss"] = 1.40
 
 
+FIRST_SEED = claims.first_seed(BASE, SOURCE)
+OTHER_VAL = claims.SHAKESPEARE | {"val_000000.bin": "1" * 64}
 REFUSALS = {
     "source_sha256": change("header", "source_sha256", "f" * 64),
     "track": change("header", "track", "short"),
@@ -268,9 +279,15 @@ REFUSALS = {
     "world_size": change("header", "world_size", 2),
     "torch": change("header", "torch", "2.12.0"),
     "dtype": change("header", "dtype", "float32"),
-    "data": change("header", "data", {"val_000000.bin": "1" * 64}),
+    "data differs": change("header", "data", OTHER_VAL),
+    "data: val_000000.bin has sha256": change("header", "data", OTHER_VAL),
+    "data: val_000001.bin is no file": change("header", "data", OTHER_VAL | {"val_000001.bin": "1" * 64}),
+    "data: train_000001.bin of shakespeare was not read": change(
+        "header", "data", {"val_000000.bin": claims.SHAKESPEARE["val_000000.bin"]}
+    ),
+    "data is missing": change("header", "data", None),
     "seed": change("header", "seed", 0),
-    "run_id": change("header", "run_id", "20260101-000000_tiny_0_abcd"),
+    "run_id": change("header", "run_id", log_lines(FIRST_SEED, 1.49, 70.0, second=0)[0]["run_id"]),
     "resume": resume,
     "final": drop_final,
     "compiles_in_timed_region": change("final", "compiles_in_timed_region", 1),
@@ -299,12 +316,61 @@ def test_verify_names_the_file_and_the_field(folder, field, capsys):
     assert any(f"{path}: {field}" in line or f"{path}: final.{field}" in line for line in said), said
 
 
-def test_settings_that_all_runs_share_do_not_excuse_an_easier_target(folder):
+def edit_logs(folder: Path, *mutations) -> None:
     for path in (folder / "runs").glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for mutate in (change("header", "settings.evaluation.target", 1.6), change("final", "target", 1.6)):
+        for mutate in mutations:
             mutate(lines)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_record_on_other_bytes_than_those_of_the_track_is_refused(folder, capsys):
+    """Each run says the same digests, result.json follows from them, and still nothing holds."""
+    zeros = dict.fromkeys(claims.SHAKESPEARE, "0" * 64)
+    edit_logs(folder, change("header", "data", zeros))
+    assert record.main(["verify", str(folder)]) == 1
+    said = capsys.readouterr().out
+    for name, digest in claims.SHAKESPEARE.items():
+        assert said.count(f"data: {name} has sha256 {'0' * 64}, shakespeare has {digest}") == len(LOSSES)
+
+
+def fineweb(last: int, **other: str) -> dict[str, str]:
+    names = ["val_000000", *(f"train_{i:06d}" for i in range(1, last + 1))]
+    return {f"fineweb_{name}.bin": other.get(name, "a" * 64) for name in names}
+
+
+def test_the_names_of_fineweb_are_known_and_its_digests_are_those_of_the_baseline():
+    assert claims.other_data("fineweb10B", fineweb(3)) == []
+    (wrong,) = claims.other_data("fineweb10B", {"fineweb_val_000000.bin": "a" * 64})
+    assert wrong == "data: fineweb_train_000001.bin of fineweb10B was not read"
+    hole = fineweb(3)
+    del hole["fineweb_train_000002.bin"]
+    assert claims.other_data("fineweb10B", hole) == [
+        "data: fineweb_train_000003.bin is no file of fineweb10B",
+        "data: fineweb_train_000002.bin of fineweb10B was not read",
+    ]
+    # a shorter schedule reads fewer files
+    assert claims.data_apart(fineweb(3), fineweb(5)) == claims.data_apart(fineweb(5), fineweb(3)) == []
+    assert claims.data_apart(fineweb(3), fineweb(5, train_000002="b")) == ["fineweb_train_000002.bin"]
+    assert claims.data_apart(fineweb(3), fineweb(3, val_000000="b")) == ["fineweb_val_000000.bin"]
+    more = fineweb(3) | {"fineweb_val_000001.bin": "b"}
+    assert claims.data_apart(fineweb(3), more) == ["fineweb_val_000001.bin"]
+    assert claims.data_apart(fineweb(3), hole) == ["fineweb_train_000003.bin"]
+
+
+def test_a_record_on_other_bytes_than_its_baseline_is_refused(challenger, monkeypatch):
+    # a corpus of which only the names are known
+    monkeypatch.setattr(claims, "other_data", lambda corpus, files: [])
+    assert claims.summarize(challenger)["beats"]
+    edit_logs(challenger, change("header", "data", OTHER_VAL))
+    with pytest.raises(ValueError, match="pair 1: data: val_000000.bin differs between the two runs"):
+        claims.summarize(challenger)
+
+
+def test_settings_that_all_runs_share_do_not_excuse_an_easier_target(folder):
+    edit_logs(
+        folder, change("header", "settings.evaluation.target", 1.6), change("final", "target", 1.6)
+    )
     with pytest.raises(ValueError, match="settings.evaluation.target is 1.6, track tiny says 1.5"):
         claims.summarize(folder)
 
@@ -320,7 +386,7 @@ def test_damaged_logs_are_named(folder, text):
 
 
 def test_a_copy_of_a_run_under_another_seed_is_refused(folder):
-    lines = log_lines(50, LOSSES[2], 70.0)
+    lines = log_lines(FIRST_SEED + len(LOSSES), LOSSES[2], 70.0)
     write_log(folder, lines)
     with pytest.raises(ValueError, match="final.val_loss 1.488 is also that of"):
         claims.summarize(folder)
@@ -565,13 +631,7 @@ def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_pat
     assert command(tmp_path, "run", "--name", "slow", "--runs", "1", "--source", scripts("slow")) == 0
     slow, mark = only(tmp_path, "slow"), tmp_path / "compiled"
     script = scripts("fast", SPEED=0.9, COMPILES=str(mark))
-    mark.touch()  # not while the cache is filled
     candidate = runner.new_record(tmp_path / "records", "tiny", "fast", script)
-    assert command(tmp_path, "ab", "--baseline", slow, "--candidate", candidate, "--pairs", "1") == 0
-    mark.unlink()
-    for path in candidate.glob("runs/*"):
-        path.unlink()
-    (candidate / "pairs.jsonl").unlink()
     original = runner.Record.run
     try:
         runner.Record.run = lambda self, seed, bar, only_warm=False: (
@@ -583,6 +643,15 @@ def test_a_pair_with_a_compile_inside_the_clock_is_set_aside_and_counted(tmp_pat
     result = claims.verify(candidate)
     assert result["beats"][0]["discarded"] == 1 and result["beats"][0]["pairs"] == 5 and result["holds"]
     assert len(list((candidate / "discarded").iterdir())) == len(list((slow / "discarded").iterdir())) == 1
+    # what was set aside is still there and says why
+    (log,) = (candidate / "discarded").iterdir()
+    text = log.read_text()
+    log.write_text(text.replace('"compiles_in_timed_region": 2', '"compiles_in_timed_region": 0'))
+    with pytest.raises(ValueError, match="pair 1: it was set aside, but nothing was compiled"):
+        claims.verify(candidate)
+    log.unlink()
+    with pytest.raises(ValueError, match="seed .* has no run"):
+        claims.verify(candidate)
 
 
 def test_until_decided_stops_when_time_and_loss_are_settled(tmp_path, scripts):
@@ -649,6 +718,173 @@ def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Runs that were left out
+
+
+def delete(folder: Path, place: int) -> str:
+    """Take one log away and its line in pairs.jsonl, and let the other lines say that fewer were planned."""
+    run = claims.read_runs(folder)[place]
+    run.path.unlink()
+
+    def drop(pairs: list[dict]) -> None:
+        pairs[:] = [pair for pair in pairs if pair["candidate_run"] != run.header["run_id"]]
+        for pair in pairs:
+            pair["planned"] = len(pairs)
+
+    if (folder / "pairs.jsonl").exists():
+        edit_pairs(folder, drop)
+    return str(run.header["seed"])
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_hole_in_the_seeds_is_seen(challenger, folder, place, capsys):
+    for record_folder in (challenger, folder):
+        seed = delete(record_folder, place)
+        command(folder.parents[2], "run", "--name", record_folder.name[11:], "--runs", "0",
+                "--source", str(record_folder / "train_gpt.py"))  # fmt: skip
+        assert f"{record_folder}: seed {seed} has no run" in capsys.readouterr().err
+        assert record.main(["verify", str(record_folder)]) == 1
+        assert f"seed {seed} has no run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record_of_the_repository", ["two-blocks", "n-grams"])
+def test_a_hole_in_a_real_record_is_seen(tmp_path, record_of_the_repository):
+    track = tmp_path / "tiny"
+    shutil.copytree(ROOT / "records" / "tiny", track)
+    (place,) = track.glob(f"*_{record_of_the_repository}")
+    claims.verify(place)
+    runs = claims.read_runs(place)
+    worst = max(range(len(runs) - 1), key=lambda i: runs[i].final["val_loss"])
+    seed = delete(place, worst)
+    with pytest.raises(ValueError, match=f"seed {seed} has no run"):
+        claims.summarize(place)
+
+
+def test_seeds_that_somebody_picked_are_refused(folder):
+    log = claims.read_runs(folder)[5].path
+    seed = FIRST_SEED + 5
+    log.write_text(log.read_text().replace(f'"seed": {seed}', f'"seed": {seed + 1000}'))
+    with pytest.raises(ValueError) as error:
+        claims.verify(folder)
+    first, second = str(error.value).splitlines()
+    assert f"{log}: seed {seed + 1000} is none of this record" in first
+    assert f"seed {seed} has no run: the folder's name and its source give {FIRST_SEED} to {seed}" in second
+
+
+def test_another_name_for_the_same_runs_is_refused(folder):
+    other = folder.with_name("2026-01-01_better-name")
+    folder.rename(other)
+    with pytest.raises(ValueError, match="is none of this record"):
+        claims.verify(other)
+
+
+def test_a_line_that_was_taken_out_of_the_pairs_is_missed(challenger):
+    """The logs stay; the pair in which the candidate was slow is gone."""
+    run = claims.read_runs(challenger)[2]
+    edit_pairs(challenger, lambda pairs: pairs.pop(2))
+    with pytest.raises(ValueError, match="pairs.jsonl: 6 pairs were planned, 5 are there"):
+        claims.summarize(challenger)
+    edit_pairs(challenger, lambda pairs: [pair.update(planned=5) for pair in pairs])
+    with pytest.raises(ValueError, match="it was run for the A/B with .*_base and is in no pair") as error:
+        claims.summarize(challenger)
+    assert str(run.path) in str(error.value) and BASE in str(error.value)
+
+
+@pytest.mark.parametrize("side", ["baseline_run", "candidate_run"])
+def test_a_pair_that_was_set_aside_needs_its_logs_and_a_reason(challenger, side):
+    edit_pairs(challenger, lambda pairs: pairs[3].update(discarded="it was slow"))
+    with pytest.raises(ValueError, match="pair 4: it was set aside, but nothing was compiled"):
+        claims.summarize(challenger)
+    edit_pairs(challenger, lambda pairs: pairs[3].update({side: "gone"}))
+    with pytest.raises(ValueError, match=f"pair 4: {side} gone was set aside, and is not a finished run"):
+        claims.summarize(challenger)
+
+
+def test_each_run_says_which_of_how_many_it_is(tmp_path, scripts, capsys):
+    arguments = ("run", "--name", "slow", "--source", scripts("slow"), "--runs")
+    assert command(tmp_path, *arguments, "3") == 0
+    slow = only(tmp_path, "slow")
+    plans = [run.plan for run in claims.read_runs(slow)]
+    assert plans == [logs.plan_of(index, 3, None) for index in (1, 2, 3)]
+    ab = ("ab", "--baseline", slow, "--candidate", scripts("fast", SPEED=0.9), "--name", "fast", "--pairs")
+    assert command(tmp_path, *ab, "6") == 0
+    fast = only(tmp_path, "fast")
+    plans = [run.plan for run in claims.read_runs(fast)]
+    assert plans == [logs.plan_of(index, 6, slow.name) for index in range(1, 7)]
+    plans = [run.plan for run in claims.read_runs(slow)[3:]]
+    assert plans == [logs.plan_of(index, None, fast.name) for index in range(4, 10)]
+    assert claims.verify(slow)["val_loss"]["n"] == 9 and claims.verify(fast)["holds"]
+    # the last run leaves no hole in the seeds, but the others say that it was planned
+    delete(fast, 5)
+    with pytest.raises(ValueError, match="6 runs were planned, 5 are there"):
+        claims.summarize(fast)
+    assert command(tmp_path, *ab, "5") == 1 and "6 runs were planned" in capsys.readouterr().err
+
+
+def test_a_run_says_with_what_it_was_paired(tmp_path, scripts):
+    ab = ("ab", "--baseline", scripts("slow"), "--candidate", scripts("fast"), "--name", "fast")
+    assert command(tmp_path, *ab, "--until-decided", "--max-pairs", "6") == 0
+    fast, slow = only(tmp_path, "fast"), only(tmp_path, "fast-baseline")
+    assert [run.plan["planned"] for run in claims.read_runs(fast)] == [None] * 6
+    # the first and the last one lie at no hole in the order of time
+    edit_pairs(fast, lambda pairs: pairs.__delitem__(0))
+    edit_pairs(fast, lambda pairs: pairs.__delitem__(-1))
+    with pytest.raises(ValueError) as error:
+        claims.summarize(fast)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4 and all("is in no pair" in line for line in lines)
+    assert sum(str(slow) in line for line in lines) == 2
+
+
+def test_a_pair_that_was_interrupted_is_set_aside_and_said(tmp_path, scripts):
+    fail = tmp_path / "fail"
+    slow, fast = scripts("slow"), scripts("fast", SPEED=0.9, FAIL=str(fail))
+    ab = ("ab", "--baseline", slow, "--candidate", fast, "--name", "fast", "--pairs")
+    assert command(tmp_path, *ab, "2") == 0
+    original = runner.Record.run
+
+    def interrupted(self, seed, bar, only_warm=False):
+        fail.unlink(missing_ok=True) if only_warm else fail.touch()
+        return original(self, seed, bar, only_warm)
+
+    runner.Record.run = interrupted
+    try:
+        assert command(tmp_path, *ab, "6") == 1
+    finally:
+        runner.Record.run = original
+        fail.unlink()
+    candidate, baseline = only(tmp_path, "fast"), only(tmp_path, "fast-baseline")
+    assert len(claims.read_runs(baseline)) == 3 and len(claims.read_runs(candidate)) == 2
+    with pytest.raises(ValueError, match="is in no pair"):
+        claims.summarize(candidate)
+    assert command(tmp_path, *ab, "6") == 0
+    third = claims.read_pairs(candidate)[2]
+    assert third["discarded"] == "interrupted after its first run" and third["candidate_run"] == ""
+    (result,) = claims.verify(candidate)["beats"]
+    assert result["pairs"] == 6 and result["discarded"] == 1
+    # its loss counts
+    assert claims.verify(baseline)["val_loss"]["n"] == 7
+
+
+@pytest.mark.parametrize("plan", [{"index": "1"}, {"planned": 1.5}, {"beside": 3}, {"beside": ""}])
+def test_a_plan_that_is_none_is_refused(folder, plan):
+    path = claims.read_runs(folder)[0].path
+    header, *rest = path.read_text().splitlines()
+
+    def written(event: dict) -> None:
+        path.write_text("\n".join([header, json.dumps(event), *rest]) + "\n")
+
+    written(logs.plan_of(1, 6, None))
+    assert claims.verify(folder)["holds"]
+    written(logs.plan_of(1, 6, None) | plan)
+    with pytest.raises(ValueError, match="the plan event lacks index, planned or beside"):
+        claims.verify(folder)
+    written(logs.plan_of(2, 6, None))
+    with pytest.raises(ValueError, match="plan.index is 2, the seed is that of run 1"):
+        claims.verify(folder)
+
+
+# --------------------------------------------------------------------------------------------------
 # Public logs
 
 
@@ -677,7 +913,7 @@ def public_log(
 @pytest.mark.parametrize("unit", ["ms", "s"])
 @pytest.mark.parametrize("separator_first", [False, True])
 def test_public_logs_are_read_past_their_source(tmp_path, unit, separator_first):
-    run = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
+    (run,) = logs.read_public_log(public_log(tmp_path / "a.txt", 3.2784, 86.0, unit, separator_first))
     assert run.final == {"step": 1480, "val_loss": 3.2784, "train_time_s": pytest.approx(86.0)}
     assert [p.step for p in run.val] == [0, 740, 1480] and run.header["torch"] == "2.10.0+cu128"
     assert run.header["world_size"] == 8 and run.header["device"] == "NVIDIA H100 80GB HBM3"
@@ -711,11 +947,227 @@ def test_import_gives_the_statistics_of_a_folder(tmp_path, capsys):
 
 
 def test_import_keeps_different_scripts_apart(tmp_path, capsys):
-    for name, code in (("a", ""), ("b", ""), ("c", "import torch")):
-        public_log(tmp_path / f"{name}.txt", 3.278, 86.0, code=code)
+    for name, code, seconds in (("a", "", 86.0), ("b", "", 86.1), ("c", "import torch", 86.2)):
+        public_log(tmp_path / f"{name}.txt", 3.278, seconds, code=code)
     assert record.main(["import", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "n 2, 1480 of 1480" in said and "n 1, 1480 of 1480" in said and "they are not one claim" in said
+    # no statistic that cannot be
+    assert "all losses are the same: no spread" in said and "one run shows no spread" in said
+    assert " p " not in said
+
+
+FIVE = [3.2781, 3.2790, 3.2775, 3.2799, 3.2768]
+
+
+def imported(folder: Path, capsys) -> dict:
+    assert record.main(["import", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_same_run_counts_once_whatever_it_is_called(tmp_path, capsys):
+    """A copy, a copy with another end, the program's output beside the log, and a part of it."""
+    for i, loss in enumerate(FIVE):
+        public_log(tmp_path / f"{i}.txt", loss, 86.0 + i)
+    (before,) = imported(tmp_path, capsys)["groups"]
+    assert before["val_loss"]["n"] == 5 and before["p"] == pytest.approx(0.017, abs=5e-4)
+    text = (tmp_path / "0.txt").read_text()
+    (tmp_path / "0 copy.txt").write_text(text)
+    (tmp_path / "windows.txt").write_text("\ufeff" + text.replace("\n", "\r\n") + "\n\n")
+    (tmp_path / "another-source.txt").write_text("# edited\n" + text)
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "train.log").write_text(text.rpartition("=" * 100 + "\n")[2])
+    results = text.rpartition("=" * 100 + "\n")[2].splitlines(keepends=True)
+    (tmp_path / "seed" / "end.log").write_text("".join(results[2:]))
+    read = imported(tmp_path, capsys)
+    assert [group["val_loss"] for group in read["groups"]] == [before["val_loss"]]
+    assert len(read["refused"]) == 5
+    assert all("the same losses and times as in" in line for line in read["refused"])
+    # another run with the same last loss is another run
+    public_log(tmp_path / "6.txt", FIVE[0], 95.0)
+    assert imported(tmp_path, capsys)["groups"][0]["val_loss"]["n"] == 6
+
+
+def test_a_figure_does_not_count_a_mirror_either(tmp_path):
+    public_log(tmp_path / "a.txt", 3.278, 86.0)
+    shutil.copy(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert len(logs.any_runs(tmp_path)) == 1
+
+
+def test_one_file_that_is_no_log_does_not_hide_the_others(tmp_path, capsys):
+    good = public_log(tmp_path / "good.txt", 3.278, 86.0)
+    text = good.read_text()
+    source, environment, results = text.split("=" * 100 + "\n")
+    line = "=" * 100 + "\n"
+    first = results.splitlines(keepends=True)[1]
+    files = {
+        "requirements.txt": ("numpy\ntorch==2.10\n", "no line of a validation"),
+        "metadata.txt": ("seed=0\ntarget_val_loss=0\n", "no line of a validation"),
+        "stderr.txt": ("W0506 torch/distributed/run.py:852] ****\n", "no line of a validation"),
+        "final_val_loss.txt": (results.splitlines()[3] + "\n", "no line of a validation but one"),
+        "source.txt": (source, "no line of 100 `=` between a source and its results"),
+        "early.txt": (source + line + environment, "no line of a validation but one"),
+        "broke-off.txt": (source + line + environment + line + first, "no validation after step 0"),
+        "nothing.txt": (source + line + environment + line, "no line `step:i/N val_loss:x"),
+        "nan.txt": (text.replace("val_loss:3.278 ", "val_loss:nan "), "the last validation loss is nan"),
+        "empty.txt": ("", "no line of a validation"),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "image.log").write_bytes(bytes(range(256)))
+    read = imported(tmp_path, capsys)
+    assert [group["files"] for group in read["groups"]] == [["good.txt"]]
+    refused = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in read["refused"])
+    assert refused.keys() == {*files, "image.log"}
+    for name, (_, reason) in files.items():
+        assert refused[name].startswith(reason), name
+    good.unlink()
+    assert record.main(["import", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert all(name in said for name in files) and "Traceback" not in said
+
+
+SHORT_LOG = """step:0/1480 val_loss:10.82584 train_time:0.000s step_avg:nanms
+step:1/1480 train_time:90.041s step_avg:90041.48ms
+step:740/1480 val_loss:3.61 val_avg_loss:3.62 val_ema_loss:3.63 train_time:43.000s step_avg:58.10ms
+step:1480/1480 val_loss:3.27633 val_avg_loss:3.3 val_ema_loss:3.27489 train_time:86.5s step_avg:58.10ms
+"""
+
+
+@pytest.mark.parametrize("form", ["two lines", "one line", "output", "bom"])
+def test_forms_with_further_fields_and_without_environment_or_source(tmp_path, form):
+    line, source = "=" * 100 + "\n", "import torch\nprint0('step')\n"
+    environment = "Running PyTorch 2.10.0\n"
+    text = {
+        "two lines": source + line + environment + line + SHORT_LOG,
+        "one line": source + line + "logs/a.txt\nUsing seed=1\n" + SHORT_LOG,
+        "output": "experiment=a\ntorch 2.11.0+cu130\nlogs/a.txt\n" + SHORT_LOG + "Mon May 18 UTC 2026\n",
+        "bom": "\ufeff" + source + line + environment + line + SHORT_LOG,
+    }[form]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (run,) = logs.read_public_log(tmp_path / "a.txt")
+    assert run.final == {"step": 1480, "val_loss": 3.27633, "train_time_s": 86.5}
+    assert [(p.step, p.loss) for p in run.val] == [(0, 10.82584), (740, 3.61), (1480, 3.27633)]
+    digest = hashlib.sha256(source.strip().encode()).hexdigest()
+    assert run.header["source_sha256"] == ("" if form == "output" else digest)
+    assert run.header["torch"] == {"output": "2.11.0+cu130", "one line": ""}.get(form, "2.10.0")
+
+
+def test_the_oldest_logs_have_no_times(tmp_path, capsys):
+    (tmp_path / "main.log").write_text(
+        "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\ns:1 trl:10.9598 lr:0.000002 norm:15.24\n"
+        "s:250 tel:6.3097\ns:251 trl:3.3148\ns:500 tel:3.2722\n"
+    )
+    (run,) = logs.read_public_log(tmp_path / "main.log")
+    assert [(p.step, p.loss) for p in run.val] == [(0, 11.0092), (250, 6.3097), (500, 3.2722)]
+    assert run.final == {"step": 500, "val_loss": 3.2722, "train_time_s": None}
+    assert record.main(["import", str(tmp_path)]) == 0
+    assert "training time unknown" in capsys.readouterr().out
+    (group,) = imported(tmp_path, capsys)["groups"]
+    assert group["train_time_s"] is None and group["p"] is None
+
+
+def test_a_log_may_hold_several_runs(tmp_path, capsys):
+    path = public_log(tmp_path / "a.txt", 3.278, 86.0)
+    more = [SHORT_LOG.replace("3.27633", loss).replace("86.5", s) for loss, s in (("3.2771", "86.1"),
+            ("3.2782", "86.2"), ("3.2780", "86.3"))]  # fmt: skip
+    broken = SHORT_LOG.splitlines(keepends=True)[0]
+    path.write_text(path.read_text() + "".join(more) + broken)
+    (group,) = imported(tmp_path, capsys)["groups"]
+    assert group["val_loss"]["n"] == 4 and group["files"] == ["a.txt"]
+    assert group["val_loss"]["mean"] == pytest.approx((3.278 + 3.2771 + 3.2782 + 3.2780) / 4)
+    (tmp_path / "third.log").write_text(more[2])
+    read = imported(tmp_path, capsys)
+    assert len(read["refused"]) == 1 and "third.log" in read["refused"][0]
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def plain_groups(folder: Path) -> dict[tuple, list[str]]:
+    """{(folder, source, steps): last losses} of standard logs, read without anything of the tools."""
+    found: dict[tuple, list[str]] = {}
+    for path in sorted(folder.rglob("*.txt")):
+        lines = path.read_text().split("\n")
+        marks = [i for i, line in enumerate(lines) if line == "=" * 100]
+        val = [line for line in lines[marks[1] :] if line.startswith("step:") and " val_loss:" in line]
+        steps = val[-1].split()[0].split("/")[1]
+        source = "\n".join(lines[: marks[0]]).strip()
+        key = (str(path.parent.relative_to(folder)), hashlib.sha256(source.encode()).hexdigest()[:8], steps)
+        found.setdefault(key, []).append(val[-1].split()[1].removeprefix("val_loss:"))
+    return found
+
+
+def test_the_page_on_a_clone_agrees_with_a_plain_parser_and_is_the_same_twice(tmp_path, capsys):
+    clone = tmp_path / "clone"
+    short, medium = clone / "records" / "track_1_short", clone / "records" / "track_2_medium"
+    third = clone / "records" / "track_3_optimization" / "results"
+    for i, loss in enumerate(FIVE):
+        public_log(short / "2025-01-01_A" / f"{i}.txt", loss - 0.001, 80.0 + i)
+        public_log(short / "2025-01-01_A" / "baseline" / f"{i}.txt", loss, 90.0 + i, code="import torch")
+        public_log(medium / "2025-01-02_B" / f"{i}.txt", loss, 100.0 + i)
+    public_log(third / "one.txt", 3.277, 120.0)
+    public_log(short / "2025-01-03_C" / "again.txt", FIVE[0] - 0.001, 80.0)  # of A
+    plain = plain_groups(clone / "records")
+    shutil.copy(short / "2025-01-01_A" / "0.txt", short / "2025-01-01_A" / "baseline" / "copy.txt")
+    (short / "2025-01-01_A" / "notes.txt").write_text("a note\n")
+    git(tmp_path, "init", "-q", str(clone))
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "logs")
+    (short / "2025-01-01_A" / "0.txt").write_text("not committed\n")
+    git(tmp_path, "clone", "-q", "--bare", str(clone), str(tmp_path / "bare"))
+    pages = []
+    for place in (clone, clone, tmp_path / "bare"):
+        assert record.main(["public", str(place), "--out", str(tmp_path / "public.md")]) == 0
+        pages.append((tmp_path / "public.md").read_bytes())
+    assert pages[0] == pages[1] == pages[2]
+    text = pages[0].decode()
+    assert git(clone, "rev-parse", "HEAD").strip() in text
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    rows = [row for row in cells if len(row) == 11 and row[5].isdigit()]
+    assert [row[0] for row in rows] == [
+        "2025-01-01_A", "2025-01-01_A/baseline", "2025-01-03_C", "2025-01-02_B", "results",
+    ]  # fmt: skip
+    folders = ["track_1_short/" + rows[i][0] for i in range(3)]
+    folders += ["track_2_medium/2025-01-02_B", "track_3_optimization/results"]
+    assert {(f, row[2], row[5]) for f, row in zip(folders, rows)} == plain.keys()
+    for folder, row in zip(folders, rows):
+        x = np.array([float(loss) for loss in plain[folder, row[2], row[5]]])
+        assert row[6:8] == [str(len(x)), f"{x.mean():.5f}"] and row[3:5] == ["2.10.0+cu128", "8"]
+        if len(x) == 1:
+            assert row[8:] == ["-", "-", "-"]
+            continue
+        target = 2.92 if "medium" in folder else 3.28
+        p = t_tail((target - x.mean()) / (x.std(ddof=1) / math.sqrt(len(x))), len(x) - 1)
+        assert row[8:] == [f"{x.std(ddof=1):.5f}", f"{p:.2g}", "yes" if p < 0.01 else "no"]
+    assert [row[10] for row in rows] == ["yes", "no", "-", "no", "-"]
+    assert [row[1] for row in rows] == ["6", "6", "1", "5", "1"]
+    numbers = {row[0]: row[1:] for row in cells if len(row) == 8}
+    assert numbers["track_1_short"] == ["3.28", "3", "13", "3", "1", "1", "0"]
+    assert numbers["track_2_medium"] == ["2.92", "1", "5", "1", "0", "0", "0"]
+    assert "notes.txt: no line of a validation" in text
+    mirror = "the same losses and times as in track_1_short/2025-01-01_A/0.txt: one run, counted once"
+    assert f"2025-01-01_A/baseline/copy.txt: {mirror}" in text
+    assert "2025-01-03_C/again.txt: the same losses and times as in" in text.partition("## In two records")[2]
+
+
+@pytest.mark.parametrize("what", ["nothing", "no clone", "no records", "a folder of a clone"])
+def test_what_is_no_clone_gets_one_sentence(tmp_path, what, capsys):
+    clone = tmp_path / "clone"
+    if what != "nothing":
+        clone.mkdir()
+    if what == "no records":
+        git(tmp_path, "init", "-q", str(clone))
+        git(clone, "commit", "-q", "--allow-empty", "-m", "nothing")
+    if what == "a folder of a clone":  # the commit would be that of the repository around it
+        git(tmp_path, "init", "-q")
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", "nothing")
+    assert record.main(["public", str(clone), "--out", str(tmp_path / "public.md")]) == 1
+    said = capsys.readouterr().err
+    assert str(clone) in said and said.count("\n") == 1 and not (tmp_path / "public.md").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ and figures.
     python tools/record.py table [--check]          the tables of README.md and of the pages in records/
     python tools/record.py plot curves|leading|history ...
     python tools/record.py import DIR               statistics of logs of the public speedrun
+    python tools/record.py public CLONE --out records/public.md
 
 A record is a folder records/<track>/<date>_<name>/ with train_gpt.py as run, runs/*.jsonl, pairs.jsonl
 when it was timed against another, a README.md that says what changed, and result.json, which this tool
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +29,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import stats
-from lib.claims import ROOT, read_pairs, record_folders, verify, write, write_result
+from lib.claims import ROOT, read_pairs, read_runs, record_folders, verify, write, write_result
 from lib.logs import Run, public_runs
+from lib.public import groups_of, page, survey
 from lib.runner import Record, alone, exit_status, new_record, positive
 from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
 
@@ -38,6 +39,7 @@ from lib.tables import chance, claim, history, number, page_text, pages, title, 
 def command_run(a: argparse.Namespace) -> int:
     folder = new_record(a.root, a.track, a.name, a.source)
     record = Record(folder, a.overrides, a.processes)
+    record.planned = a.runs
     done = min(a.runs, len(record.runs))
     with alone(a.root), tqdm(total=a.runs, initial=done, unit="run", dynamic_ncols=True) as bar:
         while len(record.runs) < a.runs:
@@ -75,7 +77,23 @@ def command_ab(a: argparse.Namespace) -> int:
         return sum(not pair["discarded"] for pair in ours())
 
     most, began = a.max_pairs if a.until_decided else a.pairs, time.monotonic()
+    baseline.beside, candidate.beside = candidate.folder.name, baseline.folder.name
+    candidate.planned = planned and len(candidate.runs) + max(0, planned - valid())
+
+    def add(runs: dict[Record, Run], order: str, discarded: str | None) -> None:
+        ids = {record: run.header["run_id"] for record, run in runs.items()}
+        line = {
+            "baseline": baseline.folder.name, "order": order, "planned": planned,
+            "baseline_run": ids.get(baseline, ""), "candidate_run": ids.get(candidate, ""),
+            "discarded": discarded,
+        }  # fmt: skip
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
     with alone(a.root), tqdm(total=most, initial=min(most, valid()), unit="pair", dynamic_ncols=True) as bar:
+        for record, run in halves(baseline, candidate, ours()):
+            order = "baseline first" if record is baseline else "candidate first"
+            add({record: run}, order, "interrupted after its first run")
         if valid() < most:
             for record in (baseline, candidate):
                 bar.set_postfix_str(f"filling the compile cache of {record.folder.name}")
@@ -89,14 +107,7 @@ def command_ab(a: argparse.Namespace) -> int:
             compiled = any(run.final["compiles_in_timed_region"] for run in runs.values())
             for record, run in runs.items() if compiled else ():
                 record.discard(run)
-            line = {
-                "baseline": baseline.folder.name, "order": order, "planned": planned,
-                "baseline_run": runs[baseline].header["run_id"],
-                "candidate_run": runs[candidate].header["run_id"],
-                "discarded": "a compile inside the clock" if compiled else None,
-            }  # fmt: skip
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            add(runs, order, "a compile inside the clock" if compiled else None)
             ratio = runs[candidate].final["train_time_s"] / runs[baseline].final["train_time_s"]
             bar.write(f"pair {len(ours())}: time ratio {ratio:.4f}" + (", discarded" if compiled else ""))
             bar.update(not compiled)
@@ -104,6 +115,18 @@ def command_ab(a: argparse.Namespace) -> int:
     result = write_result(candidate.folder)
     print(claim(result))
     return 0
+
+
+def halves(baseline: Record, candidate: Record, pairs: list[dict[str, Any]]) -> list[tuple[Record, Run]]:
+    """The runs of this A/B whose pair was interrupted: they are in no line of pairs.jsonl yet."""
+    found = []
+    for record, name in ((baseline, "baseline_run"), (candidate, "candidate_run")):
+        named = {pair[name] for pair in pairs}
+        for run in (*record.runs, *read_runs(record.folder, "discarded")):
+            begun = run.plan and run.plan["beside"] == record.beside
+            if begun and run.header["run_id"] not in named:
+                found.append((record, run))
+    return found
 
 
 def settled(baseline: Record, candidate: Record, pairs: list[dict[str, Any]]) -> bool:
@@ -168,40 +191,22 @@ def command_import(a: argparse.Namespace) -> int:
         raise ValueError(
             f"{a.folder} holds no log of the public speedrun" + "".join(f"\n  {line}" for line in refused)
         )
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        key = (
-            run.header["source_sha256"],
-            run.header["steps"],
-            run.final["step"],
-            run.header["world_size"],
-            run.header["torch"],
-        )
-        groups.setdefault(key, []).append(run)
-    report = []
-    for (digest, steps, last, world_size, torch), members in groups.items():
-        losses = [run.final["val_loss"] for run in members]
-        seconds = [run.final["train_time_s"] for run in members]
-        report.append({
-            "folder": os.path.commonpath([str(run.path.parent) for run in members]), "source_sha256": digest,
-            "steps": steps, "last_step": last, "world_size": world_size, "torch": torch,
-            "device": members[0].header["device"], "target": a.target, "val_loss": stats.describe(losses),
-            "p": stats.p_below(losses, a.target) if len(losses) > 1 else None,
-            "train_time_s": stats.describe(seconds), "files": [run.path.name for run in members],
-        })  # fmt: skip
+    report = groups_of(runs, a.target)
     if a.json:
         print(json.dumps({"groups": report, "refused": refused}, indent=1))
         return 0
     for group in report:
         loss, seconds = group["val_loss"], group["train_time_s"]
+        p = group["no_p"] or f"p {chance(group['p'])} against {a.target}"
+        time = "training time unknown"
+        if seconds:
+            time = f"training time mean {seconds['mean']:.2f} s, sd {number(seconds['sd'], 2)}"
         machine = f"{group['world_size']} x {group['device']}" if group["device"] else "unknown machine"
         print(f"{group['folder']}: n {loss['n']}, {group['last_step']} of {group['steps']} steps, "
               "mean validation loss "
-              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, p {chance(group['p'])} against {a.target}; "
-              "training time mean "
-              f"{seconds['mean']:.2f} s, sd {number(seconds['sd'], 2)}; "
+              f"{loss['mean']:.5f}, sd {number(loss['sd'], 5)}, {p}; {time}; "
               f"{machine}, torch {group['torch'] or 'unknown'}, "
-              f"source {group['source_sha256'][:12]}")  # fmt: skip
+              f"source {group['source_sha256'][:12] or 'unknown'}")  # fmt: skip
     if len(report) > 1:
         print(
             f"{len(report)} groups: sources, steps, torch versions or numbers of processes differ, "
@@ -209,6 +214,18 @@ def command_import(a: argparse.Namespace) -> int:
         )
     for line in refused:
         print(f"not read: {line}")
+    return 0
+
+
+def command_public(a: argparse.Namespace) -> int:
+    found = survey(a.clone)
+    if not found["folders"]:
+        raise ValueError(f"{a.clone} has no logs below records/")
+    write(a.out, page(found))
+    groups = [group for folder in found["folders"].values() for group in folder["groups"]]
+    logs = sum(folder["logs"] for folder in found["folders"].values())
+    print(f"{a.out}: {logs} logs in {len(found['folders'])} folders, {len(groups)} groups, "
+          f"{len(found['refused'])} files or runs not read or not counted again")  # fmt: skip
     return 0
 
 
@@ -346,6 +363,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("folder", type=Path, metavar="DIR")
     p.add_argument("--target", type=float, default=3.28, help="validation loss (default: 3.28)")
     p.add_argument("--json", action="store_true", help="for machines")
+
+    p = command("public", command_public, "A page on what the logs of the public speedrun show by "
+                "themselves, from a clone of its repository: its newest commit.")  # fmt: skip
+    p.add_argument("clone", type=Path, metavar="CLONE", help="a clone, which may be bare")
+    p.add_argument("--out", type=Path, required=True, help="the page to write")
     a = parser.parse_args(argv)
     if overrides and a.command not in ("run", "ab"):
         parser.error("only run and ab take options after --")

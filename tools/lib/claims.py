@@ -36,6 +36,50 @@ def rules(track: str) -> dict[str, Any]:
     return {key: settings[key] for key in (*fixed, "evaluation.tokens")}
 
 
+# the files that data/shakespeare.py makes, the same bytes on every machine
+SHAKESPEARE = {
+    "train_000001.bin": "0a2e806df4be9b1a90a5d0713ec012ec26a3a18ac85d1f38e628ef42187cd48e",
+    "val_000000.bin": "3dca7ae6b80be15b91d09a578319cc7c807715c9850820ab4cde220c677808f4",
+}
+
+
+def other_data(corpus: str, files: Any) -> list[str]:
+    """Where the files of a run, {name: sha256}, are not those of a track's corpus.
+
+    The bytes of FineWeb are what the hub publishes: data/fineweb.py asks there. Here only their names are
+    known, so its digests are compared with the baseline's (`data_apart`).
+    """
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        return ["data is missing: the files that were read, and the sha256 of each"]
+    if corpus == "shakespeare":
+        known: dict[str, str | None] = dict(SHAKESPEARE)
+    elif corpus == "fineweb10B":
+        training = sum("_train_" in name for name in files)
+        known = {f"fineweb_train_{i:06d}.bin": None for i in range(1, max(training, 1) + 1)}
+        known["fineweb_val_000000.bin"] = None
+    else:
+        return []
+    found = [f"data: {name} is no file of {corpus}" for name in sorted(files.keys() - known.keys())]
+    found += [f"data: {name} of {corpus} was not read" for name in sorted(known.keys() - files.keys())]
+    for name in sorted(files.keys() & known.keys()):
+        if known[name] not in (None, files[name]):
+            found.append(f"data: {name} has sha256 {files[name]}, {corpus} has {known[name]}")
+    return found
+
+
+def data_apart(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """The files that differ between two runs.
+
+    A run names the training files that it reads, from the first on, so that the shorter schedule may lack
+    the last ones of the longer. The validation files are the same.
+    """
+    apart = [name for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
+    apart += [name for name in sorted(a.keys() ^ b.keys()) if "train_" not in name]
+    training = [sorted(name for name in files if "train_" in name) for files in (a, b)]
+    shorter, longer = sorted(training, key=len)
+    return apart + [name for name, other in zip(shorter, longer) if name != other]
+
+
 # header fields that all runs of a record share
 SAME = ("track", "source_sha256", "world_size", "torch", "dtype", "data")
 
@@ -60,6 +104,8 @@ def flaws(run: Run) -> list[str]:
         harder = key == "evaluation.target" and settings[key] < allowed[key]
         if not (more or harder):
             found.append(f"settings.{key} is {settings[key]}, track {track} says {allowed[key]}")
+    if allowed:
+        found += other_data(allowed["data.corpus"], run.header.get("data"))
     wanted = max(settings.get("evaluation.tokens", 0), allowed.get("evaluation.tokens", 0))
     if final["val_tokens"] < wanted:
         found.append(f"final.val_tokens is {final['val_tokens']}, the track says {wanted}")
@@ -94,11 +140,38 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
             if (other := seen.setdefault(value(run), run)) is not run:
                 found.append(f"{run.path}: {field} {value(run)} is also that of {other.path.name}")
     if not source.is_file():
-        found.append(f"{source} is missing: the source that was run")
-    elif (digest := sha256(source)) != first.header["source_sha256"]:
-        found.append(
-            f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}"
-        )
+        return [*found, f"{source} is missing: the source that was run"]
+    if (digest := sha256(source)) != first.header["source_sha256"]:
+        text = f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}"
+        return [*found, text]
+    return found + left_out(runs, source.parent)
+
+
+def first_seed(name: str, source: bytes) -> int:
+    """The first seed of a record: it follows from the folder's name and the source, so that nobody picks it
+    and two records share none. The runs after the first one count on from there."""
+    return int(hashlib.sha256(name.encode() + source).hexdigest()[:6], 16)
+
+
+def left_out(runs: Sequence[Run], folder: Path) -> list[str]:
+    """Signs that not every run that was begun for a record is there: a hole in the seeds, or fewer runs than
+    its logs say were planned."""
+    found, begun = [], [*runs, *read_runs(folder, "discarded")]
+    first = first_seed(folder.name, (folder / "train_gpt.py").read_bytes())
+    given = range(first, first + len(begun))
+    wanted = f"the folder's name and its source give {given[0]} to {given[-1]}"
+    for run in begun:
+        seed = run.header["seed"]
+        if seed not in given:
+            found.append(f"{run.path}: seed {seed} is none of this record: {wanted}")
+        if run.plan and run.plan["index"] != seed - first + 1:
+            text = f"plan.index is {run.plan['index']}, the seed is that of run {seed - first + 1}"
+            found.append(f"{run.path}: {text}")
+    for seed in sorted(set(given) - {run.header["seed"] for run in begun}):
+        found.append(f"{folder}: seed {seed} has no run: {wanted}")
+    planned = max((run.plan["planned"] or 0 for run in begun if run.plan), default=0)
+    if planned > len(runs):
+        found.append(f"{folder}: {planned} runs were planned, {len(runs)} are there")
     return found
 
 
@@ -106,15 +179,19 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The logs of a record folder in the order in which they were run."""
-    runs = [read_log(path) for path in (folder / "runs").glob("*.jsonl")]
+def read_runs(folder: Path, which: str = "runs") -> list[Run]:
+    """The logs of a record folder in the order in which they were run; of those that do not count with
+    "discarded"."""
+    runs = [read_log(path) for path in (folder / which).glob("*.jsonl")]
     return sorted(runs, key=lambda run: (run.header["run_id"], run.path.name))
 
 
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
     """Lines of pairs.jsonl: {baseline, order, planned, baseline_run, candidate_run, discarded}; []
-    where there is none."""
+    where there is none.
+
+    A pair that was interrupted after its first run is discarded and has "" for the other.
+    """
     path = folder / "pairs.jsonl"
     try:
         pairs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -132,11 +209,15 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """The A/B of a record against one baseline, from both folders' logs alone; ValueError when they
     do not fit together."""
+    if not baseline.is_dir():
+        raise ValueError(f"{folder / 'pairs.jsonl'}: the folder {baseline} of the baseline is missing")
     sides = [{run.header["run_id"]: run for run in read_runs(side)} for side in (baseline, folder)]
     couples = []
     for number, pair in enumerate(pairs, 1):
         where = f"{folder / 'pairs.jsonl'}: pair {number}"
         if pair["discarded"]:
+            if reason := no_reason(pair, baseline, folder):
+                raise ValueError(f"{where}: {reason}")
             continue
         for side, name in zip(sides, ("baseline_run", "candidate_run")):
             if pair[name] not in side or not side[pair[name]].final:
@@ -145,11 +226,60 @@ def compare(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> dict[s
         for key in ("device", "cpus", "threads", "world_size", "torch", "driver"):
             if couple[0].header.get(key) != couple[1].header.get(key):
                 raise ValueError(f"{where}: {key} differs between the two runs")
+        if apart := data_apart(*(run.header.get("data") or {} for run in couple)):
+            raise ValueError(f"{where}: data: {', '.join(apart)} differs between the two runs")
         couples.append(couple)
     for name in ("baseline_run", "candidate_run"):
-        if len({pair[name] for pair in pairs}) < len(pairs):
+        named = [pair[name] for pair in pairs if pair[name]]
+        if len(set(named)) < len(named):
             raise ValueError(f"{folder / 'pairs.jsonl'}: {name} appears in two pairs")
+    planned = max(pair["planned"] or 0 for pair in pairs)
+    if planned > len(couples):
+        found = f"{planned} pairs were planned, {len(couples)} are there"
+        raise ValueError(f"{folder / 'pairs.jsonl'}: {found}")
+    if alone := without_pair(baseline, folder, pairs):
+        raise ValueError("\n".join(alone))
     return judge(couples, pairs) | {"baseline": baseline.name}
+
+
+def no_reason(pair: dict[str, Any], baseline: Path, folder: Path) -> str | None:
+    """What is wrong with a pair that was set aside: its logs are still there, and show a compile inside the
+    clock; None when nothing is."""
+    compiled = False
+    for side, name in ((baseline, "baseline_run"), (folder, "candidate_run")):
+        runs = [*read_runs(side), *read_runs(side, "discarded")]
+        logs = {run.header["run_id"]: run for run in runs}
+        if pair[name] and not (pair[name] in logs and logs[pair[name]].final):
+            return f"{name} {pair[name]} was set aside, and is not a finished run of its folder"
+        compiled |= bool(pair[name]) and logs[pair[name]].final["compiles_in_timed_region"] > 0
+    whole = pair["baseline_run"] and pair["candidate_run"]
+    return "it was set aside, but nothing was compiled inside the clock" if whole and not compiled else None
+
+
+def without_pair(baseline: Path, folder: Path, pairs: list[dict[str, Any]]) -> list[str]:
+    """The runs of an A/B that are in none of its pairs.
+
+    A run says what it was run beside (`plan_of`). Older logs do not: there each run between the first and
+    the last one of the A/B must be in some pair of the track.
+    """
+    found = []
+    anywhere = {
+        pair[name]
+        for path in folder.parent.glob("*/pairs.jsonl")
+        for pair in read_pairs(path.parent)
+        for name in ("baseline_run", "candidate_run")
+    }
+    for side, other, name in ((baseline, folder, "baseline_run"), (folder, baseline, "candidate_run")):
+        named = {pair[name] for pair in pairs} - {""}
+        for run in [*read_runs(side), *read_runs(side, "discarded")]:
+            run_id = run.header["run_id"]
+            if run.plan:
+                lost = run.plan["beside"] == other.name and run_id not in named
+            else:
+                lost = bool(named) and min(named) < run_id < max(named) and run_id not in anywhere
+            if lost:
+                found.append(f"{run.path}: it was run for the A/B with {other.name} and is in no pair")
+    return found
 
 
 def judge(couples: list[list[Run]], pairs: list[dict[str, Any]]) -> dict[str, Any]:

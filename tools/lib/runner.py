@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -23,8 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .claims import ROOT, read_runs, sha256, write
-from .logs import Run, different_settings, flat, read_log, text_of
+from .claims import ROOT, first_seed, read_runs, sha256, write
+from .logs import Run, different_settings, flat, plan_of, read_log, text_of
 
 # the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
 # (a preexec_fn would do the same, but not safely beside other threads)
@@ -85,6 +84,8 @@ class Record:
         self.folder, self.processes = folder, processes
         self.runs = read_runs(folder) if (folder / "runs").is_dir() else []
         self.track = folder.parent.name
+        self.planned: int | None = None  # what the next runs say of themselves: see `logs.plan_of`
+        self.beside: str | None = None
         self.options = [*options] if options or not self.runs else self.options_of(self.runs[0])
 
     @staticmethod
@@ -94,14 +95,11 @@ class Record:
         return [word for key, value in settings.items() for word in (f"--{key}", text_of(value))]
 
     def next_seed(self) -> int:
-        """Seeds follow from the folder's name and the source, so that nobody picks them and two
-        records share none."""
-        digest = hashlib.sha256(
-            self.folder.name.encode() + (self.folder / "train_gpt.py").read_bytes()
-        ).hexdigest()
-        discarded = [read_log(path) for path in (self.folder / "discarded").glob("*.jsonl")]
-        used = {run.header["seed"] for run in (*self.runs, *discarded)}
-        return next(seed for seed in itertools.count(int(digest[:6], 16)) if seed not in used)
+        used = {run.header["seed"] for run in (*self.runs, *read_runs(self.folder, "discarded"))}
+        return next(seed for seed in itertools.count(self.first_seed()) if seed not in used)
+
+    def first_seed(self) -> int:
+        return first_seed(self.folder.name, (self.folder / "train_gpt.py").read_bytes())
 
     def run(self, seed: int, bar: tqdm, only_warm: bool = False) -> Run | None:
         """One complete run; its log grows in unfinished/ and moves to runs/ when it is whole.
@@ -129,6 +127,11 @@ class Record:
             raise ValueError(
                 f"{self.folder} has runs with other settings ({', '.join(keys)}); choose another --name"
             )
+        if run.plan is None:
+            header, rest = run.path.read_bytes().split(b"\n", 1)
+            plan = plan_of(seed - self.first_seed() + 1, self.planned, self.beside)
+            write(run.path, b"\n".join([header, json.dumps(plan).encode(), rest]))
+            run = read_log(run.path)
         (self.folder / "runs").mkdir(exist_ok=True)
         self.runs.append(dataclasses.replace(run, path=self.folder / "runs" / run.path.name))
         os.replace(run.path, self.runs[-1].path)

@@ -18,13 +18,13 @@ def p_below(values: Sequence[float], bound: float = 0.0) -> float:
     """p of the one-sided one-sample t-test: how likely a sample this far below is when the true mean is
     `bound`.
 
-    1 for fewer than two values. Values without any spread give 0 or 1.
+    1 for fewer than two values, and for values without any spread: copies of one value prove nothing.
     """
-    if len(values) < 2:
+    if len(values) < 2 or np.ptp(values) == 0:
         return 1.0
     x = np.asarray(values, dtype=np.float64) - bound
     mean, error = x.mean(), x.std(ddof=1) / math.sqrt(len(x))
-    return float(stats.t.cdf(mean / error, len(x) - 1)) if error else float(mean >= 0)
+    return float(stats.t.cdf(mean / error, len(x) - 1))
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
