@@ -7,15 +7,17 @@ which is written last. Every writer here goes through a temporary name in the sa
 name always means a whole file.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -26,6 +28,17 @@ MANIFEST = "manifest.json"
 
 class DataError(ValueError):
     """Data that is missing, damaged or foreign; the message is one sentence for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose refusals are one sentence, without the list of options before it."""
+
+    def __init__(self, script: str, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.script = script
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"{self.script}: {message}; --help lists the options")
 
 
 def data_dir() -> Path:

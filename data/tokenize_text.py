@@ -13,7 +13,7 @@ $DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the fold
 
 import argparse
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from shards import DataError, data_dir, publish_folder, write_manifest, write_shard
+from shards import DataError, Parser, data_dir, publish_folder, write_manifest, write_shard
 
 SEPARATOR = b"<|endoftext|>"
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)
@@ -233,8 +233,8 @@ def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2,147,483,647")
     return int(text)
 
 
@@ -246,9 +246,7 @@ def share(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and build; ends with a non-zero status and one sentence when that fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("data/tokenize_text.py", __doc__)
     parser.add_argument("name", help="folder of the corpus below DATA_DIR")
     parser.add_argument("files", nargs="+", type=Path, help="text or JSON lines, plain or .gz")
     parser.add_argument("--tokenizer", choices=sorted(VOCABULARY), default="gpt2", help="default gpt2")
@@ -277,6 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
             "data/tokenize_text.py: a worker process was killed (too little memory?); "
             "fewer --processes need less"
         )
+    except MemoryError:
+        sys.exit("data/tokenize_text.py: too little memory; split the largest file, or fewer --processes")
     except (DataError, OSError) as error:
         sys.exit(f"data/tokenize_text.py: {error}")
 
