@@ -18,11 +18,12 @@ import functools
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import sys
-import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from shards import DataError, Parser, data_dir, publish_folder, write_manifest, write_shard
+from shards import (
+    DataError,
+    Parser,
+    data_dir,
+    publish_folder,
+    scratch_folder,
+    write_manifest,
+    write_shard,
+)
 
 SEPARATOR = b"<|endoftext|>"
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)
@@ -167,6 +176,18 @@ class ShardWriter:
             self.documents, self.size, self.number = [], 0, self.number + 1
 
 
+def start_worker() -> None:
+    """In each worker: Ctrl-C is the parent's, and a worker ends with its parent, even one that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def in_order(
     pool: concurrent.futures.Executor, tasks: Iterator[list[Piece]], ahead: int, **options
 ) -> Iterator[Tokenized]:
@@ -192,18 +213,17 @@ def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
         raise DataError(f"{missing[0]} is not a file")
     if args.tokenizer == "gpt2":
         gpt2()  # once here, for all workers
-    folder.parent.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict] = {}
     bad = empty = 0
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
-        made = Path(scratch) / name
+    with scratch_folder(folder.parent, name) as scratch:
+        made = scratch / name
         train = ShardWriter(made, "train", 1, args.shard_tokens, files)
         val = ShardWriter(made, "val", 0, args.shard_tokens, files)
         size = sum(path.stat().st_size for path in paths)
         options = dict(tokenizer=args.tokenizer, field=args.field, val_share=args.val_share)
-        ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar, \
-             concurrent.futures.ProcessPoolExecutor(args.processes, initializer=ignore) as pool:  # fmt: skip
+             concurrent.futures.ProcessPoolExecutor(args.processes,
+                                                    initializer=start_worker) as pool:  # fmt: skip
             try:
                 for result in in_order(pool, batches(paths, bar), 4 * args.processes, **options):
                     if result.bad and not args.skip_bad:

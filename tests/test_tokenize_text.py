@@ -1,12 +1,17 @@
 """Text and JSON lines to shards: every document once, on its side, whatever the processes; bad
 lines by file and number."""
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +199,57 @@ def test_empty_documents_are_left_out(tmp_path: Path, data_dir: Path, capsys: py
     assert run("mine", tmp_path / "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2") == ""
     assert "2 empty documents" in capsys.readouterr().out
     assert len(documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")) == len(TEXTS)
+
+
+def alive(session: int) -> list[str]:
+    """The processes of a session that have not ended."""
+    said = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True).stdout
+    return [state for state in said.split() if not state.startswith("Z")]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="this machine has no ps")
+def test_a_killed_run_leaves_no_workers_and_the_next_one_clears_up(tmp_path: Path, data_dir: Path) -> None:
+    """Another run that is under way keeps what it has written."""
+    (tmp_path / "big.jsonl").write_bytes(jsonl(TEXTS) * 800)
+    (tmp_path / "small.jsonl").write_bytes(jsonl(TEXTS))
+    environment = {**os.environ, "DATA_DIR": str(data_dir)}
+
+    def begin(name: str, source: str) -> subprocess.Popen:
+        words = [name, str(tmp_path / source), "--tokenizer", "bytes", "--processes", "2"]
+        script = str(ROOT / "data" / "tokenize_text.py")
+        return subprocess.Popen(
+            [sys.executable, script, *words, "--val-share", "0.2", "--shard-tokens", "10000"],
+            start_new_session=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    killed, stopped = begin("one", "big.jsonl"), begin("two", "big.jsonl")
+    try:
+        for name in ("one", "two"):
+            wait_for(lambda name=name: list(data_dir.glob(f".{name}.*/*/train_000001.bin")))
+        os.killpg(stopped.pid, signal.SIGSTOP)
+        assert len(alive(killed.pid)) == 3
+        killed.kill()
+        killed.wait()
+        wait_for(lambda: not alive(killed.pid))
+        assert list(data_dir.glob(".one.*"))
+        assert begin("three", "small.jsonl").wait(60) == 0
+        left = sorted(path.name.split(".")[1] for path in data_dir.glob(".*"))
+        assert left == ["two"] and (data_dir / "three" / "manifest.json").is_file()
+        os.killpg(stopped.pid, signal.SIGCONT)
+        assert stopped.wait(60) == 0
+        assert sorted(path.name for path in data_dir.iterdir()) == ["three", "two"]
+    finally:
+        for process in (killed, stopped):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
