@@ -4,16 +4,18 @@
     python data/tokenize_text.py mine books/*.txt --tokenizer bytes    # bytes, for the track tiny
     ./run.sh tiny --data.corpus mine
 
-Names ending in .jsonl or .ndjson (before a .gz) hold one JSON object per line with the text in --field;
-every other file is UTF-8 text, one document, or several that lines `<|endoftext|>` separate. A document
-goes to validation by a hash of its text, so copies of it never lie on both sides, whatever else is in
-the files. The same shards come out whatever the number of processes. Writes
+Names ending in .jsonl, .ndjson or .json (before a .gz) hold one JSON object per line with the text in
+--field; every other file is UTF-8 text, one document, or several with `<|endoftext|>` between them. A file
+whose content contradicts its name is refused; --format says what it is. Gzip is known by its content.
+A document goes to validation by a hash of its text, so copies of it never lie on both sides, whatever
+else is in the files. The same shards come out whatever the number of processes. Writes
 $DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the folder all at once.
 """
 
 import argparse
 import collections
 import concurrent.futures.process
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -27,7 +29,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -45,6 +47,12 @@ from shards import (
 SEPARATOR = b"<|endoftext|>"
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)
 BATCH_BYTES = 1 << 20  # of text for one task of a worker
+JSON_NAMES = (".jsonl", ".ndjson", ".json")  # Hugging Face's to_json writes JSON lines into .json
+GZIP = b"\x1f\x8b"
+FOREIGN = {  # how files begin whose text, if any, is in a form that is not read here
+    "zstd": rb"\x28\xb5\x2f\xfd", "bzip2": rb"BZh[1-9]1AY", "xz": rb"\xfd7zXZ", "zip": rb"PK\x03\x04",
+    "PDF": rb"%PDF-", "parquet": rb"PAR1\x15", "UTF-16": rb"\xff\xfe|\xfe\xff",
+}  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -62,36 +70,81 @@ class Tokenized(NamedTuple):
     empty: int
 
 
-def pieces(path: Path, bar: tqdm) -> Iterator[Piece]:
-    """The documents of a file in order.
+def is_json_lines(path: Path, form: str) -> bool:
+    """What --format and a file's name make of it."""
+    named = path.name.lower().removesuffix(".gz").endswith(JSON_NAMES)
+    return named if form == "auto" else form == "jsonl"
 
-    Raises DataError naming the file when it cannot be read to its end.
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The lines of a file, decompressed if its content is gzip, and the file itself, for its position.
+
+    Raises DataError for what is neither text nor gzip.
     """
-    is_json = path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    with open(path, "rb") as raw:
+        head = raw.peek(16)[:16]
+        for name, begin in FOREIGN.items():
+            if re.match(begin, head):
+                raise DataError(f"{path} is {name} by its content; UTF-8 text, JSON lines and gzip are read")
+        with gzip.open(raw) if head.startswith(GZIP) else raw as lines:
+            yield lines, raw
+
+
+def refuse_json(path: Path, number: int, line: bytes) -> None:
+    """DataError for a line of JSON at the beginning of a file that is read as text."""
+    if not line.lstrip().startswith((b"{", b"[")):
+        return
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict) or (value and isinstance(value[0], dict)):
+        raise DataError(
+            f"{path}:{number}: a line of JSON in a file that its name makes text; "
+            "--format jsonl reads JSON lines, --format text takes it as text"
+        )
+
+
+def pieces(path: Path, bar: tqdm, form: str) -> Iterator[Piece]:
+    """The documents of a file in order; `form` is that of --format.
+
+    Raises DataError naming the file when it cannot be read to its end, or is not what its name says.
+    """
+    is_json = is_json_lines(path, form)
     before = bar.n
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as lines:
+        with opened(path) as (lines, raw):
             text, first = [], 1
+            begun = False
             for number, line in enumerate(lines, start=1):
                 bar.update(before + raw.tell() - bar.n)
                 if is_json:
                     if line.strip():
                         yield Piece(str(path), number, line, True)
-                elif line.strip() == SEPARATOR:
+                    continue
+                if b"\0" in line:
+                    raise DataError(f"{path}:{number}: a zero byte, so it is no text")
+                if form == "auto" and not begun and line.strip():
+                    refuse_json(path, number, line.removeprefix(b"\xef\xbb\xbf"))
+                    begun = True
+                *ended, rest = line.split(SEPARATOR)
+                for last in ended:
+                    text.append(last if last.strip() else b"")
                     yield Piece(str(path), first, b"".join(text), False)
-                    text, first = [], number + 1
-                else:
-                    text.append(line)
+                    text, first = [], number + (not rest.strip())
+                if rest.strip() or not ended:
+                    text.append(rest)
             if text:
                 yield Piece(str(path), first, b"".join(text), False)
     except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file is cut or damaged
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def batches(paths: Sequence[Path], bar: tqdm) -> Iterator[list[Piece]]:
+def batches(paths: Sequence[Path], bar: tqdm, form: str) -> Iterator[list[Piece]]:
     """The pieces of all files in order, in lists of about BATCH_BYTES."""
     batch, size = [], 0
-    for piece in (piece for path in paths for piece in pieces(path, bar)):
+    for piece in (piece for path in paths for piece in pieces(path, bar, form)):
         batch.append(piece)
         size += len(piece.raw)
         if size >= BATCH_BYTES:
@@ -125,7 +178,8 @@ def text_of(piece: Piece, field: str) -> str:
         line = piece.line + piece.raw[: error.start].count(b"\n")
         raise ValueError(f"{piece.file}:{line}: not UTF-8") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{piece.file}:{piece.line}: not JSON") from None
+        hint = "; JSON lines hold one object in a line; --format text reads it as text" * (piece.line == 1)
+        raise ValueError(f"{piece.file}:{piece.line}: not JSON{hint}") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise ValueError(f"{piece.file}:{piece.line}: no JSON object with a text {field!r}")
     return record[field]
@@ -220,12 +274,13 @@ def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
         train = ShardWriter(made, "train", 1, args.shard_tokens, files)
         val = ShardWriter(made, "val", 0, args.shard_tokens, files)
         size = sum(path.stat().st_size for path in paths)
+        ahead = 4 * args.processes
         options = dict(tokenizer=args.tokenizer, field=args.field, val_share=args.val_share)
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar, \
              concurrent.futures.ProcessPoolExecutor(args.processes,
                                                     initializer=start_worker) as pool:  # fmt: skip
             try:
-                for result in in_order(pool, batches(paths, bar), 4 * args.processes, **options):
+                for result in in_order(pool, batches(paths, bar, args.format), ahead, **options):
                     if result.bad and not args.skip_bad:
                         raise DataError(f"{result.bad[0]}; --skip-bad leaves such lines out and reports them")
                     for sentence in result.bad:
@@ -270,6 +325,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name", help="folder of the corpus below DATA_DIR")
     parser.add_argument("files", nargs="+", type=Path, help="text or JSON lines, plain or .gz")
     parser.add_argument("--tokenizer", choices=sorted(VOCABULARY), default="gpt2", help="default gpt2")
+    parser.add_argument(
+        "--format", choices=("auto", "jsonl", "text"), default="auto",
+        help="what the files hold; auto: by their names (default)",
+    )  # fmt: skip
     parser.add_argument(
         "--field", default="text", help="field of a JSON line that holds the text (default text)"
     )

@@ -182,6 +182,74 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, data_dir: Path, cut: bool)
     assert not list(data_dir.rglob("*"))
 
 
+def lines_of_json(texts: list[str]) -> dict[str, bytes]:
+    """A file for each text, as `sed -n Np` makes them of JSON lines."""
+    return {f"{i}.json": jsonl([text]) for i, text in enumerate(texts)}
+
+
+TOGETHER = "<|endoftext|>".join(TEXTS).encode()
+OTHER_CONTENT = {  # name: (files, words)
+    "lines of JSON in .json": (lines_of_json(TEXTS), []),
+    "JSON lines in .json": ({"d.json": jsonl(TEXTS)}, []),
+    "a name in capitals": ({"d.JSONL": jsonl(TEXTS)}, []),
+    "JSON lines in .json.gz": ({"d.json.gz": gzip.compress(jsonl(TEXTS))}, []),
+    "gzip in .jsonl": ({"d.jsonl": gzip.compress(jsonl(TEXTS))}, []),
+    "gzip in .txt": ({"d.txt": gzip.compress(TOGETHER)}, []),
+    "a .gz that a browser has unpacked": ({"d.jsonl.gz": jsonl(TEXTS)}, []),
+    "JSON lines in .txt": ({"d.txt": jsonl(TEXTS)}, ["--format", "jsonl"]),
+    "text in .jsonl": ({"d.jsonl": TOGETHER}, ["--format", "text"]),
+    "separators within a line": ({"d.txt": TOGETHER}, []),
+    "separators with spaces": ({"d.txt": "\n <|endoftext|> \n".join(TEXTS).encode()}, []),
+    "separators before a text": ({"d.txt": "\n<|endoftext|>".join(TEXTS).encode()}, []),
+    "separators after a text": ({"d.txt": "<|endoftext|>\n".join(TEXTS).encode()}, []),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONTENT)
+def test_content_counts_where_the_name_says_something_else(
+    tmp_path: Path, data_dir: Path, name: str
+) -> None:
+    files, words = OTHER_CONTENT[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    paths = [tmp_path / file for file in files]
+    assert run("mine", *paths, "--tokenizer", "bytes", "--val-share", "0.2", *words) == ""
+    found = documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")
+    stripped = [bytes(document).decode().strip() for document in found]
+    assert sorted(stripped) == sorted(text.strip() for text in TEXTS)
+
+
+CONTRADICTIONS = {  # name: (file, content, part of the sentence)
+    "JSON lines": ("d.txt", jsonl(TEXTS), ":1: a line of JSON in a file that its name makes text; --format"),
+    "JSON lines with a BOM": ("d.txt", b"\xef\xbb\xbf" + jsonl(TEXTS), ":1: a line of JSON"),
+    "JSON after empty lines": ("d", b"\n\n" + jsonl(TEXTS), ":3: a line of JSON"),
+    "JSON lines in gzip": ("d.md.gz", gzip.compress(jsonl(TEXTS)), ":1: a line of JSON"),
+    "an array": ("d.txt", json.dumps([{"text": text} for text in TEXTS]).encode(), ":1: a line of JSON"),
+    "text": ("d.jsonl", TOGETHER, ":1: not JSON; JSON lines hold one object in a line; --format text"),
+    "an object in lines": ("d.json", b'{\n"text": "x"\n}\n', ":1: not JSON; JSON lines hold one object"),
+    "zstd": ("d.txt", b"\x28\xb5\x2f\xfd rest", " is zstd by its content"),
+    "bzip2": ("d.jsonl.gz", b"BZh91AY&SY rest", " is bzip2 by its content"),
+    "zip": ("d.txt", b"PK\x03\x04 rest", " is zip by its content"),
+    "UTF-16": ("d.txt", "text".encode("utf-16"), " is UTF-16 by its content"),
+    "UTF-16 without a mark": ("d.txt", "text".encode("utf-16-le"), ":1: a zero byte, so it is no text"),
+    "a tar file": ("d.txt.gz", gzip.compress(b"name\0\0\0text of a file"), ":1: a zero byte"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_content_that_contradicts_the_name_is_refused(tmp_path: Path, data_dir: Path, name: str) -> None:
+    file, content, says = CONTRADICTIONS[name]
+    (tmp_path / file).write_bytes(content)
+    assert f"{tmp_path / file}{says}" in run("mine", tmp_path / file, "--tokenizer", "bytes")
+    assert not list(data_dir.rglob("*"))
+
+
+def test_texts_that_only_begin_like_json_are_texts(tmp_path: Path, data_dir: Path) -> None:
+    for i, begin in enumerate(["[1] a footnote", "{curly}", "[]", "[1]", "BZhang", '"a"', "{"]):
+        (tmp_path / f"{i}.txt").write_text(begin + "\n" + '{"a": 1}\n' + "\n<|endoftext|>\n".join(TEXTS))
+    assert run("mine", *tmp_path.glob("*.txt"), "--tokenizer", "bytes", "--val-share", "0.2") == ""
+
+
 def test_what_cannot_be_tokenized_is_refused_in_one_sentence(tmp_path: Path, data_dir: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("one document only")
