@@ -8,7 +8,10 @@ Names ending in .jsonl, .ndjson or .json (before a .gz) hold one JSON object per
 --field; every other file is UTF-8 text, one document, or several with `<|endoftext|>` between them. A file
 whose content contradicts its name is refused; --format says what it is. Gzip is known by its content.
 A document goes to validation by a hash of its text, so copies of it never lie on both sides, whatever
-else is in the files. The same shards come out whatever the number of processes. Writes
+else is in the files; where that leaves a side empty, what is done instead is said. A training row takes
+the beginning of a document and drops what does not fit, so long documents are cut into several for
+training, at empty lines, line ends or words; validation takes them whole. The same shards come out
+whatever the number of processes. Writes
 $DATA_DIR/NAME/{train_000001,...,val_000000,...}.bin and manifest.json, the folder all at once.
 """
 
@@ -23,6 +26,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -46,6 +50,9 @@ from shards import (
 
 SEPARATOR = b"<|endoftext|>"
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabulary, document start)
+# Tokens of a training document at most. A row of the track tiny has 1,024: the shorter the documents, the
+# less is dropped at its end. The track short cuts documents at 2,048 tokens for most of its steps.
+DOCUMENT_TOKENS = {"gpt2": 2048, "bytes": 256}
 BATCH_BYTES = 1 << 20  # of text for one task of a worker
 JSON_NAMES = (".jsonl", ".ndjson", ".json")  # Hugging Face's to_json writes JSON lines into .json
 GZIP = b"\x1f\x8b"
@@ -64,10 +71,30 @@ class Piece(NamedTuple):
     is_json: bool
 
 
+class Document(NamedTuple):
+    hash: int  # 64 bits of the sha256 of its text
+    tokens: np.ndarray  # without the start, (n,) uint16
+    ends: list[int]  # where the pieces end into which it is cut for training; the last one is n
+
+
 class Tokenized(NamedTuple):
-    documents: list[tuple[bool, np.ndarray]]  # (whether it validates, its tokens with the start), uint16
-    bad: list[str]  # one sentence for each piece that is not a document
+    documents: list[Document]
+    bad: list[str]  # one sentence for each piece of a file that is not a document
     empty: int
+
+
+class Split(NamedTuple):
+    """Which documents validate: those with a small hash, or one that was chosen, or the end of that one."""
+
+    below: int = 0  # documents whose hash is less
+    chosen: int = -1  # the hash of one
+    pieces: int | None = None  # how many of the last pieces of the chosen one; None: all of it
+
+    def validating(self, document: Document) -> int:
+        """How many of the last pieces of a document validate."""
+        if document.hash == self.chosen and self.pieces is not None:
+            return self.pieces
+        return len(document.ends) * (document.hash == self.chosen or document.hash < self.below)
 
 
 def is_json_lines(path: Path, form: str) -> bool:
@@ -185,8 +212,47 @@ def text_of(piece: Piece, field: str) -> str:
     return record[field]
 
 
-def tokenize(batch: list[Piece], tokenizer: str, field: str, val_share: float) -> Tokenized:
-    """Tokens of each piece, and the side to which the hash of its text puts it."""
+LINE, BLANK, SPACE, INSIDE = 1, 2, 4, 8  # flags of a token: see `kinds`
+
+
+@functools.cache
+def kinds(tokenizer: str) -> np.ndarray:
+    """Flags of each token, (V,): ends a line, is whitespace, begins with it, begins inside a character."""
+    texts = [bytes([i]) for i in range(256)]
+    if tokenizer == "gpt2":
+        texts = [gpt2().decode_single_token_bytes(i) for i in range(VOCABULARY["gpt2"][1])]
+    return np.array([
+        LINE * text.endswith(b"\n") | BLANK * text.isspace() | SPACE * text[:1].isspace()
+        | INSIDE * (text[0] & 0xC0 == 0x80)
+        for text in texts
+    ], np.uint8)  # fmt: skip
+
+
+def cut(tokens: np.ndarray, limit: int, tokenizer: str) -> list[int]:
+    """Where the pieces of a document end, each of at most `limit` tokens; joined, they are the document.
+
+    A piece ends after an empty line if there is one in its second half, else after a line, a word or a
+    character, and as late as that allows.
+    """
+    ends, begin = [], 0
+    while len(tokens) - begin > limit:
+        flags = kinds(tokenizer)[tokens[begin : begin + limit + 1]]  # and of the token after the piece
+        line, blank = flags & LINE > 0, flags & BLANK > 0
+        lines = line.cumsum()  # that have ended
+        # the same as of the last token that is not blank: two more are an empty line
+        before = np.maximum.accumulate(np.where(blank, 0, lines))
+        after_line = line + (line & (lines - before >= 2)).astype(np.int8)
+        after_word = blank[:-1] | (flags[1:] & SPACE > 0)
+        after_character = flags[1:] & INSIDE == 0
+        # how good it is to end with each token of the second half
+        good = (2 * after_line[:-1] + after_word + after_character)[limit // 2 :]
+        begin += limit - int(good[::-1].argmax())
+        ends.append(begin)
+    return [*ends, len(tokens)]
+
+
+def tokenize(batch: list[Piece], tokenizer: str, field: str, limit: int) -> Tokenized:
+    """The documents of a batch, cut into pieces of `limit` tokens at most."""
     documents, bad, empty = [], [], 0
     for piece in batch:
         try:
@@ -202,32 +268,99 @@ def tokenize(batch: list[Piece], tokenizer: str, field: str, val_share: float) -
             empty += 1
             continue
         tokens = np.frombuffer(encoded, np.uint8) if tokenizer == "bytes" else gpt2().encode_ordinary(text)
-        validates = int.from_bytes(hashlib.sha256(encoded).digest()[:8]) < val_share * 2**64
-        documents.append((validates, np.concatenate([[VOCABULARY[tokenizer][1]], tokens]).astype(np.uint16)))
+        tokens = np.asarray(tokens, np.uint16)
+        number = int.from_bytes(hashlib.sha256(encoded).digest()[:8])
+        documents.append(Document(number, tokens, cut(tokens, limit, tokenizer)))
     return Tokenized(documents, bad, empty)
 
 
 class ShardWriter:
     """Collects the documents of one split and writes a shard whenever the next one would not fit."""
 
-    def __init__(self, folder: Path, split: str, first: int, limit: int, files: dict[str, dict]):
-        self.folder, self.split, self.number, self.limit, self.files = folder, split, first, limit, files
-        self.documents: list[np.ndarray] = []
+    def __init__(self, folder: Path, split: str, first: int, start: int, limit: int):
+        self.folder, self.split, self.number, self.limit = folder, split, first, limit
+        self.start = np.array([start], np.uint16)
+        self.files: dict[str, dict] = {}
+        self.parts: list[np.ndarray] = []
         self.size = self.total = self.count = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        if self.size + len(tokens) > self.limit:
+        """Take a document, without its start."""
+        size = 1 + len(tokens)
+        if self.size + size > self.limit:
             self.flush()
-        self.documents.append(tokens)
-        self.size += len(tokens)
-        self.total += len(tokens)
+        self.parts += [self.start, tokens]
+        self.size += size
+        self.total += size
         self.count += 1
 
     def flush(self) -> None:
-        if self.documents:
+        if self.parts:
             name = f"{self.split}_{self.number:06d}.bin"
-            self.files[name] = write_shard(self.folder / name, np.concatenate(self.documents))
-            self.documents, self.size, self.number = [], 0, self.number + 1
+            self.files[name] = write_shard(self.folder / name, np.concatenate(self.parts))
+            self.parts, self.size, self.number = [], 0, self.number + 1
+
+
+class Corpus:
+    """The shards of a corpus while they are written, and what the user is told of them."""
+
+    def __init__(self, folder: Path, split: Split, tokenizer: str, shard_tokens: int):
+        start = VOCABULARY[tokenizer][1]
+        self.split = split
+        self.train = ShardWriter(folder, "train", 1, start, shard_tokens)
+        self.val = ShardWriter(folder, "val", 0, start, shard_tokens)
+        self.bad = self.empty = 0
+        self.cut = self.pieces = 0  # long training documents, and what became of them
+        self.sizes: dict[int, list[int]] = {}  # by hash: tokens, pieces; kept while a side is empty
+
+    def add(self, document: Document) -> None:
+        hashed, tokens, ends = document
+        if not self.complete():
+            size = self.sizes.setdefault(hashed, [0, len(ends)])
+            size[0] += len(tokens)
+        trains = ends[: len(ends) - self.split.validating(document)]
+        for begin, end in zip([0, *trains], trains):
+            self.train.add(tokens[begin:end])
+        if len(trains) < len(ends):
+            self.val.add(tokens[trains[-1] if trains else 0 :])
+        if len(trains) > 1:
+            self.cut, self.pieces = self.cut + 1, self.pieces + len(trains)
+
+    def complete(self) -> bool:
+        return bool(self.train.count and self.val.count)
+
+    def flush(self) -> dict[str, dict]:
+        """Write what is left; the manifest's entries of all shards."""
+        self.train.flush()
+        self.val.flush()
+        return self.train.files | self.val.files
+
+
+def split_of_few(sizes: dict[int, list[int]], share: float) -> tuple[Split, str]:
+    """A split for documents all of which the hash puts on one side, and the sentence that says it.
+
+    A whole document validates, the one whose size is nearest to the share, unless that is far too much of
+    the text; then the end of the longest one does. DataError if there is too little text for either.
+    """
+    if not sizes:
+        raise DataError("the files hold no text")
+    total = sum(tokens for tokens, _ in sizes.values())
+    nearest = min(sizes, key=lambda one: (abs(sizes[one][0] - share * total), one))
+    longest = max(sizes, key=lambda one: (sizes[one][1] > 1, sizes[one][0], one))
+    few = f"{len(sizes)} documents are too few to choose by their hash"
+    tokens, _ = sizes[nearest]
+    long = sizes[longest][1] > 1
+    if len(sizes) > 1 and (tokens <= max(0.1, 2 * share) * total or not long):
+        return Split(chosen=nearest), f"{few}: one of them validates, {tokens / total:.1%} of the text"
+    if not long:
+        raise DataError(f"one document of {total:,} tokens is too little to train and to validate")
+    tokens, pieces = sizes[longest]
+    last = min(pieces - 1, max(1, round(share * total * pieces / tokens)))
+    sentence = (
+        f"{few}: the end of the longest validates, {last} of its {pieces} pieces, "
+        "so both sides hold parts of the same text"
+    )
+    return Split(chosen=longest, pieces=last), sentence
 
 
 def start_worker() -> None:
@@ -255,6 +388,36 @@ def in_order(
         yield waiting.popleft().result()
 
 
+def write_corpus(folder: Path, paths: Sequence[Path], args: argparse.Namespace, split: Split) -> Corpus:
+    """Tokenize the files into the shards of a folder.
+
+    DataError for a file that cannot be read, and for a bad line unless those are left out.
+    """
+    corpus = Corpus(folder, split, args.tokenizer, args.shard_tokens)
+    limit = (args.document_tokens or DOCUMENT_TOKENS[args.tokenizer]) - 1  # without the start
+    options = dict(tokenizer=args.tokenizer, field=args.field, limit=limit)
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar, \
+         concurrent.futures.ProcessPoolExecutor(args.processes,
+                                                initializer=start_worker) as pool:  # fmt: skip
+        tasks = batches(paths, bar, args.format)
+        try:
+            for result in in_order(pool, tasks, 4 * args.processes, **options):
+                if result.bad and not args.skip_bad:
+                    raise DataError(f"{result.bad[0]}; --skip-bad leaves such lines out and reports them")
+                if split.chosen < 0:  # else the files are read a second time
+                    for sentence in result.bad:
+                        bar.write(f"data/tokenize_text.py: left out: {sentence}", file=sys.stderr)
+                corpus.bad += len(result.bad)
+                corpus.empty += result.empty
+                for document in result.documents:
+                    corpus.add(document)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return corpus
+
+
 def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
     """Tokenize the files into the corpus `name`, which appears complete or not at all.
 
@@ -267,44 +430,31 @@ def build(name: str, paths: Sequence[Path], args: argparse.Namespace) -> None:
         raise DataError(f"{missing[0]} is not a file")
     if args.tokenizer == "gpt2":
         gpt2()  # once here, for all workers
-    files: dict[str, dict] = {}
-    bad = empty = 0
+    by_hash, how = Split(below=int(args.val_share * 2**64)), ""
     with scratch_folder(folder.parent, name) as scratch:
-        made = scratch / name
-        train = ShardWriter(made, "train", 1, args.shard_tokens, files)
-        val = ShardWriter(made, "val", 0, args.shard_tokens, files)
-        size = sum(path.stat().st_size for path in paths)
-        ahead = 4 * args.processes
-        options = dict(tokenizer=args.tokenizer, field=args.field, val_share=args.val_share)
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar, \
-             concurrent.futures.ProcessPoolExecutor(args.processes,
-                                                    initializer=start_worker) as pool:  # fmt: skip
-            try:
-                for result in in_order(pool, batches(paths, bar, args.format), ahead, **options):
-                    if result.bad and not args.skip_bad:
-                        raise DataError(f"{result.bad[0]}; --skip-bad leaves such lines out and reports them")
-                    for sentence in result.bad:
-                        bar.write(f"data/tokenize_text.py: left out: {sentence}", file=sys.stderr)
-                    bad, empty = bad + len(result.bad), empty + result.empty
-                    for validates, tokens in result.documents:
-                        (val if validates else train).add(tokens)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        train.flush()
-        val.flush()
-        if not train.count or not val.count:
-            raise DataError(
-                f"{train.count} documents would train and {val.count} validate; both are needed: "
-                "give more documents (text files are split at lines <|endoftext|>) or another --val-share"
-            )
-        write_manifest(made, name, *VOCABULARY[args.tokenizer], files)
-        publish_folder(made, folder)
+        corpus = write_corpus(scratch / name, paths, args, by_hash)
+        if not corpus.complete():
+            split, how = split_of_few(corpus.sizes, args.val_share)
+            shutil.rmtree(scratch / name, ignore_errors=True)  # there only if a shard was full
+            corpus = write_corpus(scratch / name, paths, args, split)
+        write_manifest(scratch / name, name, *VOCABULARY[args.tokenizer], corpus.flush())
+        publish_folder(scratch / name, folder)
+    report(folder, corpus, how, args)
+
+
+def report(folder: Path, corpus: Corpus, how: str, args: argparse.Namespace) -> None:
+    """Say what was made, and the command that trains on it."""
+    train, val = corpus.train, corpus.val
     print(f"{folder}: {train.total:,} tokens in {train.count:,} documents train, "
           f"{val.total:,} in {val.count:,} validate, "
-          f"{bad} bad lines and {empty} empty documents left out")  # fmt: skip
+          f"{corpus.bad} bad lines and {corpus.empty} empty documents left out")  # fmt: skip
+    if corpus.cut:
+        limit = args.document_tokens or DOCUMENT_TOKENS[args.tokenizer]
+        print(f"{corpus.cut:,} documents are longer than {limit:,} tokens and train as {corpus.pieces:,}")
+    if how:
+        print(how)
     track = "tiny" if args.tokenizer == "bytes" else "short"
-    print(f"./run.sh {track} --data.corpus {name} --evaluation.tokens {val.total - val.count}")
+    print(f"./run.sh {track} --data.corpus {folder.name} --evaluation.tokens {val.total - val.count}")
 
 
 def positive(text: str) -> int:
@@ -338,6 +488,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shard-tokens", type=positive, default=100_000_000,
                         help="tokens of a shard at most, unless "
                         "one document is longer (default 100,000,000)")  # fmt: skip
+    parser.add_argument("--document-tokens", type=positive, help="tokens of a training document at most, "
+                        "longer ones are cut (default 2,048, for bytes 256)")  # fmt: skip
     parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave bad lines out instead of stopping at the first"
@@ -345,6 +497,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         sys.exit(f"data/tokenize_text.py: a corpus name has letters, digits, _ and -, not {args.name!r}")
+    if args.document_tokens == 1:
+        sys.exit("data/tokenize_text.py: --document-tokens is at least 2, its start and one more")
     try:
         build(args.name, args.files, args)
     except KeyboardInterrupt:

@@ -6,17 +6,20 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import shards
 import tokenize_text
@@ -253,8 +256,9 @@ def test_texts_that_only_begin_like_json_are_texts(tmp_path: Path, data_dir: Pat
 def test_what_cannot_be_tokenized_is_refused_in_one_sentence(tmp_path: Path, data_dir: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("one document only")
-    assert "0 validate" in run("mine", source, "--tokenizer", "bytes") or "0 documents would train" in run(
-        "mine", source, "--tokenizer", "bytes")  # fmt: skip
+    assert "one document of 17 tokens is too little" in run("mine", source, "--tokenizer", "bytes")
+    source.write_text("\n")
+    assert "the files hold no text" in run("mine", source, "--tokenizer", "bytes")
     assert "nothing.txt is not a file" in run("mine", tmp_path / "nothing.txt", "--tokenizer", "bytes")
     assert "a corpus name has" in run("../mine", source, "--tokenizer", "bytes")
     (data_dir / "mine").mkdir(parents=True)
@@ -267,6 +271,170 @@ def test_empty_documents_are_left_out(tmp_path: Path, data_dir: Path, capsys: py
     assert run("mine", tmp_path / "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2") == ""
     assert "2 empty documents" in capsys.readouterr().out
     assert len(documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")) == len(TEXTS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Long documents and few documents
+
+
+def reference_cut(text: str, limit: int) -> list[str]:
+    """The same cut character by character, of a text of ASCII."""
+    pieces = []
+    while len(text) > limit:
+        ends = {}
+        for end in range(limit // 2 + 1, limit + 1):
+            head = text[:end]
+            lines = head.split("\n")
+            if len(lines) > 2 and not lines[-1] and not lines[-2].strip():
+                goodness = 3
+            elif head.endswith("\n"):
+                goodness = 2
+            else:
+                goodness = int(head[-1].isspace() or text[end].isspace())
+            ends[goodness] = end
+        pieces.append(text[: ends[max(ends)]])
+        text = text[len(pieces[-1]) :]
+    return [*pieces, text]
+
+
+@given(st.text(alphabet="ab \t\n", max_size=120), st.integers(1, 30))
+def test_long_documents_are_cut_at_empty_lines_lines_and_words(text: str, limit: int) -> None:
+    tokens = np.frombuffer(text.encode(), np.uint8)
+    ends = tokenize_text.cut(tokens, limit, "bytes")
+    pieces = [text[begin:end] for begin, end in zip([0, *ends], ends)]
+    assert "".join(pieces) == text and all(len(piece) <= limit for piece in pieces)
+    assert pieces == reference_cut(text, limit)
+
+
+def test_no_cut_within_a_character() -> None:
+    encoded = ("\u4e2d" * 50).encode()
+    ends = tokenize_text.cut(np.frombuffer(encoded, np.uint8), 20, "bytes")
+    assert [encoded[begin:end].decode() for begin, end in zip([0, *ends], ends)] == ["\u4e2d" * 6] * 8 + [
+        "\u4e2d" * 2
+    ]
+
+
+class Words:
+    """A stand-in of tiktoken's GPT-2: a token for each word with the space before it, or for a line end."""
+
+    texts = [b"\n", b"a", b" a", b" b.", b"  "]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        found = re.findall(r"\n| a| b\.|a|  ", text)
+        assert "".join(found) == text
+        return [self.texts.index(word.encode()) for word in found]
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self.texts[token] if token < len(self.texts) else b"x"
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> Iterator[Words]:
+    """The workers are forked, so they have it too."""
+    stand_in = Words()
+    monkeypatch.setattr(tokenize_text, "gpt2", lambda: stand_in)
+    tokenize_text.kinds.cache_clear()
+    yield stand_in
+    tokenize_text.kinds.cache_clear()
+
+
+def test_gpt2_tokens_are_cut_at_the_same_places(words: Words) -> None:
+    def cut(text: str, limit: int) -> list[str]:
+        tokens = np.array(words.encode_ordinary(text), np.uint16)
+        ends = tokenize_text.cut(tokens, limit, "gpt2")
+        return [b"".join(words.texts[t] for t in tokens[a:b]).decode() for a, b in zip([0, *ends], ends)]
+
+    assert cut("a a\n\na a\na a a", 7) == ["a a\n\n", "a a\na a a"]
+    assert cut("a a a\n  \na a\na a a", 8) == ["a a a\n  \n", "a a\na a a"]
+    assert cut("a a a\na a a", 5) == ["a a a\n", "a a a"]
+    assert cut("a b. b. b. b. b.", 4) == ["a b. b. b.", " b. b."]
+
+
+def book(number: int, paragraphs: int) -> str:
+    """Paragraphs of two lines, none of which is in another book."""
+    lines = [f"book {number}, line {i}: " + "word " * (i % 9) for i in range(2 * paragraphs)]
+    return "\n\n".join("\n".join(pair) for pair in zip(lines[::2], lines[1::2])) + "\n"
+
+
+def test_all_text_of_long_documents_is_there(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In the order of the text; validation has whole documents."""
+    books = [book(i, 20 + i) for i in range(40)]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(books))
+    options = ["--tokenizer", "bytes", "--val-share", "0.2", "--document-tokens", "101"]
+    assert run("mine", tmp_path / "in.jsonl", *options) == ""
+    sides = expected(books, 0.2)
+    train, val = documents(data_dir / "mine", "train"), documents(data_dir / "mine", "val")
+    assert val == sides["val"] and sum(train, []) == sum(sides["train"], [])
+    assert max(map(len, train)) <= 100  # the start is the other one
+    assert all(bytes(document).endswith(b"\n") for document in train)
+    said = capsys.readouterr().out
+    assert f"{len(sides['train'])} documents are longer than 101 tokens and train as {len(train):,}" in said
+
+
+def split_of(folder: Path, books: list[str]) -> dict[int, list[str]]:
+    """For each side the books of which it has text: {number of the book: sides}."""
+    found = {i: [] for i in range(len(books))}
+    for split in ("train", "val"):
+        text = b"".join(bytes(document) for document in documents(folder, split)).decode()
+        for i in {int(number) for number in re.findall(r"book (\d+),", text)}:
+            found[i].append(split)
+    return found
+
+
+def test_of_few_long_documents_a_whole_one_validates(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Sixty books of which the hash takes none: one of the size of the share, and copies of it, validate."""
+    books = [book(i, 12 + i % 7) for i in range(60)]
+    assert not expected(books, 0.0001)["val"]
+    for i, text in enumerate([*books, *books[:30]]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    paths = sorted(tmp_path.glob("*.txt"))
+    assert run("mine", *paths, "--tokenizer", "bytes", "--val-share", ".0001", "--processes", "2") == ""
+    said = capsys.readouterr().out
+    assert "60 documents are too few to choose by their hash: one of them validates" in said
+    sides = split_of(data_dir / "mine", books)
+    assert [len(found) for found in sides.values()] == [1] * 60
+    assert sum(found == ["val"] for found in sides.values()) == 1
+    both = documents(data_dir / "mine", "train") + documents(data_dir / "mine", "val")
+    assert sum(map(len, both)) == sum(path.stat().st_size for path in paths)
+    assert [path.name for path in data_dir.iterdir()] == ["mine"]
+    # neither the order of the files nor the number of processes matters
+    val = documents(data_dir / "mine", "val")
+    options = ["--tokenizer", "bytes", "--val-share", ".0001", "--processes", "1"]
+    assert run("again", *paths[::-1], *options) == ""
+    assert documents(data_dir / "again", "val") == val
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_one_long_document_the_end_validates(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture, count: int
+) -> None:
+    books = [book(i, 200 + i) for i in range(count)]
+    for i, text in enumerate(books):
+        (tmp_path / f"{i}.txt").write_text(text)
+    assert run("mine", *tmp_path.glob("*.txt"), "--tokenizer", "bytes") == ""
+    said = capsys.readouterr().out
+    assert f"{count} documents are too few" in said and "both sides hold parts of the same text" in said
+    (val,) = documents(data_dir / "mine", "val")
+    assert books[-1].encode().endswith(bytes(val))
+    assert 0.002 < len(val) / sum(map(len, books)) < 0.04
+    train = documents(data_dir / "mine", "train")
+    assert sorted(sum(train, []) + val) == sorted("".join(books).encode())
+
+
+def test_of_few_short_documents_one_validates_and_one_trains(tmp_path: Path, data_dir: Path) -> None:
+    for i, share in enumerate([".0001", ".9999"]):
+        (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS[:3]))
+        assert run(f"mine{i}", tmp_path / "in.jsonl", "--tokenizer", "bytes", "--val-share", share) == ""
+        counts = [len(documents(data_dir / f"mine{i}", split)) for split in ("train", "val")]
+        assert sum(counts) == 3 and all(counts)
+
+
+# --------------------------------------------------------------------------------------------------
+# In a process of its own
 
 
 def alive(session: int) -> list[str]:
