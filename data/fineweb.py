@@ -10,7 +10,7 @@ where it names them, else against the hub by sha256. huggingface_hub reads its u
 (HF_ENDPOINT, HF_TOKEN, ...).
 """
 
-import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from shards import (
     HEADER_BYTES,
     DataError,
+    Parser,
     check_shard,
     data_dir,
     exclusive,
@@ -122,14 +123,12 @@ def fetch(train: int, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse N and fetch; ends with status 1 and one sentence when that fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("data/fineweb.py", __doc__)
     parser.add_argument(
         "N", nargs="?", default="9", help=f"number of training shards, 1..{TRAIN_SHARDS} (default 9)"
     )
     given = parser.parse_args(arguments).N
-    if not given.isdecimal() or not 1 <= int(given) <= TRAIN_SHARDS:
+    if not re.fullmatch("[0-9]{1,3}", given) or not 1 <= int(given) <= TRAIN_SHARDS:
         sys.exit(f"data/fineweb.py: N is the number of training shards, 1 to {TRAIN_SHARDS}, not {given!r}")
     try:
         folder = data_dir() / "fineweb10B"

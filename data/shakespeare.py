@@ -10,7 +10,6 @@ The same bytes come out on every machine. Nothing is downloaded when the corpus 
 are right.
 """
 
-import argparse
 import random
 import re
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 
 from shards import (
     DataError,
+    Parser,
     data_dir,
     exclusive,
     holds,
@@ -137,9 +137,7 @@ def is_complete(folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make the corpus unless it is there; ends with status 1 and one sentence when that fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("data/shakespeare.py", __doc__)
     parser.parse_args(arguments)
     folder = data_dir() / "shakespeare"
     try:

@@ -7,15 +7,19 @@ which is written last. Every writer here goes through a temporary name in the sa
 name always means a whole file.
 """
 
+import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -26,6 +30,17 @@ MANIFEST = "manifest.json"
 
 class DataError(ValueError):
     """Data that is missing, damaged or foreign; the message is one sentence for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose refusals are one sentence, without the list of options before it."""
+
+    def __init__(self, script: str, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.script = script
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"{self.script}: {message}; --help lists the options")
 
 
 def data_dir() -> Path:
@@ -83,6 +98,44 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def locked(folder: Path) -> int | None:
+    """A lock on a folder, held until the returned file is closed; None where another process holds it.
+
+    A process that is killed holds it no longer.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another; or this file system has no locks
+        os.close(lock)
+        return None
+    return lock
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new hidden folder in `parent`, removed at the end; what killed processes left goes too."""
+    parent.mkdir(parents=True, exist_ok=True)
+    guard = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # no locks in this file system: nothing is taken for left
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        for left in parent.glob(".*.tmp"):
+            if left.is_dir() and (lock := locked(left)) is not None:
+                shutil.rmtree(left)
+                os.close(lock)
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{prefix}.", suffix=".tmp"))
+        lock = locked(folder)
+    finally:
+        os.close(guard)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def sha256_of(path: Path) -> str:

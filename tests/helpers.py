@@ -172,6 +172,17 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     return error.removeprefix("train_gpt.py: ").strip()
 
 
+def one_sentence(status: int | None, said: str, begins: str) -> str:
+    """What a program said on stderr when it refused something: one line that names the program.
+
+    Returns it without the name.
+    """
+    assert "Traceback" not in said, said
+    assert status not in (0, None) and said.startswith(begins) and said.endswith("\n"), (status, said)
+    assert said.count("\n") == 1, said
+    return said.removeprefix(begins).strip()
+
+
 def check_close(outcome: Outcome, expected: Outcome) -> None:
     """The same losses and parameters up to rounding."""
     assert [loss[:2] for loss in outcome.losses] == [loss[:2] for loss in expected.losses]

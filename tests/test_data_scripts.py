@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import fineweb
 import shakespeare
 import shards
-from helpers import ROOT
+from helpers import ROOT, one_sentence
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,6 +178,8 @@ def test_data_dir_is_the_environments_or_beside_the_scripts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("DATA_DIR", raising=False)
+    assert shards.data_dir() == ROOT / "data"
+    monkeypatch.setenv("DATA_DIR", "")  # as docker compose and CI pass an unset variable on
     assert shards.data_dir() == ROOT / "data"
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert shards.data_dir() == tmp_path
@@ -661,13 +663,15 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def run_script(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script as a user does, from another folder."""
     dropped = [name for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")]
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return subprocess.run([sys.executable, str(ROOT / "data" / script), *arguments],
-                          env={**kept, **environment}, cwd=environment["DATA_DIR"], capture_output=True,
-                          text=True)  # fmt: skip
+                          env={**kept, **environment}, cwd=cwd or environment["DATA_DIR"],
+                          capture_output=True, text=True)  # fmt: skip
 
 
 def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str) -> None:
@@ -679,9 +683,8 @@ def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str
     done = run_script("fineweb.py", "1", **{**settings, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 0 and "nothing to do" in done.stdout
     done = run_script("fineweb.py", "2", **{**settings, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert done.returncode == 1
-    assert done.stderr.startswith("data/fineweb.py: the hub did not give the list of files")
-    assert done.stderr.count("\n") == 1
+    said = one_sentence(done.returncode, done.stderr, "data/fineweb.py: ")
+    assert said.startswith("the hub did not give the list of files")
     check_corpus(folder, VAL, TRAIN_1)
 
 
@@ -689,3 +692,47 @@ def test_fetch_with_the_real_library(tmp_path: Path, folder: Path, endpoint: str
 def test_help_is_said_without_doing_anything(tmp_path: Path, script: str, says: str) -> None:
     done = run_script(script, "--help", DATA_DIR=str(tmp_path))
     assert done.returncode == 0 and "usage:" in done.stdout and contents(tmp_path) == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# Refusals of all scripts, as a user sees them
+
+TOKENIZE = "tokenize_text.py"
+REFUSED = {  # name: (script, words, part of the sentence)
+    "no file": (TOKENIZE, ["mine", "nosuch.txt", "--tokenizer", "bytes"], "nosuch.txt is not a"),
+    "a folder": (TOKENIZE, ["mine", ".", "--tokenizer", "bytes"], ". is not a file"),
+    "a name with a slash": (TOKENIZE, ["../mine", "a.txt"], "a corpus name has"),
+    "taken": (TOKENIZE, ["taken", "a.txt", "--tokenizer", "bytes"], "is there already"),
+    "no files": (TOKENIZE, ["mine"], "files"),
+    "processes": (TOKENIZE, ["mine", "a.txt", "--processes", "0"], "'0' is not a whole number"),
+    "a long number": (TOKENIZE, ["mine", "a.txt", "--shard-tokens", "9" * 5000], "not a whole number"),
+    "a share": (TOKENIZE, ["mine", "a.txt", "--val-share", "5%"], "'5%' is not a share"),
+    "a tokenizer": (TOKENIZE, ["mine", "a.txt", "--tokenizer", "word"], "word"),
+    "not UTF-8": (TOKENIZE, ["mine", "latin.txt", "--tokenizer", "bytes"], "latin.txt:2: not UTF-8"),
+    "N": ("fineweb.py", ["0"], "1 to 103, not '0'"),
+    "a long N": ("fineweb.py", ["9" * 5000], "1 to 103"),
+    "fineweb option": ("fineweb.py", ["--shards", "3"], "--shards"),
+    "shakespeare option": ("shakespeare.py", ["--force"], "--force"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refusal_is_one_sentence(tmp_path: Path, name: str) -> None:
+    """Each in a process of its own, in which nothing has been imported or used before."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "a.txt").write_text("some text\n")
+    (tmp_path / "latin.txt").write_bytes(b"text\n\xe4\n")
+    script, words, says = REFUSED[name]
+    before = contents(tmp_path)
+    done = run_script(script, *words, DATA_DIR=str(tmp_path))
+    assert says in one_sentence(done.returncode, done.stderr, f"data/{script}: ")
+    assert "Traceback" not in done.stdout and contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["taken"]
+
+
+@pytest.mark.parametrize("script", ["fineweb.py", "shakespeare.py", TOKENIZE])
+def test_a_data_dir_that_is_a_file_is_one_sentence(tmp_path: Path, script: str) -> None:
+    (tmp_path / "a.txt").write_text("some text\n")
+    words = ["mine", "a.txt", "--tokenizer", "bytes"] if script == TOKENIZE else []
+    done = run_script(script, *words, DATA_DIR=str(tmp_path / "a.txt"), cwd=tmp_path)
+    assert "a.txt" in one_sentence(done.returncode, done.stderr, f"data/{script}: ")
