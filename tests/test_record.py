@@ -552,7 +552,7 @@ def scripts(tmp_path: Path):
         path.write_text(text)
         return path
 
-    (tmp_path / "records").mkdir()
+    (tmp_path / "records").mkdir(exist_ok=True)
     return write
 
 
@@ -715,6 +715,94 @@ def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
     assert json.loads(json.dumps(train_gpt.dataclasses.asdict(track))) == run.header["settings"]
     with pytest.raises(ValueError, match="settings.evaluation.tokens is 1000, track tiny says"):
         claims.summarize(only(tmp_path, "real"))
+
+
+def test_a_track_that_nobody_knows_is_refused_before_anything_is_made(tmp_path, scripts, capsys):
+    arguments = ("--name", "x", "--runs", "0", "--source", scripts("script"))
+    assert command(tmp_path, "run", "--track", "nosuch", *arguments) == 1
+    assert capsys.readouterr().err.startswith("record.py: unknown track 'nosuch', there are tiny, ")
+    ab = ("ab", "--track", "nosuch", "--baseline", scripts("a"), "--candidate", scripts("b"), "--name", "b")
+    assert command(tmp_path, *ab) == 1 and "unknown track 'nosuch'" in capsys.readouterr().err
+    assert command(tmp_path, "run", *arguments) == 1
+    assert "track tiny has no record x yet; with --runs 1 or more" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "records").rglob("*") if path.name != ".lock"] == []
+
+
+def test_a_record_whose_first_run_failed_is_none_yet(tmp_path, folder, scripts, capsys):
+    fail = tmp_path / "fail"
+    fail.touch()
+    script = scripts("script", FAIL=str(fail))
+    assert command(tmp_path, "run", "--name", "x", "--runs", "1", "--source", script) == 1
+    assert only(tmp_path, "x").is_dir()
+    assert command(tmp_path, "verify") == 0
+    # but one whose runs were taken away is one
+    shutil.rmtree(folder / "runs")
+    assert command(tmp_path, "verify") == 1 and "runs: there is no log" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("track", ["nosuch", "short"])
+def test_logs_of_a_track_whose_rules_are_not_those_of_the_folder_are_refused(folder, track):
+    edit_logs(
+        folder, change("header", "track", track), change("header", "settings.evaluation.target", 1.6),
+        change("final", "target", 1.6),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"track is {track}, its record lies in tiny/"):
+        claims.verify(folder)
+    moved = folder.parents[1] / "nosuch" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    with pytest.raises(ValueError, match="unknown track 'nosuch', there are tiny"):
+        claims.verify(moved)
+
+
+def test_a_byte_order_mark_changes_nothing(challenger, folder, capsys):
+    """As PowerShell and Notepad write it."""
+    root = folder.parents[1]
+    readmes(folder)
+    assert record.main(["--root", str(root), "table"]) == 0
+    files = [next(challenger.glob("runs/*")), *challenger.glob("*.json*"), *folder.glob("*.json")]
+    files.append(challenger / "README.md")
+    assert len(files) == 5
+    for path in files:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert record.main(["--root", str(root), "verify"]) == 0
+    assert record.main(["--root", str(root), "table", "--check"]) == 0, capsys.readouterr().out
+    assert record.results_of(folder.parent)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.0, -1.5, math.inf, math.nan])
+@pytest.mark.parametrize("side", ["candidate", "baseline"])
+def test_a_time_that_is_none_is_named(challenger, folder, side, seconds):
+    path = claims.read_runs(challenger if side == "candidate" else folder)[2].path
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[-2:]:
+        line["train_time_s"] = seconds
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=f"^{path}: final.train_time_s is {seconds}, no time"):
+        claims.summarize(challenger)
+
+
+def test_a_baseline_that_is_not_there_is_named(challenger, folder):
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(ValueError, match=rf"pairs.jsonl: the folder \S*{BASE} of the baseline is missing"):
+        claims.summarize(challenger)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "nosuch"],
+        ["import", "nosuch"],
+        ["public", "nosuch"],
+        ["run", "--track", "nosuch", "--name", "x", "--runs", "0"],
+    ],
+)
+def test_refusals_as_they_are_typed(tmp_path, arguments):
+    out = ["--out", "page.md"] if arguments[0] == "public" else []
+    line = [sys.executable, str(ROOT / "tools" / "record.py"), "--root", ".", *arguments, *out]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "nosuch" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr and list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from lib.tables import chance, claim, history, number, page_text, pages, title, 
 
 
 def command_run(a: argparse.Namespace) -> int:
-    folder = new_record(a.root, a.track, a.name, a.source)
+    folder = new_record(a.root, a.track, a.name, a.source, must_exist=a.runs == 0)
     record = Record(folder, a.overrides, a.processes)
     record.planned = a.runs
     done = min(a.runs, len(record.runs))
@@ -243,7 +243,8 @@ def command_table(a: argparse.Namespace) -> int:
 
 
 def results_of(track: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(track.glob("*/result.json"))]
+    paths = sorted(track.glob("*/result.json"))
+    return [json.loads(path.read_text(encoding="utf-8-sig")) for path in paths]
 
 
 def command_plot(a: argparse.Namespace) -> int:

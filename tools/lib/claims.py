@@ -36,6 +36,12 @@ def rules(track: str) -> dict[str, Any]:
     return {key: settings[key] for key in (*fixed, "evaluation.tokens")}
 
 
+def unknown_track(track: str) -> str:
+    import train_gpt
+
+    return f"unknown track {track!r}, there are {', '.join(train_gpt.TRACKS)}"
+
+
 # the files that data/shakespeare.py makes, the same bytes on every machine
 SHAKESPEARE = {
     "train_000001.bin": "0a2e806df4be9b1a90a5d0713ec012ec26a3a18ac85d1f38e628ef42187cd48e",
@@ -121,6 +127,9 @@ def flaws(run: Run) -> list[str]:
 def problems(runs: Sequence[Run], source: Path) -> list[str]:
     """Why these runs of this source prove nothing, each and together. Empty when nothing is wrong."""
     found, first = [flaw for run in runs for flaw in flaws(run)], runs[0]
+    track = source.parent.parent.name
+    if first.header["track"] != track:
+        found.append(f"{first.path}: track is {first.header['track']}, its record lies in {track}/")
     for run in runs[1:]:
         for key in SAME:
             if run.header.get(key) != first.header.get(key):
@@ -194,7 +203,8 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "pairs.jsonl"
     try:
-        pairs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+        pairs = [json.loads(line) for line in text.splitlines()]
         for pair in pairs:
             if not all(
                 isinstance(pair[key], str) for key in ("baseline", "order", "baseline_run", "candidate_run")
@@ -405,9 +415,11 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
+    if not rules(track := folder.resolve().parent.name):
+        raise ValueError(f"{folder}: {unknown_track(track)}")
     result = summarize(folder)
     try:
-        stored = json.loads((folder / "result.json").read_text())
+        stored = json.loads((folder / "result.json").read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{folder / 'result.json'} is missing; `record.py run --runs 0` writes it") from None
     except ValueError:
@@ -423,8 +435,14 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def record_folders(root: Path) -> list[Path]:
-    """Every record below the folder of the tracks; a folder with a table.json is a comparison
-    (compare.py)."""
+    """Every record below the folder of the tracks.
+
+    A folder with a table.json is a comparison (compare.py), and one with nothing but its script and what a
+    run under way writes is no record yet.
+    """
+    begun = ("runs", "discarded", "result.json", "pairs.jsonl", "README.md")
     return sorted(
-        path.parent for path in root.glob("*/*/train_gpt.py") if not (path.parent / "table.json").exists()
+        path.parent
+        for path in root.glob("*/*/train_gpt.py")
+        if not (path.parent / "table.json").exists() and any((path.parent / name).exists() for name in begun)
     )

@@ -89,7 +89,7 @@ def read_table(folder: Path) -> tuple[dict[str, Any], list[Variant]]:
     """What table.json says, and its variants. ValueError with one sentence for what it must not say."""
     path, variants = folder / "table.json", []
     try:
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        table = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     check(str(path), table, TABLE)

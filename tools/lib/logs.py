@@ -107,6 +107,8 @@ def read_log(path: Path) -> Run:
     for name in FINAL if final else ():
         if not is_number(final.get(name)):
             raise ValueError(f"{path}: final.{name} is missing or not a number")
+    if final and not 0 < final["train_time_s"] < math.inf:
+        raise ValueError(f"{path}: final.train_time_s is {final['train_time_s']}, no time that a run takes")
 
     def curve(kind: str, loss: str) -> list[Point]:
         try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .claims import ROOT, first_seed, read_runs, sha256, write
+from .claims import ROOT, first_seed, read_runs, rules, sha256, unknown_track, write
 from .logs import Run, different_settings, flat, plan_of, read_log, text_of
 
 # the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
@@ -165,9 +165,11 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def new_record(root: Path, track: str, name: str, source: Path) -> Path:
+def new_record(root: Path, track: str, name: str, source: Path, must_exist: bool = False) -> Path:
     """The folder <root>/<track>/<date>_<name> with a copy of the source; one that has this name and
     source goes on."""
+    if not rules(track):
+        raise ValueError(unknown_track(track))
     if not source.is_file():
         raise ValueError(f"{source} does not exist")
     if not name or not name.replace("-", "").replace("_", "").isalnum():
@@ -176,6 +178,8 @@ def new_record(root: Path, track: str, name: str, source: Path) -> Path:
         if sha256(folder / "train_gpt.py") != sha256(source):
             raise ValueError(f"{folder} exists with another train_gpt.py; choose another --name")
         return folder
+    if must_exist:
+        raise ValueError(f"track {track} has no record {name} yet; with --runs 1 or more one is made")
     folder = root / track / f"{time.strftime('%Y-%m-%d')}_{name}"
     folder.mkdir(parents=True)
     write(folder / "train_gpt.py", source.read_bytes().decode())

@@ -64,7 +64,7 @@ def optimizer_of(settings: dict[str, Any]) -> str:
 def title(folder: Path) -> str:
     """The first line of the record's README.md."""
     path = folder / "README.md"
-    lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8-sig").strip().splitlines() if path.is_file() else []
     return lines[0].lstrip("# ").replace("|", "/") if lines else folder.name
 
 
@@ -306,7 +306,7 @@ def with_tables(text: str, root: Path, beside: Path) -> str:
         track = path.parents[1].name
         if not path.is_file() or inside and track != inside[0]:
             continue
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
         if result["reaches_target"]:
             proven.setdefault(track, []).append(result)
     for name, make in TABLES.items():
