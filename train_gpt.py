@@ -2030,6 +2030,63 @@ def check_tokens(path: Path, data: Data, place: Any) -> None:
         raise ValueError(f"{place} holds token {largest}, the vocabulary has {data.vocab_size}")
 
 
+class Packed(NamedTuple):
+    rows: int  # of the schedule
+    packed: int  # of them, from the epochs that were given
+    documents: int  # most in one of these
+    position: tuple[int, int, int]  # of the packer after them
+
+    @property
+    def epochs(self) -> int:
+        """How many were begun."""
+        return self.position[0] + (self.position[1:] > (0, 0))
+
+
+def pack_schedule(track: Track, training: Sequence[Path], epochs: int) -> Packed:
+    """Pack the rows of a whole schedule, as far as so many epochs give them."""
+    data, schedule = track.data, track.schedule
+    begins = [*stage_begins(schedule), total_steps(schedule)]
+    counts = [
+        data.rows * stage.batch * max(0, end - begin)
+        for stage, begin, end in zip(schedule.stages, begins, begins[1:])
+    ]
+    # The packer itself never ends, so that the row that takes more than there is can be counted out.
+    packer = Packer(training, dataclasses.replace(data, epochs=sys.maxsize))
+    packed, most, position = 0, 0, packer.position
+    for stage, count in zip(schedule.stages, counts):
+        for _ in range(count):
+            documents = len(packer.next_row(stage.document_cut))
+            if packer.position > (epochs, 0, 0):
+                return Packed(sum(counts), packed, most, position)
+            packed, most, position = packed + 1, max(most, documents), packer.position
+    return Packed(sum(counts), packed, most, position)
+
+
+def too_few_tokens(track: Track, folder: Path, training: Sequence[Path], found: Packed) -> str:
+    """The sentence for a schedule that takes more than the epochs give: the numbers, and what would do."""
+    data, schedule, T = track.data, track.schedule, track.data.row_tokens
+    ways = []
+    # so many are tried, but not more than a few billion tokens
+    most = min(100, 2 + 2**32 // (found.packed * T + 1)) * data.epochs
+    more = pack_schedule(track, training, most)
+    if more.packed == more.rows:
+        ways.append(f"--data.epochs {more.epochs}")
+    steps = schedule.steps * found.packed // found.rows
+    while steps >= 1:
+        shorter = dataclasses.replace(track, schedule=dataclasses.replace(schedule, steps=steps))
+        tried = pack_schedule(shorter, training, data.epochs)
+        if tried.packed == tried.rows:
+            ways.append(f"--schedule.steps {steps}")
+            break
+        steps = steps * tried.packed // tried.rows
+    there = sum(path.stat().st_size // 2 - 2 * HEADER_INTS for path in training)
+    return (
+        f"the schedule takes {found.rows * T:,} training tokens, but an epoch gives "
+        f"{found.packed * T // data.epochs:,} of the {there:,} in {folder} and --data.epochs is "
+        f"{data.epochs}; {' or '.join(ways) or 'more text'} would do"
+    )
+
+
 def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """Read every file that the run will read, before the clock; ValueError at the first thing that is wrong.
 
@@ -2037,23 +2094,16 @@ def check_data(track: Track, folder: Path) -> dict[str, Any]:
     """
     data = track.data
     training, validation, digests = shards_of(folder, data)
-    packer = Packer(training, data)
-    most = 0
-    for step in range(total_steps(track.schedule)):
-        stage = stages_until(track.schedule, step)[-1]
-        counts = [len(packer.next_row(stage.document_cut)) for _ in range(data.rows * stage.batch)]
-        most = max(most, *counts)
-        # the first document of a row begins at its first token, which is never a target
-        starts = sum(counts) - len(counts)
-        if not data.predict_start and starts == len(counts) * data.row_tokens:
-            raise ValueError(f"{folder} has nothing to predict in step {step}: all documents have one token")
-    epoch, last, _ = packer.position
+    found = pack_schedule(track, training, data.epochs)
+    if found.packed < found.rows:
+        raise ValueError(too_few_tokens(track, folder, training, found))
+    epoch, last, _ = found.position
     used = (training if epoch else training[: last + 1]) + validation
     for path in used:
         check_tokens(path, data, path)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digests[path]:
             raise ValueError(f"{path} does not match the sha256 in its manifest; fetch it again")
-    return {"digests": {path.name: digests[path] for path in used}, "documents": most}
+    return {"digests": {path.name: digests[path] for path in used}, "documents": found.documents}
 
 
 # ---- the machine as it is
@@ -2610,6 +2660,8 @@ class Trainer:
             self.set_stage(step)
         # gradients
         data = next(batches)
+        if data.targets == 0:  # every rank sees the same
+            raise Refusal(f"step {step} has nothing to predict: its documents have one token each")
         loss = self.forward_backward(data.batch, loss_weights(schedule, step))
         # update; a group of Adam has a momentum of its own and does not read this one
         factor, momentum = learning_rate_factor(schedule, step), momentum_at(schedule, step)

@@ -19,6 +19,7 @@ import argparse
 import collections
 import concurrent.futures.process
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -26,6 +27,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -39,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import (
+    MANIFEST,
     DataError,
     Parser,
     data_dir,
@@ -53,6 +56,8 @@ VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # tokenizer: (vocabu
 # Tokens of a training document at most. A row of the track tiny has 1,024: the shorter the documents, the
 # less is dropped at its end. The track short cuts documents at 2,048 tokens for most of its steps.
 DOCUMENT_TOKENS = {"gpt2": 2048, "bytes": 256}
+MOST_EPOCHS = 10  # of a run on little text, which has fewer steps instead
+ROOT = Path(__file__).resolve().parents[1]
 BATCH_BYTES = 1 << 20  # of text for one task of a worker
 JSON_NAMES = (".jsonl", ".ndjson", ".json")  # Hugging Face's to_json writes JSON lines into .json
 GZIP = b"\x1f\x8b"
@@ -347,7 +352,7 @@ def split_of_few(sizes: dict[int, list[int]], share: float) -> tuple[Split, str]
     total = sum(tokens for tokens, _ in sizes.values())
     nearest = min(sizes, key=lambda one: (abs(sizes[one][0] - share * total), one))
     longest = max(sizes, key=lambda one: (sizes[one][1] > 1, sizes[one][0], one))
-    few = f"{len(sizes)} documents are too few to choose by their hash"
+    few = f"too few documents to choose by their hash ({len(sizes)})"
     tokens, _ = sizes[nearest]
     long = sizes[longest][1] > 1
     if len(sizes) > 1 and (tokens <= max(0.1, 2 * share) * total or not long):
@@ -450,11 +455,47 @@ def report(folder: Path, corpus: Corpus, how: str, args: argparse.Namespace) -> 
           f"{corpus.bad} bad lines and {corpus.empty} empty documents left out")  # fmt: skip
     if corpus.cut:
         limit = args.document_tokens or DOCUMENT_TOKENS[args.tokenizer]
-        print(f"{corpus.cut:,} documents are longer than {limit:,} tokens and train as {corpus.pieces:,}")
+        print(f"cut: training documents of more than {limit:,} tokens, {corpus.cut:,} into {corpus.pieces:,}")
     if how:
         print(how)
-    track = "tiny" if args.tokenizer == "bytes" else "short"
-    print(f"./run.sh {track} --data.corpus {folder.name} --evaluation.tokens {val.total - val.count}")
+    for line in how_to_train(folder, corpus, args.tokenizer):
+        print(line)
+
+
+def how_to_train(folder: Path, corpus: Corpus, tokenizer: str) -> list[str]:
+    """What a run on the corpus reads, and its command, which takes no more than there is."""
+    name = "tiny" if tokenizer == "bytes" else "short"
+    words = ["--data.corpus", folder.name, "--evaluation.tokens", str(corpus.val.total - corpus.val.count)]
+    command = ["./run.sh" if Path.cwd() == ROOT else str(ROOT / "run.sh"), name]
+    if os.environ.get("DATA_DIR"):
+        command = ["env", f"DATA_DIR={folder.parent.resolve()}", *command]
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train_gpt  # for the tracks and the packing of rows
+    except (ImportError, OSError) as error:
+        no_plan = f"train_gpt.py cannot be imported ({error}), so the run may need other --data.epochs:"
+        return [no_plan, shlex.join([*command, *words])]
+    track, _ = train_gpt.parse_command_line(["--track", name, *words])
+    training = [folder / file for file in sorted(corpus.train.files)]
+    packed = train_gpt.pack_schedule(track, training, MOST_EPOCHS)
+    if packed.packed < packed.rows:  # fewer steps, though not so few that little of the track is left
+        steps = track.schedule.steps
+        steps = max(steps // 4, steps * packed.packed // packed.rows)
+        words += ["--schedule.steps", str(steps)]
+        track = dataclasses.replace(track, schedule=dataclasses.replace(track.schedule, steps=steps))
+        packed = train_gpt.pack_schedule(track, training, sys.maxsize)
+    if packed.epochs > 1:
+        words += ["--data.epochs", str(packed.epochs)]
+    epoch, shard, document = packed.position
+    passed = epoch * corpus.train.total
+    passed += sum(corpus.train.files[path.name]["tokens"] for path in training[:shard])
+    passed += train_gpt.read_documents(training[shard], track.data.document_start)[1][document]
+    taken = packed.rows * (track.data.row_tokens + 1)
+    return [
+        f"this run reads {passed / corpus.train.total:,.1f} times the training text and takes "
+        f"{taken / passed:.0%} of it, the rest is dropped where a row ends:",
+        shlex.join([*command, *words]),
+    ]
 
 
 def positive(text: str) -> int:
@@ -502,7 +543,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         build(args.name, args.files, args)
     except KeyboardInterrupt:
-        sys.exit("data/tokenize_text.py: interrupted; nothing was written")
+        made = (data_dir() / args.name / MANIFEST).exists()
+        state = "the corpus is complete" if made else "nothing was written"
+        sys.exit(f"data/tokenize_text.py: interrupted; {state}")
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit(
             "data/tokenize_text.py: a worker process was killed (too little memory?); "

@@ -115,6 +115,42 @@ def test_every_training_token_may_be_used_but_no_more(
     assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.parametrize("steps, epochs", [(60, 2), (500, 2), (500, 3), (10**7, 1)])
+def test_too_few_training_tokens_are_counted_and_the_ways_out_work(
+    data_dir: Path, steps: int, epochs: int
+) -> None:
+    """What an epoch gives, what the schedule takes, what is allowed; each option that is named would do."""
+    folder = data_dir / "shakespeare"
+
+    def check(**changes: Any) -> None:
+        changes = dict(schedule__steps=steps, data__epochs=epochs) | changes
+        track, _ = train_gpt.parse_command_line(options(**changes))
+        train_gpt.check_data(track, folder)
+
+    with pytest.raises(ValueError) as refused:
+        check()
+    sentence = str(refused.value)
+    found = re.fullmatch(
+        rf"the schedule takes ([\d,]+) training tokens, but an epoch gives ([\d,]+) of the ([\d,]+) in "
+        rf"{folder} and --data.epochs is {epochs}; "
+        r"(?:--data.epochs (\d+) or )?--schedule.steps (\d+) would do", sentence
+    )  # fmt: skip
+    takes, gives, there = (int(number.replace(",", "")) for number in found.groups()[:3])
+    schedule = train_gpt.parse_command_line(options(schedule__steps=steps))[0].schedule
+    if steps < 1000:
+        batches = [train_gpt.stages_until(schedule, step)[-1].batch for step in range(steps + 2)]
+        assert takes == 64 * 12 * sum(batches)
+    assert there == sum(len(train_gpt.read_shard(path)) for path in folder.glob("train_*.bin"))
+    assert 0.2 * there < gives <= there
+    needed, fewer = found.groups()[3:]
+    assert (needed is None) == (steps > 1000)
+    if needed:
+        check(data__epochs=needed)
+        with pytest.raises(ValueError):
+            check(data__epochs=int(needed) - 1)
+    check(schedule__steps=fewer)
+
+
 BAD_OPTIONS = {  # name: (command line or overrides, words of the sentence)
     "too few training tokens": (dict(schedule__steps=500), ["train", "tokens"]),
     "too few validation tokens": (dict(evaluation__tokens=10**6), ["validation", "1000000"]),
@@ -286,7 +322,7 @@ def test_data_with_nothing_to_predict_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     small = dict(data__rows=1, schedule__steps=2, schedule__extension=0)
     message = refusal(options(out=tmp_path / "out", **small), capsys)
-    assert "nothing to predict in step 0" in message and not (tmp_path / "out").exists()
+    assert "step 0 has nothing to predict" in message
 
 
 def test_unusable_output_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,11 +2,13 @@
 lines by file and number."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,8 @@ from hypothesis import strategies as st
 
 import shards
 import tokenize_text
-from helpers import ROOT
+import train_gpt
+from helpers import ROOT, events
 
 TEXTS = [f"document {i}: " + "lorem ipsum \u00e9\u4e2d " * (i % 7) for i in range(120)]
 
@@ -370,7 +373,7 @@ def test_all_text_of_long_documents_is_there(
     assert max(map(len, train)) <= 100  # the start is the other one
     assert all(bytes(document).endswith(b"\n") for document in train)
     said = capsys.readouterr().out
-    assert f"{len(sides['train'])} documents are longer than 101 tokens and train as {len(train):,}" in said
+    assert f"documents of more than 101 tokens, {len(sides['train'])} into {len(train):,}" in said
 
 
 def split_of(folder: Path, books: list[str]) -> dict[int, list[str]]:
@@ -394,7 +397,7 @@ def test_of_few_long_documents_a_whole_one_validates(
     paths = sorted(tmp_path.glob("*.txt"))
     assert run("mine", *paths, "--tokenizer", "bytes", "--val-share", ".0001", "--processes", "2") == ""
     said = capsys.readouterr().out
-    assert "60 documents are too few to choose by their hash: one of them validates" in said
+    assert "too few documents to choose by their hash (60): one of them validates" in said
     sides = split_of(data_dir / "mine", books)
     assert [len(found) for found in sides.values()] == [1] * 60
     assert sum(found == ["val"] for found in sides.values()) == 1
@@ -417,7 +420,8 @@ def test_of_one_long_document_the_end_validates(
         (tmp_path / f"{i}.txt").write_text(text)
     assert run("mine", *tmp_path.glob("*.txt"), "--tokenizer", "bytes") == ""
     said = capsys.readouterr().out
-    assert f"{count} documents are too few" in said and "both sides hold parts of the same text" in said
+    assert f"their hash ({count}): the end of the longest validates" in said
+    assert "both sides hold parts of the same text" in said
     (val,) = documents(data_dir / "mine", "val")
     assert books[-1].encode().endswith(bytes(val))
     assert 0.002 < len(val) / sum(map(len, books)) < 0.04
@@ -488,14 +492,84 @@ def test_a_killed_run_leaves_no_workers_and_the_next_one_clears_up(tmp_path: Pat
             process.wait()
 
 
-def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
-    """In a process of its own; the printed command fits the trainer's options."""
+def printed(said: str, data_dir: Path) -> tuple[train_gpt.Track, list[str]]:
+    """The track of the command in the last line that was printed, and its words from the track on."""
+    words = shlex.split(said.splitlines()[-1])
+    assert words[:2] == ["env", f"DATA_DIR={data_dir}"]
+    assert words[2] == ("./run.sh" if Path.cwd() == ROOT else str(ROOT / "run.sh"))
+    track, _ = train_gpt.parse_command_line(["--track", *words[3:]])
+    return track, words[3:]
+
+
+@pytest.mark.parametrize("texts, epochs", [
+    ([book(i, 30) for i in range(500)], 1),
+    (["abcdefgh " * 44] * 3 + [f"story {i} " + "abcdefgh " * 44 for i in range(300)], 9),
+    ([book(1, 800)], 10),
+    (TEXTS, 0),
+], ids=["much", "a collection of stories", "one file of 80 KB", "nearly nothing"])  # fmt: skip
+def test_the_printed_command_fits_the_data(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture, texts: list[str], epochs: int
+) -> None:
+    """For bytes; with the track's own steps up to ten epochs, then with fewer, but not below a quarter."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(texts))
+    assert run("mine", tmp_path / "in.jsonl", "--tokenizer", "bytes") == ""
+    track, _ = printed(capsys.readouterr().out, data_dir)
+    assert train_gpt.check_data(track, data_dir / "mine")["documents"] > 0
+    _, val, _ = train_gpt.shards_of(data_dir / "mine", track.data)
+    evaluation = track.evaluation
+    assert train_gpt.validation_rows(val, track.data, evaluation.row_tokens, evaluation.tokens)
+    whole = track.schedule.steps == 200
+    if epochs == 0:
+        assert track.schedule.steps == 50 and track.data.epochs > 10
+    else:
+        assert whole == (epochs < 10) and abs(track.data.epochs - epochs) <= (epochs > 1)
+    if track.data.epochs > 1:  # no more than are needed
+        fewer = dataclasses.replace(track, data=dataclasses.replace(track.data, epochs=track.data.epochs - 1))
+        with pytest.raises(ValueError, match=f"--data.epochs {track.data.epochs}"):
+            train_gpt.check_data(fewer, data_dir / "mine")
+
+
+def test_the_printed_command_of_gpt2_tokens_fits_the_data(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture, words: Words
+) -> None:
+    (tmp_path / "in.txt").write_text((" a b." * 9 + "\n") * 30_000)
+    assert run("mine", tmp_path / "in.txt") == ""
+    said = capsys.readouterr().out
+    track, words = printed(said, data_dir)
+    assert words[0] == "short" and track.schedule.steps == 1450 // 4
+    assert train_gpt.check_data(track, data_dir / "mine")["documents"] < 30
+    assert max(map(len, documents(data_dir / "mine", "train", 50256))) <= 2047
+
+
+def test_without_torch_the_corpus_is_made_all_the_same(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "train_gpt", None)
     (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    assert run("mine", tmp_path / "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2") == ""
+    said = capsys.readouterr().out
+    assert "cannot be imported" in said and "--data.corpus mine" in said.splitlines()[-1]
+    assert (data_dir / "mine" / "manifest.json").is_file()
+
+
+def test_as_a_user_types_it(tmp_path: Path, data_dir: Path) -> None:
+    """Each in a process of its own: the corpus is made, and the printed command trains on it."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl([book(i, 30) for i in range(20)]))
     script = str(ROOT / "data" / "tokenize_text.py")
     command = [sys.executable, script, "mine", "in.jsonl", "--tokenizer", "bytes", "--val-share", "0.2"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DATA_DIR": str(data_dir)}
-    )
+    environment = {**os.environ, "DATA_DIR": str(data_dir)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f" {ROOT / 'run.sh'} " in done.stdout  # it was typed elsewhere
+    track, words = printed(done.stdout.replace(str(ROOT / "run.sh"), "./run.sh"), data_dir)
     validated = sum(map(len, documents(data_dir / "mine", "val")))
-    assert done.stdout.splitlines()[-1] == f"./run.sh tiny --data.corpus mine --evaluation.tokens {validated}"
+    assert track.evaluation.tokens == validated and track.data.epochs > 1
+    # as it is printed, but for what makes the run short
+    short = ["--schedule.steps", "4", "--compile", "none", "--out", str(tmp_path / "logs")]
+    command = [str(ROOT / "run.sh"), "--system", *words, *short]
+    environment |= {"PYTHON": sys.executable, "CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
+    final = events(log)[-1]
+    assert (final["event"], final["step"], final["val_tokens"]) == ("final", 4, validated)
