@@ -138,6 +138,7 @@ HEADER = {
     "run_id": str, "track": str, "settings": dict, "seed": int, "dtype": str, "micro_rows": list,
     "source_sha256": str, "git_commit": str, "git_dirty": bool, "torch": str, "cuda": (str, type(None)),
     "driver": str, "python": str, "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict,
+    "waiting": str,
     "compiled": str, "compile": str, "startup_s": dict, "attention": str, "head": str,
 }  # fmt: skip
 TIMED = {"step": int, "train_time_s": float, "tokens": int}
