@@ -26,6 +26,13 @@ makes data, keeps runs safe and says what is wrong.
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
+    # How often a thread looks for work before it sleeps; OpenMP reads it when torch is loaded. With its own
+    # 300,000 a run takes 60 times as long where another program keeps a core busy, with 3,000 three times.
+    os.environ["GOMP_SPINCOUNT"] = "3000"
+
 import ast
 import collections
 import concurrent.futures
@@ -42,7 +49,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -1943,6 +1949,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # in the log
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
 # What settings were called before December 2026: checkpoints of that time are read, options are told apart.
 FORMER_NAMES = {
@@ -2359,6 +2366,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def waiting() -> str:
+    """How the threads of a parallel region wait for each other, as OpenMP was told."""
+    settings = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    return " ".join(settings) or "default"
+
+
 def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
     """What a reader of the log must know about the machine."""
 
@@ -2386,6 +2399,7 @@ def environment(device: torch.device, comm: Comm) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "world_size": comm.world_size,
         "threads": torch.get_num_threads(),
+        "waiting": waiting(),
     }
 
 
@@ -2540,7 +2554,6 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
-        on_rank_0(comm, lambda: check_folders(run, device))
         self.choose_compile()
         self.load_data()
         self.startup["data"] = time.time()
@@ -3280,7 +3293,11 @@ def set_up_device(run: Run, device: torch.device) -> None:
         torch.set_num_threads(run.threads or max(1, cores // processes))
     else:
         torch.accelerator.set_device_index(device.index)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache(device))
+    cache = str(compile_cache(device))
+    if cannot_write(Path(cache)):  # so nothing is compiled, but torch makes the folder: its own will do
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    else:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch._dynamo.config.recompile_limit = 64
 
 
@@ -3339,10 +3356,13 @@ def explanation(error: BaseException) -> str | None:
 def report_error(error: BaseException, rank: int, world_size: int) -> None:
     """Say why the run ends and leave with a non-zero status. Returns only for a defect of the program."""
     # Rank 0 says what all ranks refuse alike; each rank says, with its number, what only it has met.
-    common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not dist.is_initialized())
+    # Before the ranks have met, each machine has one that speaks: folders may differ from machine to machine.
+    met = dist.is_initialized()
+    common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not met)
     by_itself = not common and world_size > 1
+    first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
     sentence = explanation(error)
-    if by_itself or rank == 0:
+    if by_itself or rank == 0 or (first_of_machine and not met):
         who = f"rank {rank}: " if by_itself else ""
         what = sentence or f"{type(error).__name__}: {error}"
         print(f"train_gpt.py: {who}{what}", file=sys.stderr, flush=True)
@@ -3382,11 +3402,14 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
         check_system()
         track, run = parse_command_line(argv)
         device = device_of(run, number_from("LOCAL_RANK", 0))
+        in_use = run.evaluate is not None or run.sample is not None
+        if not in_use:
+            check_folders(run, device)  # before torch's compiler is loaded, which makes its cache
         set_up_device(run, device)  # before anything asks torch's compiler where its cache is
         check_settings(track, run)
         rows_per_pass(track, run, world_size)
         # a checkpoint in use needs neither data nor other processes
-        if run.evaluate is not None or run.sample is not None:
+        if in_use:
             if not run.resume:
                 raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
             return evaluate_checkpoint(run, device) if run.evaluate else sample_checkpoint(run, device)

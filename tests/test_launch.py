@@ -49,6 +49,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def pretend(count: int) -> None:
         monkeypatch.setattr(train_gpt, "device_of", lambda run, local_rank: DEVICE[run.track])
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")  # in the cache's name
 
     return pretend
 

@@ -12,8 +12,10 @@ from unittest import mock
 import pytest
 
 import launch
+import on_gpu
 import train_gpt
 from helpers import ROOT, finish, options, refusal, start, train, train_with
+from lib import runner, threads
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 IN_THE_WAY = ["a file", "below a file", "/proc/train_gpt"]
@@ -215,7 +217,7 @@ WITHOUT = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(["fcntl", "resource"]))  # as on Windows: an import fails
 sys.argv = sys.argv[1:]
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tools"]
 """
 
 
@@ -232,3 +234,98 @@ def test_a_system_without_fcntl_is_refused_in_words(tmp_path: Path, script: str,
 def test_the_optimizer_can_be_imported_without_fcntl() -> None:
     code = WITHOUT.format(root=str(ROOT)) + "from train_gpt import MuonEq"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# How threads wait
+
+TORCH = """
+import os
+print([name + "=" + os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ])
+os._exit(0)
+"""
+PROGRAMS = {  # with a word that each of them takes
+    "train_gpt.py": "--seed=1", "tools/launch.py": "--seed=1", "tools/monitor.py": "--seed=1",
+    "tools/step_profile.py": "--seed=1", "tools/benchmark.py": "loader",
+}  # fmt: skip
+
+
+def torch_finds(command: list[str], folder: Path, **environment: str) -> str:
+    """The waiting policy in the environment in which a command loads torch."""
+    (folder / "torch.py").write_text(TORCH)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    kept |= {"PYTHONPATH": f"{folder}:{ROOT}"} | environment
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=kept).stdout.strip()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_says_how_threads_wait_before_torch_is_loaded(tmp_path: Path, program: str) -> None:
+    command = [str(ROOT / program), PROGRAMS[program]]
+    assert torch_finds(command, tmp_path) == f"['GOMP_SPINCOUNT={threads.SPINCOUNT}']"
+    for own in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        ((name, value),) = own.items()
+        assert torch_finds(command, tmp_path, **own) == f"['{name}={value}']"
+
+
+@pytest.mark.parametrize("module", ["train_gpt", "monitor", "step_profile", "benchmark"])
+def test_an_import_leaves_the_waiting_to_the_program(tmp_path: Path, module: str) -> None:
+    command = ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import {module}"]
+    assert torch_finds(command, tmp_path) == "[]"
+
+
+def test_the_log_says_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in train_gpt.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert train_gpt.waiting() == "default"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "12")
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    assert train_gpt.waiting() == "GOMP_SPINCOUNT=12 OMP_PROC_BIND=true"
+
+
+# --------------------------------------------------------------------------------------------------
+# Tools that start runs
+
+
+@pytest.mark.parametrize("variable", ["CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+@pytest.mark.parametrize("compile", ["whole", "none"])
+def test_a_tool_passes_on_why_a_run_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str, variable: str
+) -> None:
+    """In a process of its own, since torch makes a compile cache when its compiler is loaded."""
+    file = bad_folder("a file", tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    words = options(compile=compile, schedule__steps=2, schedule__extension=0)
+    status, said = runner.run_script(
+        ROOT / "train_gpt.py", words, tmp_path / "scratch", lambda _: False, environment={variable: str(file)}
+    )
+    if compile == "none":
+        assert status == 0 and "2 steps" in said
+    else:
+        assert status == 1 and str(file) in said and "CACHE_DIR" in said
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_on_gpu_refuses_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = bad_folder(kind, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", str(folder)])
+    with pytest.raises(SystemExit, match=f"on_gpu.py: OUT {folder} cannot be written"):
+        on_gpu.main()
+
+
+RANKS = [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)]  # rank, local rank, whether it speaks
+
+
+@pytest.mark.parametrize("rank, local_rank, speaks", RANKS)
+def test_each_machine_says_once_what_is_wrong_with_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    rank: int, local_rank: int, speaks: bool,
+) -> None:  # fmt: skip
+    """On two machines with two ranks each, before these have met."""
+    for name, value in dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        train(options(out=bad_folder("a file", tmp_path)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == speaks and ("--out" in error) == speaks

@@ -140,6 +140,7 @@ HEADER = {
     "source_sha256": str, "git_commit": (str, type(None)), "git_dirty": (bool, type(None)),
     "torch": str, "cuda": (str, type(None)),
     "driver": str, "python": str, "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict,
+    "waiting": str,
     "compiled": str, "compile": str, "startup_s": dict, "attention": str, "head": str,
 }  # fmt: skip
 TIMED = {"step": int, "train_time_s": float, "tokens": int}

@@ -34,9 +34,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+
+from lib import threads
+
+if __name__ == "__main__":
+    os.environ.update(threads.waiting())
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -417,4 +423,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:  # a run that has said itself why it ends
+        sys.exit(f"benchmark.py: a run ended with status {error.returncode}")
+    except OSError as error:
+        sys.exit(f"benchmark.py: {error.filename}: {error.strerror}")

@@ -64,7 +64,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib import in_turns
+from lib import in_turns, threads
 from lib.claims import ROOT, sha256, write
 from lib.comparison import (
     HEADER,
@@ -250,8 +250,9 @@ def command_time(a: argparse.Namespace) -> int:
             options = [named[name].command(values[name]) for name in pair]
             words = [str(source), str(a.rounds), *map(json.dumps, options)]
             status, said = run_script(
-                Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False
-            )
+                Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False,
+                environment=threads.waiting(),
+            )  # fmt: skip
             if status:
                 raise ValueError(f"{pair[0]} against {pair[1]} failed, it said: {said}")
             keep({"variant": pair[0], "against": pair[1], "options": options, **json.loads(said)})

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from lib import threads
+
 ROOT = Path(__file__).resolve().parents[1]
 MAKERS = {"fineweb10B": "data/fineweb.py"}  # of any other corpus: data/<corpus>.py
 INTERRUPTED = 130  # as a shell says it of a command that ended by Ctrl-C
@@ -39,6 +41,7 @@ def say(sentence: str) -> None:
 def trainer() -> ModuleType:
     """train_gpt.py as a module; ValueError where its packages are there but broken."""
     sys.path.insert(0, str(ROOT))
+    os.environ.update(threads.waiting())
     try:
         import train_gpt
     except (ImportError, OSError) as error:
@@ -63,8 +66,9 @@ def plan(words: Sequence[str]) -> Plan:
     train_gpt.check_system()
     track, run = train_gpt.parse_command_line(words)
     device = train_gpt.device_of(run, 0)
+    if run.evaluate is None and run.sample is None:
+        train_gpt.check_folders(run, device)
     train_gpt.check_settings(track, run)
-    train_gpt.check_folders(run, device)
     devices = 1 if device.type == "cpu" else torch.accelerator.device_count()
     processes = processes_for(track.data.rows, devices)
     if processes < devices:

@@ -163,6 +163,8 @@ def main() -> None:
     out, options = Path(words[0]).absolute(), words[1:]
     if "--track" not in options:
         options += ["--track", "short"]
+    if why := train_gpt.cannot_write(out):
+        sys.exit(f"on_gpu.py: OUT {out} cannot be written ({why})")
     out.mkdir(parents=True, exist_ok=True)
     try:
         track, _ = train_gpt.parse_command_line(options)
