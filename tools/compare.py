@@ -79,7 +79,7 @@ from lib.comparison import (
     report,
 )
 from lib.logs import Point, Run, read_log
-from lib.runner import alone, exit_status, positive, run_script
+from lib.runner import alone, compiled, exit_status, positive, run_script
 
 POINTS = 60  # of a training curve in results.jsonl, at most
 
@@ -151,9 +151,9 @@ class Workers:
 
         try:
             scratch = self.folder / "unfinished" / str(number)
-            words = [*options, "--seed", str(job.seed)]
-            environment = {"CUDA_VISIBLE_DEVICES": gpu} if self.count > 1 else {}
             source = self.folder / "train_gpt.py"
+            words = [*compiled(source, options[1]), *options, "--seed", str(job.seed)]  # --track comes first
+            environment = {"CUDA_VISIBLE_DEVICES": gpu} if self.count > 1 else {}
             status, said = run_script(source, words, scratch, heard, environment=environment)
             if status is None:
                 return None
@@ -248,7 +248,8 @@ def command_time(a: argparse.Namespace) -> int:
             if first := [name for name in pair if named[name].option and values[name] is None]:
                 raise ValueError(f"the grid of {first[0]!r} has no best value yet; `run` comes before `time`")
             options = [named[name].command(values[name]) for name in pair]
-            words = [str(source), str(a.rounds), *map(json.dumps, options)]
+            compiling = [compiled(source, words[1]) + words for words in options]  # --track comes first
+            words = [str(source), str(a.rounds), *map(json.dumps, compiling)]
             status, said = run_script(
                 Path(in_turns.__file__), words, a.folder / "unfinished", lambda _: False,
                 environment=threads.waiting(),

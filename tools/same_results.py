@@ -105,7 +105,8 @@ ROWCOL = {
 }  # fmt: skip
 FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 LOW_MEMORY, ONE_ROW = {"memory": "low"}, {"micro_rows": 1}
-PARTS, AS_IT_IS = {"compile": "parts"}, {"threads": 1, "device": "cpu", "schedule.steps": 200}
+PARTS = {"compile": "parts"}
+AS_IT_IS = {"threads": 1, "device": "cpu", "compile": "whole", "schedule.steps": 200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +420,8 @@ def check_times(old: Build, new: Build, place: Workplace, args: argparse.Namespa
 
     os.environ |= place.environment  # one compile cache for both
     modules = [load_module(build) for build in (old, new)]
-    options = ["--track", "tiny", "--device", "cpu", "--threads", str(args.threads)]
+    options = ["--track", "tiny", "--device", "cpu", "--compile", "whole", "--threads", str(args.threads)]
+    options += ["--out", str(place.folder / "times")]
 
     def race(*trainers: Any) -> list[list[float]]:
         seconds: list[list[float]] = [[], []]

@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,16 @@ def run_script(
     return None if killed else child.returncode, said[-1]
 
 
+def compiled(script: Path, track: str) -> list[str]:
+    """The option that compiles a run on a CPU, where the script has it: its default may be not to compile.
+
+    Scripts whose default is to compile do the same with it. Tracks of GPUs are left to their default.
+    """
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
+    knows = re.search(r'^    compile: Literal\["auto", "whole"|^    COMPILED = .*"whole"', text, re.MULTILINE)
+    return ["--compile", "whole"] if track == "tiny" and knows else []
+
+
 class Record:
     """A record folder that runs can be added to: its script, its settings and its seeds."""
 
@@ -106,7 +117,7 @@ class Record:
 
         only_warm: stop when everything is compiled, which fills the compile cache, and return None.
         """
-        scratch = self.folder / "unfinished"
+        scratch, script = self.folder / "unfinished", self.folder / "train_gpt.py"
 
         def heard(event: dict[str, Any]) -> bool:
             if "train_loss" in event:
@@ -115,8 +126,8 @@ class Record:
                 )
             return only_warm and bool(event)
 
-        options = ["--track", self.track, "--seed", str(seed), *self.options]
-        status, said = run_script(self.folder / "train_gpt.py", options, scratch, heard, self.processes)
+        options = ["--track", self.track, "--seed", str(seed), *compiled(script, self.track), *self.options]
+        status, said = run_script(script, options, scratch, heard, self.processes)
         if only_warm and not status:
             return None
         logs = list(scratch.glob("*.jsonl"))

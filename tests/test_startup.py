@@ -1,0 +1,102 @@
+"""The start of a run: what --compile auto chooses, what a resumed run keeps, private names of torch."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from helpers import ROOT, events, make_corpus, options
+
+
+@pytest.mark.parametrize(
+    "history, mode",
+    [
+        ({}, "none"),
+        ({"none": [2.0, 20.0]}, "none"),
+        ({"whole": [0.0, 10.0]}, "whole"),  # it was cold; the next start is not
+        ({"whole": [5.0, 10.0], "none": [2.0, 20.0]}, "whole"),
+        ({"whole": [9.0, 15.0], "none": [2.0, 20.0]}, "none"),
+    ],
+)
+def test_auto_chooses_what_ends_sooner(history: dict, mode: str) -> None:
+    chosen, why = train_gpt.sooner(history)
+    assert chosen == mode and why
+
+
+def test_times_are_noted_and_damaged_ones_count_for_none(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    assert train_gpt.read_history(path) == {}
+    train_gpt.note_times(path, "none", 2.0, 20.0)
+    train_gpt.note_times(path, "whole", 0.0, 10.0)
+    assert train_gpt.read_history(path) == {"none": [2.0, 20.0], "whole": [0.0, 10.0]}
+    for damaged in ("", "[]", "{", '{"whole": 1}', '{"whole": ["x", 1]}'):
+        path.write_text(damaged)
+        assert train_gpt.read_history(path) == {}
+    train_gpt.note_times(path / "times.json", "none", 2.0, 20.0)  # below a file: it cannot be written
+
+
+def run(tmp_path: Path, *words: str) -> tuple[dict, str]:
+    """A run in a process of its own; the header of its log and what it said."""
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *words, "--out", str(tmp_path / "logs")]
+    places = {"DATA_DIR": str(tmp_path / "data"), "CACHE_DIR": str(tmp_path / "cache")}
+    places["PATH"] = "/usr/bin:/bin"
+    done = subprocess.run(command, env=places, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    newest = max((tmp_path / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    return events(newest)[0], done.stdout
+
+
+def test_auto_does_not_compile_and_says_so(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "data")
+    header, said = run(tmp_path, *options(compile="auto"))
+    assert header["compiled"] == "none" and header["compile_settings"]["chosen"]
+    assert "not compiled: " in said and "--compile whole compiles once" in said
+    (times,) = (tmp_path / "cache").glob("*/times-*.json")
+    assert list(json.loads(times.read_text())) == ["none"]
+    header, said = run(tmp_path, *options(compile="none"))
+    assert "--compile whole" not in said  # it was asked for
+
+
+def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
+    """An auto run goes on uncompiled although the cache says by now that a compiled one ends sooner."""
+    make_corpus(tmp_path / "data")
+    words = options(compile="auto", checkpoint_every=20, threads=None)
+    run(tmp_path, *words, "--threads", "1")
+    (times,) = (tmp_path / "cache").glob("*/times-*.json")
+    times.write_text(json.dumps({"whole": [0.0, 0.0]}))
+    (path,) = (tmp_path / "logs").glob("*/step_000020.pt")
+    found = train_gpt.load_checkpoint(path, {})
+    assert found["mode"] == {"compiled": "none", "threads": 1, "world_size": 1} and "mode" not in found["key"]
+    header, said = run(tmp_path, *words, "--resume", str(path))
+    assert "compiled" not in said and header["compiled"] == "none"
+
+
+def test_an_uncompiled_run_does_without_the_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes a second to import."""
+    make_corpus(tmp_path / "data")
+    words = [*options(compile="none"), "--out", str(tmp_path / "logs")]
+    code = f"import sys, train_gpt; train_gpt.main({words!r}); assert 'torch._dynamo' not in sys.modules"
+    places = {"DATA_DIR": str(tmp_path / "data"), "CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=places, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_private_names_of_torch_are_there() -> None:
+    """A start is slower without them, not wrong: `prepare_compiler` leaves out what does not exist."""
+    from torch._functorch import config as functorch
+    from torch._inductor import codecache
+    from torch._inductor import config as inductor
+
+    assert hasattr(functorch, "autograd_cache_allow_custom_autograd_functions")
+    assert hasattr(inductor.cpp, "vec_isa_ok")
+    assert inductor.cpp_cache_precompile_headers
+    header = inspect.getsource(codecache._precompile_header)
+    assert "_HEADER_DIR" in header and "_HEADER_LOCK_DIR" in header
+    assert codecache.CppPythonBindingsCodeCache._get_uncompiled_header("cpu")  # that of the kernels
+    add = torch.optim.Optimizer.add_param_group
+    assert inspect.unwrap(add) is not add
