@@ -2634,6 +2634,7 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
+        self.cannot_compile = self.look_for_compiler()
         self.load_data()
         self.startup["data"] = time.time()
         self.build_model()
@@ -2703,35 +2704,32 @@ class Trainer:
             self.compiled, why = run.compile, "asked for"
         elif before:
             self.compiled, why = before["compiled"], "as in the run that goes on"
+        elif self.cannot_compile:
+            self.compiled, why = "none", self.cannot_compile
         elif self.device.type != "cpu":
             self.compiled, why = "parts", "the default on an accelerator"
         else:
-            problem = on_rank_0(self.comm, lambda: cache_problem(self.device))
-            found = "none", problem
-            if not problem:
-                found = on_rank_0(self.comm, lambda: sooner(read_history(self.history)))
-            self.compiled, why = found
-            self.say(f"{'compiled' if self.compiled == 'whole' else 'not compiled'}: {why}")
+            self.compiled, why = on_rank_0(self.comm, lambda: sooner(read_history(self.history)))
+        if run.compile == "auto" and not before:
+            self.say(f"{'not compiled' if self.compiled == 'none' else 'compiled'}: {why}")
         self.compile_settings = {"chosen": why}
-        if self.compiled != "none":
-            self.compiled = self.check_compiler()
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
 
-    def check_compiler(self) -> str:
-        """What can be compiled of what was chosen: all, or nothing where there is no compiler that works.
+    def look_for_compiler(self) -> str:
+        """Why nothing can be compiled here; "" where it can or is not wanted. Refusal where it was asked for."""
+        run, device = self.run, self.device
+        if run.compile == "none":
+            return ""
 
-        Refusal where the run was asked to compile.
-        """
-        cache, kind = compile_cache(self.device), self.device.type
-        problem = on_rank_0(self.comm, lambda: compiler_problem(cache, kind))
-        if not problem:
-            return self.compiled
-        if self.run.compile != "auto":
-            raise Refusal(f"{problem}, and --compile none does without")
-        self.say(f"not compiled, which makes steps slower: {problem}")
-        return "none"
+        def problem() -> str:
+            return cache_problem(device) or compiler_problem(compile_cache(device), device.type)
+
+        found = on_rank_0(self.comm, problem)
+        if found and run.compile != "auto":
+            raise Refusal(f"{found}, and --compile none does without")
+        return found
 
     def load_data(self) -> None:
         """Check the corpus and make this rank's validation batches."""
@@ -3084,7 +3082,7 @@ class Trainer:
         if self.comm.rank == 0:
             start = 0.0 if compiled_so_far()[1] == "cold" else self.startup["optimizer"] - self.startup[""]
             note_times(self.history, self.compiled, start, seconds)
-        if self.run.compile == "auto" and self.compiled == "none":
+        if self.run.compile == "auto" and self.compiled == "none" and not self.cannot_compile:
             self.say("--compile whole compiles once; from then on such a run trains in less time")
         self.say(
             f"track {self.run.track}: validation loss {loss:.4f}, "
@@ -3523,7 +3521,7 @@ def report_error(error: BaseException, rank: int, world_size: int) -> None:
     met = dist.is_initialized()
     common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not met)
     by_itself = not common and world_size > 1
-    first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    first_of_machine = (os.environ.get("LOCAL_RANK") or str(rank)) == "0"
     sentence = explanation(error)
     if by_itself or rank == 0 or (first_of_machine and not met):
         who = f"rank {rank}: " if by_itself else ""

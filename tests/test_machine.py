@@ -50,7 +50,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(
     assert sentence.startswith(f"--out {folder} cannot be written (")
 
 
-@pytest.mark.parametrize("compile", ["auto", "whole", "parts"])
+@pytest.mark.parametrize("compile", ["whole", "parts"])
 @pytest.mark.parametrize("kind", IN_THE_WAY)
 def test_a_compile_cache_that_cannot_be_written_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, nothing_is_read: None,
@@ -63,6 +63,18 @@ def test_a_compile_cache_that_cannot_be_written_is_refused_first(
     nearest = folder if folder.exists() else folder.parent
     assert f"({nearest}: " in sentence and "CACHE_DIR" in sentence and "--compile none" in sentence
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_goes_on_without_a_cache_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = bad_folder("a file", tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("CACHE_DIR", str(folder))
+    outcome = train(options(out=tmp_path / "out", compile="auto", schedule__steps=2, schedule__extension=0))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "compile" in line]
+    assert line.startswith("not compiled: the compile cache cannot be written (")
+    assert outcome.lines[0]["compiled"] == "none"
 
 
 def test_a_run_that_compiles_nothing_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
