@@ -2718,7 +2718,7 @@ class Trainer:
         self.model.compile_parts(self.compiled)
 
     def look_for_compiler(self) -> str:
-        """Why nothing can be compiled here; "" where it can or is not wanted. Refusal where it was asked for."""
+        """Why nothing can be compiled here; "" where it can or is not wanted. Refusal if it was asked for."""
         run, device = self.run, self.device
         if run.compile == "none":
             return ""
