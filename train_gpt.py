@@ -55,6 +55,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+
+    def say_what_takes_so_long(seconds: int = 0) -> None:
+        """At once, and every five seconds until this file is read: from a cold disk torch takes many."""
+        if "main" not in globals():
+            so_far = f", {seconds} s" if seconds else ""
+            print(f"train_gpt.py: loading torch{so_far}", file=sys.stderr, flush=True)
+            timer = threading.Timer(5, say_what_takes_so_long, [seconds + 5])
+            timer.daemon = True
+            timer.start()
+
+    say_what_takes_so_long()
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -2137,6 +2150,95 @@ class Log:
         self.file.flush()
 
 
+def in_words(seconds: float) -> str:
+    """A time that is a guess."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class Progress:
+    """What a run says on the screen: lines that stay, and what is being done. Only rank 0 speaks.
+
+    On a terminal a bar at its foot is drawn anew by a thread. Elsewhere there are lines: one when
+    something begins and, until the training begins, one every NEWS seconds while it lasts.
+    """
+
+    NEWS = 5.0  # seconds: the most without a line before the training, the least between two during it
+    REDRAW = 0.5  # seconds
+
+    def __init__(self, rank: int):
+        self.speaks = rank == 0
+        self.bar: Any = None  # of tqdm, while something is being done on a terminal
+        self.said = -math.inf  # when the last line was written
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.said = time.monotonic()
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.speaks:
+            print(line, flush=True)
+
+    def now(self, what: str, share: float = 0.0, details: str = "") -> None:
+        """What is being done by now, which share of it, and what else there is to say."""
+        self.what, self.share, self.details = what, share, details
+
+    def step(self, what: str, share: float, details: str, last: bool) -> None:
+        """As `now`, for a step of the training: without a bar the first, the last and some are lines."""
+        self.now(what, share, details)
+        if self.bar is None and (last or time.monotonic() >= self.said + self.NEWS):
+            self.say(f"{what} {details}")
+
+    @contextlib.contextmanager
+    def doing(self, what: str, training: bool = False) -> Iterator[None]:
+        """Say what is being done while it is done; without a bar no thread disturbs the training."""
+        self.now(what)
+        if not self.speaks:
+            yield
+            return
+        self.bar = self.new_bar(what) if sys.stdout.isatty() else None
+        if self.bar is None:
+            self.say(what)
+        self.said = -math.inf if training else self.said  # the first step is said
+        ended = threading.Event()
+        thread = threading.Thread(target=self.keep_saying, args=(ended,), daemon=True, name="progress")
+        if self.bar is not None or not training:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if thread.is_alive():
+                thread.join()
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+
+    def new_bar(self, what: str) -> Any:
+        """An empty bar that vanishes when it is closed; None where tqdm is not installed."""
+        try:
+            from tqdm import tqdm  # only here: it takes a moment
+        except ImportError:
+            return None
+        tqdm.monitor_interval = 0  # no thread of its own
+        form = "{desc} |{bar}| {elapsed}{postfix}"
+        columns, rows = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know them
+        size = {"ncols": columns - 1, "nrows": rows}
+        return tqdm(desc=what, total=1.0, bar_format=form, leave=False, file=sys.stdout, **size)
+
+    def keep_saying(self, ended: threading.Event) -> None:
+        """Thread that draws the bar, or says again what is being done and for how long."""
+        began = time.monotonic()
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while not ended.wait(self.NEWS if self.bar is None else self.REDRAW):
+                if self.bar is None:
+                    self.say(f"{self.what}, {time.monotonic() - began:.0f} s")
+                else:
+                    self.bar.ncols = shutil.get_terminal_size().columns - 1
+                    self.bar.n = self.share
+                    self.bar.set_description_str(self.what, refresh=False)
+                    self.bar.set_postfix_str(self.details)
+
+
 def process_age() -> float:
     """Seconds since this process was started, where the system says so."""
     if sys.platform != "linux":
@@ -2320,9 +2422,12 @@ class Trainer:
         self.track, self.run, self.comm, self.device = track, run, comm, device
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
-        self.load_data()
+        self.progress = Progress(comm.rank)
+        with self.progress.doing(f"reading and checking {corpus_folder(track.data)}"):
+            self.load_data()
         self.startup["data"] = time.time()
-        self.build_model()
+        with self.progress.doing("building model and optimizer"):
+            self.build_model()
         # the schedule
         schedule = track.schedule
         groups = self.optimizer.param_groups
@@ -2335,10 +2440,11 @@ class Trainer:
             stage.batch: rows_per_pass(track, run, comm.world_size, stage.batch) for stage in schedule.stages
         }
         self.num_steps = total_steps(schedule)
+        row_tokens = sum(stages_until(schedule, step)[-1].batch for step in range(self.num_steps))
+        self.all_tokens = row_tokens * track.data.rows * track.data.row_tokens  # of the whole schedule
         # progress: all that a checkpoint keeps besides weights and state
         self.done, self.tokens = 0, 0  # steps and tokens so far
         self.position = (0, 0, 0)  # of the packer
-        self.next_progress = 0  # the step at or after which a line is printed
         self.clock = Clock(device)
         # what the run is called, and what a checkpoint must share with it
         now, random = time.strftime("%Y%m%d-%H%M%S"), os.urandom(2).hex()
@@ -2385,10 +2491,6 @@ class Trainer:
         if self.compiled == "auto":
             self.compiled = "whole" if device.type == "cpu" else "parts"
         self.model.compile_parts(self.compiled)
-
-    def say(self, text: str) -> None:
-        if self.comm.rank == 0:
-            print(text, flush=True)
 
     # ---- a step
 
@@ -2462,15 +2564,21 @@ class Trainer:
         self.model.init_weights(self.run.seed)
         tokens = np.arange(data.row_tokens + 1) % data.vocab_size
         lengths = np.diff([*range(0, data.row_tokens, self.longest), data.row_tokens])
-        for step in sorted(step for step in self.stage_starts if step < self.num_steps):
+        begins = sorted(step for step in self.stage_starts if step < self.num_steps)
+        passes, graphs = 2 * len(begins) + 1, "graphs" if self.compiled != "none" else "warm-up"
+        for k, step in enumerate(begins):
+            self.progress.now(f"{graphs} {2 * k + 1} of {passes}", 2 * k / passes)
             self.set_stage(step)
             rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
             batch = make_batch(rows, data, self.checked["documents"])
             self.forward_backward(batch, loss_weights(schedule, step))
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
+            self.progress.now(f"{graphs} {2 * k + 2} of {passes}", (2 * k + 1) / passes)
             self.validate(self.stage.windows, rows=1)
+        self.progress.now(f"{graphs} {passes} of {passes}", 1 - 1 / passes)
         self.validate(self.track.evaluation.windows, rows=1)
         self.startup["graphs"] = time.time()
+        self.progress.now("optimizer", 1.0)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         # the start of the run
@@ -2588,20 +2696,25 @@ class Trainer:
         line = dict(step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
         self.log.write("step", **line)
         self.check_finite(not bad_ranks and math.isfinite(train_loss), f"training loss {train_loss}")
-        if self.done >= self.next_progress or self.done == self.num_steps:
-            twentieth = max(1, self.num_steps // 20)
-            self.next_progress = (self.done // twentieth + 1) * twentieth
-            speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
-            self.say(f"step {self.done}/{self.num_steps} loss {train_loss:.4f} {speed}")
+        left = (self.all_tokens - self.tokens) / self.tokens * seconds
+        details = f"loss {train_loss:.4f} {seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
+        self.progress.step(
+            f"step {self.done}/{self.num_steps}",
+            self.tokens / self.all_tokens,
+            details if left == 0 else f"{details} {in_words(left)} left",
+            last=self.done == self.num_steps,
+        )
         return stops > 0
 
     def report_validation(self, last: bool) -> dict[str, Any]:
         """Validate, log it and say it; the `val` event."""
+        step, share = f"step {self.done}/{self.num_steps}", self.tokens / self.all_tokens
+        self.progress.now(f"{step} validation", share)
         val = self.validate(self.track.evaluation.windows if last else self.stage.windows)
         self.log.write("val", **val)
         loss = val["val_loss"]
-        said = f"validation loss {loss:.4f} training time {self.clock.seconds:.2f} s"
-        self.say(f"step {self.done}/{self.num_steps} {said}")
+        self.progress.say(f"{step} validation loss {loss:.4f} training time {self.clock.seconds:.2f} s")
+        self.progress.now(step, share)
         self.check_finite(math.isfinite(loss), f"validation loss {loss}")
         return val
 
@@ -2637,12 +2750,14 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
-        evaluation, clock = self.track.evaluation, self.clock
-        self.warm_up()
+        evaluation, clock, progress = self.track.evaluation, self.clock, self.progress
+        with progress.doing("graphs, minutes where they are new" if self.compiled != "none" else "warm-up"):
+            self.warm_up()
         graphs, cache = compiled_so_far()
-        checkpoint, run_id = self.resume()
-        self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
-        on_rank_0(self.comm, lambda: self.open_log(checkpoint, run_id, graphs=graphs, compile=cache))
+        with progress.doing("log and checkpoint"):
+            checkpoint, run_id = self.resume()
+            self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
+            on_rank_0(self.comm, lambda: self.open_log(checkpoint, run_id, graphs=graphs, compile=cache))
         packer = Packer(self.train_paths, self.track.data, self.position)
         documents, rank, world_size = self.checked["documents"], self.comm.rank, self.comm.world_size
         batches = training_steps(packer, self.track, documents, rank, world_size, self.done)
@@ -2652,26 +2767,32 @@ class Trainer:
         if self.done == self.num_steps:  # a run that was killed between its last checkpoint and its end
             val = self.validate(evaluation.windows)
 
-        clock.start()
-        for step in range(self.done, self.num_steps):
-            loss, data = self.advance(step, batches)
-            last = self.done == self.num_steps
-            validating = last or self.done % evaluation.every == 0
-            if validating or self.done % evaluation.log_every == 0:
-                stopping = self.report(loss, data.targets)
-            saving = self.is_due_to_save(stopping)
-            if validating or saving:
-                clock.stop()
-                if validating:
-                    val = self.report_validation(last)
-                if saving:
-                    self.save()
-                if saving and stopping and not last:
-                    self.say(f"stopped and saved at step {self.done}; the same command with --resume goes on")
-                    sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
-                clock.start()
-        clock.stop()
+        with progress.doing(f"training, {self.num_steps} steps", training=True):
+            clock.start()
+            for step in range(self.done, self.num_steps):
+                loss, data = self.advance(step, batches)
+                last = self.done == self.num_steps
+                validating = last or self.done % evaluation.every == 0
+                if validating or self.done % evaluation.log_every == 0:
+                    stopping = self.report(loss, data.targets)
+                saving = self.is_due_to_save(stopping)
+                if validating or saving:
+                    clock.stop()
+                    if validating:
+                        val = self.report_validation(last)
+                    if saving:
+                        self.save()
+                    if saving and stopping and not last:
+                        self.end_as_asked()
+                    clock.start()
+            clock.stop()
         return self.finish(val, graphs)
+
+    def end_as_asked(self) -> None:
+        """Leave after a signal, with its status."""
+        resume = "the same command with --resume goes on"
+        self.progress.say(f"stopped and saved at step {self.done}; {resume}")
+        sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
 
     def finish(self, val: dict[str, Any], graphs: int) -> dict[str, Any]:
         """Write and say the end of the run; the `final` event. `graphs` were made before the clock."""
@@ -2687,7 +2808,7 @@ class Trainer:
         self.log.write("final", **final)
         if self.comm.rank == 0 and self.folder.is_dir():
             (self.folder / "finished").touch()
-        self.say(
+        self.progress.say(
             f"track {self.run.track}: validation loss {loss:.4f}, "
             f"target {target} {'reached' if reached else 'NOT reached'}, "
             f"training time {seconds:.2f} s, {self.num_steps} steps, {self.tokens} tokens, "

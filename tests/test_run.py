@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -206,15 +205,6 @@ def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
     assert len({run.log for run in runs}) == len(list(tmp_path.glob("*.jsonl"))) == 2
     (stored,) = tmp_path.glob("*.py")
     assert stored.stem == hashlib.sha256(source).hexdigest()
-
-
-def test_progress_is_said_all_along_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """About twenty times, also where a twentieth of the steps is no multiple of `log_every`."""
-    small = dict(data__rows=1, data__row_tokens=32, evaluation__every=1000, evaluation__tokens=200)
-    small |= dict(schedule__steps=150, schedule__extension=0, evaluation__log_every=10)
-    train(options(out=tmp_path, **small))
-    said = re.findall(r"^step (\d+)/150 loss", capsys.readouterr().out, re.MULTILINE)
-    assert [int(step) for step in said] == list(range(10, 151, 10))
 
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)
