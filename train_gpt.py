@@ -379,6 +379,7 @@ class Run(Settings):
         600, "seconds without progress after which a job of several processes ends", 1
     )
     out: str = field("logs", "folder of logs and checkpoints")
+    show: bool = field(True, "after a run: text by a model of bytes; by ./run.sh a picture of the losses too")
 
 
 # A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
@@ -1952,6 +1953,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
+PROMPT, TEXT_BYTES, TEXT_SECONDS = "HAMLET.\n", 200, 5.0  # of the text after a run, and the most of it
 FORMER_MODEL_FIELDS = {"frozen": "attention_source"}  # names in checkpoints from before December 2026
 
 
@@ -2814,7 +2816,33 @@ class Trainer:
             f"training time {seconds:.2f} s, {self.num_steps} steps, {self.tokens} tokens, "
             f"{self.comm.world_size} x {self.environment['device']}, log {self.log.path}"
         )
+        if self.run.show and self.comm.rank == 0:
+            self.last_page()
         return final
+
+    def last_page(self) -> None:
+        """Say some text by the model, where a token is a byte, and the path of the log."""
+        if self.track.data.vocab_size == BYTE_VOCABULARY:
+            self.progress.say("the model writes:")
+            for line in self.text_by_the_model().splitlines():
+                self.progress.say(f"  {line}")
+        self.progress.say(f"log {self.log.path}")
+
+    def text_by_the_model(self) -> str:
+        """PROMPT and what the model goes on with, in what the screen can show; nothing is compiled for it."""
+        prompt = PROMPT.encode()
+        compiled = self.compiled != "none"
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        end, threads = time.monotonic() + TEXT_SECONDS, torch.get_num_threads()
+        torch.set_num_threads(1)  # single tokens are too little work to be shared
+        with eager:
+            further = continuation(self.model, self.track, prompt, temperature=0.8, seed=0)
+            in_time = itertools.takewhile(lambda _: time.monotonic() < end, further)
+            text = bytes([*prompt, *itertools.islice(in_time, TEXT_BYTES)]).decode(errors="replace")
+        torch.set_num_threads(threads)
+        shown = "".join(x if x == "\n" or (x.isprintable() and x != "\ufffd") else "?" for x in text)
+        encoding = sys.stdout.encoding or "ascii"
+        return shown.encode(encoding, "replace").decode(encoding)
 
 
 def compiled_so_far() -> tuple[int, str]:
@@ -2872,30 +2900,40 @@ def evaluate_checkpoint(run: Run, device: torch.device) -> float:
 
 
 @torch.no_grad()
+def continuation(
+    model: GPT, track: Track, tokens: Iterable[int], temperature: float, seed: int
+) -> Iterator[int]:
+    """The tokens with which a model goes on in a document, drawn one after the other, up to its end."""
+    longest, windows = track.evaluation.row_tokens, model.window_sizes(track.evaluation.windows)
+    start, device = track.data.document_start, model.embed.device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [start, *tokens]
+    while True:
+        T = min(len(tokens), longest)
+        inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
+        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
+        x = model.stream(inputs, offsets, windows, T)
+        logits = model.logits(x[0, -1:])[0, : track.data.vocab_size].cpu()
+        chances = (logits / max(temperature, 1e-6)).softmax(0)
+        tokens.append(int(chances.multinomial(1, generator=generator)))
+        if tokens[-1] == start:
+            return
+        yield tokens[-1]
+
+
 def sample_checkpoint(run: Run, device: torch.device) -> str:
     """The text of --sample and what the model of --resume goes on with; printed and returned."""
     model, track = model_of_checkpoint(run.resume, device)
-    data, longest, windows = track.data, track.evaluation.row_tokens, track.evaluation.windows
-    if data.vocab_size == BYTE_VOCABULARY:
+    if track.data.vocab_size == BYTE_VOCABULARY:
         encode, decode = str.encode, lambda tokens: bytes(tokens).decode(errors="replace")
     else:
         import tiktoken
 
         encoding = tiktoken.get_encoding("gpt2")
         encode, decode = encoding.encode_ordinary, encoding.decode
-    tokens = [data.document_start, *encode(run.sample)]
-    generator = torch.Generator().manual_seed(run.seed)
-    for _ in range(run.sample_tokens):
-        T = min(len(tokens), longest)
-        inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
-        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
-        x = model.stream(inputs, offsets, model.window_sizes(windows), T)
-        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
-        chances = (logits / max(run.temperature, 1e-6)).softmax(0)
-        tokens.append(int(chances.multinomial(1, generator=generator)))
-        if tokens[-1] == data.document_start:
-            break
-    text = decode([token for token in tokens if token != data.document_start])
+    tokens = encode(run.sample)
+    further = continuation(model, track, tokens, run.temperature, run.seed)
+    text = decode([*tokens, *itertools.islice(further, run.sample_tokens)])
     print(text)
     return text
 

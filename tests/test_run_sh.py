@@ -50,7 +50,7 @@ def trained(
         str(ROOT / "run.sh"),
         "--system",
         "tiny",
-        *options(track=None, out=folder / "out", **SHORT),
+        *options(track=None, show=None, out=folder / "out", **SHORT),
     ]
     done = run(argv, environment, folder)
     done.folder = folder
@@ -66,7 +66,12 @@ def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedPr
     assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5
     assert header["world_size"] == 1
     assert final["event"] == "final" and final["step"] == 5
-    last = trained.stdout.splitlines()[-1]
+    end, _, page = trained.stdout.partition("the model writes:\n")
+    *text, log_line, picture_line = page.splitlines()
+    assert text[0] == "  HAMLET."
+    assert (log_line, picture_line) == (f"log {log}", f"picture {log.with_suffix('.svg')}")
+    assert log.with_suffix(".svg").read_text().startswith("<svg ")
+    last = end.splitlines()[-1]
     assert last.startswith("track tiny: validation loss")
     words = (f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)
     assert all(word in last for word in words), last

@@ -212,7 +212,7 @@ def subprocess_json(*arguments: str) -> dict:
 def run_tiny(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(ROOT / "train_gpt.py"), "--track", "tiny", "--seed", str(seed),
-                   "--out", out]  # fmt: skip
+                   "--out", out, "--show", "false"]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)
         events = [json.loads(line) for line in next(Path(out).glob("*.jsonl")).read_text().splitlines()]
     final = events[-1]

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,8 @@ class Plan(NamedTuple):
     track: str  # never "auto"
     corpus: str  # the folder of its shards, below DATA_DIR
     processes: int  # one for each device, a divisor of the rows of a step
+    out: str = "logs"  # where its log will lie
+    show: bool = True  # whether its losses are drawn
 
 
 def say(sentence: str) -> None:
@@ -95,7 +98,7 @@ def plan(words: Sequence[str]) -> Plan:
     processes = processes_for(track.data.rows, devices)
     if processes < devices:
         say(f"using {processes} of {devices} devices, a step has {track.data.rows} rows")
-    return Plan(run.track, track.data.corpus, processes)
+    return Plan(run.track, track.data.corpus, processes, run.out, run.show)
 
 
 def make_data(corpus: str) -> bool:
@@ -128,6 +131,16 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
+def show(out: Path, since: float) -> None:
+    """Draw the losses of the run that has ended in the folder `out`, unless it wrote nothing there."""
+    from lib import picture
+
+    logs = [path for path in out.glob("*.jsonl") if path.stat().st_mtime >= since]
+    if logs:
+        log = max(logs, key=lambda path: path.stat().st_mtime)
+        print(f"picture {picture.draw(log, ROOT / 'records')}", flush=True)
+
+
 def start(processes: int, words: Sequence[str]) -> int:
     """Train in so many processes on this machine, through torchrun; the exit status."""
     from torch.distributed import run
@@ -155,18 +168,25 @@ def main(words: Sequence[str]) -> int:
         os.environ.pop(name, None)
     # as the trainer has it, but before the plan asks for a GPU
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    began = time.time()
     try:
         found = plan(words)
         if not make_data(found.corpus):
             return 1
         # the last word on an option counts: all processes take the track that was planned
         planned = [*words, "--track", found.track]
-        return train(planned) if found.processes == 1 else start(found.processes, planned)
+        status = train(planned) if found.processes == 1 else start(found.processes, planned)
     except ValueError as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    if status == 0 and found.show:
+        try:
+            show(Path(found.out), began)
+        except (ValueError, OSError) as error:
+            say(f"no picture: {error}")
+    return status
 
 
 if __name__ == "__main__":
