@@ -22,7 +22,22 @@ case "${1:-}" in
 esac
 
 python=$(command -v "${PYTHON:-python3}") || die "no ${PYTHON:-python3} found; install Python 3.11 or newer, or set PYTHON"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$python is older than Python 3.11; set PYTHON to a newer one"
+
+# check REQUIREMENTS PACKAGE...: whether $python is new enough and has the packages, in one start of Python
+check() {
+  local status=0 packages
+  "$python" -c 'import sys
+if sys.version_info < (3, 11): sys.exit(3)
+import importlib.util
+sys.exit(0 if all(map(importlib.util.find_spec, sys.argv[1:])) else 4)' "${@:2}" || status=$?
+  packages=$(printf ' and %s' "${@:2}")
+  case $status in
+    0) ;;
+    3) die "$python is older than Python 3.11; set PYTHON to a newer one" ;;
+    4) die "$python has no${packages# and}: pip install -r $1" ;;
+    *) die "$python cannot be run" ;;
+  esac
+}
 
 # installed FILE TEXT: whether .venv was installed from FILE when it asked for the packages in TEXT
 installed() { [ "$(cat ".venv/$1.installed" 2>/dev/null)" = "$2" ]; }
@@ -38,11 +53,18 @@ if [ "$system" = 0 ]; then
   fi
   # where the packages of the tests are installed, those of training are too
   if ! installed "$requirements" "$wanted" && ! installed requirements-dev.txt "$for_tests"; then
-    echo "run.sh: installing $requirements into .venv"
+    if [ ! -x .venv/bin/python ]; then check "$requirements"; fi
+    echo "run.sh: installing $requirements into .venv, a minute or two"
+    # pip is silent for long: every five seconds something is said, as long as this script lives
+    (seconds=0; while sleep 5 >/dev/null 2>&1 && kill -0 $$; do seconds=$((seconds + 5)); echo "run.sh: installing, $seconds s"; done) &
+    saying=$!
+    trap 'kill $saying' EXIT
     if [ ! -x .venv/bin/python ]; then
       "$python" -m venv .venv || die "cannot create .venv (on Debian and Ubuntu: apt install python3-venv)"
     fi
     .venv/bin/python -m pip install --quiet -r "$requirements" || die "pip could not install $requirements (see above)"
+    kill $saying
+    trap - EXIT
     # written last: an interrupted installation is repeated, a complete one is not
     echo "$wanted" > ".venv/$requirements.installed"
   fi
@@ -50,11 +72,11 @@ if [ "$system" = 0 ]; then
 fi
 
 if [ "$job" = test ]; then
-  "$python" -c 'import pytest, hypothesis' 2>/dev/null || die "$python has no pytest and hypothesis: pip install -r requirements-dev.txt"
+  check requirements-dev.txt pytest hypothesis
   OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
 fi
 
-"$python" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ["torch", "numpy"])))' || die "$python has no torch and numpy: pip install -r requirements.txt"
+check requirements.txt torch numpy
 for word in "$@"; do
   if [ "$word" = --help ] || [ "$word" = -h ]; then exec "$python" train_gpt.py --help; fi
 done

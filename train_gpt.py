@@ -65,6 +65,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+
+    def say_what_takes_so_long(seconds: int = 0) -> None:
+        """At once, and every five seconds until this file is read: from a cold disk torch takes many."""
+        if "main" not in globals():
+            so_far = f", {seconds} s" if seconds else ""
+            print(f"train_gpt.py: loading torch{so_far}", file=sys.stderr, flush=True)
+            timer = threading.Timer(5, say_what_takes_so_long, [seconds + 5])
+            timer.daemon = True
+            timer.start()
+
+    say_what_takes_so_long()
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -376,6 +389,7 @@ class Run(Settings):
         600, "seconds without progress after which a job of several processes ends", 1
     )
     out: str = field("logs", "folder of logs and checkpoints")
+    show: bool = field(True, "after a run: text by a model of bytes; by ./run.sh a picture of the losses too")
 
 
 # A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
@@ -1955,6 +1969,7 @@ CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # in the log
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
+PROMPT, TEXT_BYTES, TEXT_SECONDS = "HAMLET.\n", 200, 5.0  # of the text after a run, and the most of it
 # What settings were called before December 2026: checkpoints of that time are read, options are told apart.
 FORMER_NAMES = {
     "value.": "tables.",
@@ -2356,6 +2371,95 @@ class Log:
         self.file.flush()
 
 
+def in_words(seconds: float) -> str:
+    """A time that is a guess."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class Progress:
+    """What a run says on the screen: lines that stay, and what is being done. Only rank 0 speaks.
+
+    On a terminal a bar at its foot is drawn anew by a thread. Elsewhere there are lines: one when
+    something begins and, until the training begins, one every NEWS seconds while it lasts.
+    """
+
+    NEWS = 5.0  # seconds: the most without a line before the training, the least between two during it
+    REDRAW = 0.5  # seconds
+
+    def __init__(self, rank: int):
+        self.speaks = rank == 0
+        self.bar: Any = None  # of tqdm, while something is being done on a terminal
+        self.said = -math.inf  # when the last line was written
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.said = time.monotonic()
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.speaks:
+            print(line, flush=True)
+
+    def now(self, what: str, share: float = 0.0, details: str = "") -> None:
+        """What is being done by now, which share of it, and what else there is to say."""
+        self.what, self.share, self.details = what, share, details
+
+    def step(self, what: str, share: float, details: str, last: bool) -> None:
+        """As `now`, for a step of the training: without a bar the first, the last and some are lines."""
+        self.now(what, share, details)
+        if self.bar is None and (last or time.monotonic() >= self.said + self.NEWS):
+            self.say(f"{what} {details}")
+
+    @contextlib.contextmanager
+    def doing(self, what: str, training: bool = False) -> Iterator[None]:
+        """Say what is being done while it is done; without a bar no thread disturbs the training."""
+        self.now(what)
+        if not self.speaks:
+            yield
+            return
+        self.bar = self.new_bar(what) if sys.stdout.isatty() else None
+        if self.bar is None:
+            self.say(what)
+        self.said = -math.inf if training else self.said  # the first step is said
+        ended = threading.Event()
+        thread = threading.Thread(target=self.keep_saying, args=(ended,), daemon=True, name="progress")
+        if self.bar is not None or not training:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if thread.is_alive():
+                thread.join()
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+
+    def new_bar(self, what: str) -> Any:
+        """An empty bar that vanishes when it is closed; None where tqdm is not installed."""
+        try:
+            from tqdm import tqdm  # only here: it takes a moment
+        except ImportError:
+            return None
+        tqdm.monitor_interval = 0  # no thread of its own
+        form = "{desc} |{bar}| {elapsed}{postfix}"
+        columns, rows = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know them
+        size = {"ncols": columns - 1, "nrows": rows}
+        return tqdm(desc=what, total=1.0, bar_format=form, leave=False, file=sys.stdout, **size)
+
+    def keep_saying(self, ended: threading.Event) -> None:
+        """Thread that draws the bar, or says again what is being done and for how long."""
+        began = time.monotonic()
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while not ended.wait(self.NEWS if self.bar is None else self.REDRAW):
+                if self.bar is None:
+                    self.say(f"{self.what}, {time.monotonic() - began:.0f} s")
+                else:
+                    self.bar.ncols = shutil.get_terminal_size().columns - 1
+                    self.bar.n = self.share
+                    self.bar.set_description_str(self.what, refresh=False)
+                    self.bar.set_postfix_str(self.details)
+
+
 def process_age() -> float:
     """Seconds since this process was started, where the system says so."""
     if sys.platform != "linux":
@@ -2635,9 +2739,13 @@ class Trainer:
         # when each part of the start was done; the first entry is the start of the process
         self.startup = {"": time.time() - process_age(), "imports and processes": time.time()}
         self.cannot_compile = self.look_for_compiler()
-        self.load_data()
+        self.progress = Progress(comm.rank)
+        folder = folder_from("DATA_DIR", "data") / track.data.corpus
+        with self.progress.doing(f"reading and checking {folder}"):
+            self.load_data()
         self.startup["data"] = time.time()
-        self.build_model()
+        with self.progress.doing("building model and optimizer"):
+            self.build_model()
         # the schedule
         schedule = track.schedule
         groups = self.optimizer.param_groups
@@ -2655,10 +2763,11 @@ class Trainer:
             common = batch if self.compiled == "none" else math.gcd(*batches)
             self.rows_per_pass[batch] = rows_per_pass(track, run, comm.world_size, common)
         self.num_steps = total_steps(schedule)
+        row_tokens = sum(stages_until(schedule, step)[-1].batch for step in range(self.num_steps))
+        self.all_tokens = row_tokens * track.data.rows * track.data.row_tokens  # of the whole schedule
         # progress: all that a checkpoint keeps besides weights and state
         self.done, self.tokens = 0, 0  # steps and tokens so far
         self.position = (0, 0, 0)  # of the packer
-        self.next_progress = 0  # the step at or after which a line is printed
         self.clock = Clock(device)
         self.log: Log | None = None  # opened by `train`, when it is known whether a run goes on
         self.asked_to_stop = 0  # the number of the signal
@@ -2711,7 +2820,7 @@ class Trainer:
         else:
             self.compiled, why = on_rank_0(self.comm, lambda: sooner(read_history(self.history)))
         if run.compile == "auto" and not before:
-            self.say(f"{'not compiled' if self.compiled == 'none' else 'compiled'}: {why}")
+            self.progress.say(f"{'not compiled' if self.compiled == 'none' else 'compiled'}: {why}")
         self.compile_settings = {"chosen": why}
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
@@ -2757,10 +2866,6 @@ class Trainer:
         self.model = GPT(track.model, longest_row, self.dtype, device)
         self.model.low_memory = run.memory == "low"
         self.optimizer = build_optimizer(self.model, track)
-
-    def say(self, text: str) -> None:
-        if self.comm.rank == 0:
-            print(text, flush=True)
 
     # ---- a step
 
@@ -2837,28 +2942,39 @@ class Trainer:
 
     # ---- before the clock
 
+    def kinds_of_passes(self) -> tuple[list[int], list[tuple[tuple[int, int], bool]]]:
+        """What the warm-up has to run: a step for each kind of pass, (windows, tied) for each validation."""
+        schedule = self.track.schedule
+        passes, validations = {}, {}
+        for step in sorted(step for step in self.stage_starts if step < self.num_steps):
+            stage, tied = stages_until(schedule, step)[-1], step < self.untie_step
+            rows, targets = self.rows_per_pass[stage.batch], len(loss_weights(schedule, step))
+            passes.setdefault((rows, stage.windows, targets, tied), step)
+            validations[stage.windows, tied] = None
+        validations[self.track.evaluation.windows, tied] = None
+        return list(passes.values()), list(validations)
+
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
         data, schedule = self.track.data, self.track.schedule
         self.model.init_weights(self.run.seed)
         tokens = np.arange(data.row_tokens + 1) % data.vocab_size
         lengths = np.diff([*range(0, data.row_tokens, self.longest), data.row_tokens])
-        passes, validations = set(), set()  # what was done once is not repeated
-        for step in sorted(step for step in self.stage_starts if step < self.num_steps):
+        passes, validations = self.kinds_of_passes()
+        total = len(passes) + len(validations)
+        what = "graphs" if self.compiled != "none" else "warm-up"
+        for number, step in enumerate(passes):
+            self.progress.now(f"{what} {number + 1} of {total}", number / total)
             self.set_stage(step)
-            size, weights = self.rows_per_pass[self.stage.batch], loss_weights(schedule, step)
-            kind = size, self.stage.windows, len(weights), self.model.tied
-            if kind not in passes:
-                batch = make_batch([(tokens, lengths)] * size, data, self.checked["documents"])
-                self.forward_backward(batch, weights)
-                self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
-            passes.add(kind)
-            validations.add((self.stage.windows, self.model.tied))
-        validations.add((self.track.evaluation.windows, self.model.tied))
-        for windows, tied in sorted(validations):
-            self.model.tied = tied
+            rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
+            batch = make_batch(rows, data, self.checked["documents"])
+            self.forward_backward(batch, loss_weights(schedule, step))
+            self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
+        for number, (windows, self.model.tied) in enumerate(validations, len(passes)):
+            self.progress.now(f"{what} {number + 1} of {total}", number / total)
             self.validate(windows, rows=1)
         self.startup["graphs"] = time.time()
+        self.progress.now("optimizer", 1.0)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         # the start of the run
@@ -2973,20 +3089,25 @@ class Trainer:
         line = dict(step=self.done, train_loss=train_loss, train_time_s=seconds, tokens=self.tokens)
         self.log.write("step", **line)
         self.check_finite(not bad_ranks and math.isfinite(train_loss), f"training loss {train_loss}")
-        if self.done >= self.next_progress or self.done == self.num_steps:
-            twentieth = max(1, self.num_steps // 20)
-            self.next_progress = (self.done // twentieth + 1) * twentieth
-            speed = f"{seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
-            self.say(f"step {self.done}/{self.num_steps} loss {train_loss:.4f} {speed}")
+        left = (self.all_tokens - self.tokens) / self.tokens * seconds
+        details = f"loss {train_loss:.4f} {seconds:.1f} s {self.tokens / seconds:,.0f} tokens/s"
+        self.progress.step(
+            f"step {self.done}/{self.num_steps}",
+            self.tokens / self.all_tokens,
+            details if left == 0 else f"{details} {in_words(left)} left",
+            last=self.done == self.num_steps,
+        )
         return stops > 0
 
     def report_validation(self, last: bool) -> dict[str, Any]:
         """Validate, log it and say it; the `val` event."""
+        step, share = f"step {self.done}/{self.num_steps}", self.tokens / self.all_tokens
+        self.progress.now(f"{step} validation", share)
         val = self.validate(self.track.evaluation.windows if last else self.stage.windows)
         self.log.write("val", **val)
         loss = val["val_loss"]
-        said = f"validation loss {loss:.4f} training time {self.clock.seconds:.2f} s"
-        self.say(f"step {self.done}/{self.num_steps} {said}")
+        self.progress.say(f"{step} validation loss {loss:.4f} training time {self.clock.seconds:.2f} s")
+        self.progress.now(step, share)
         self.check_finite(math.isfinite(loss), f"validation loss {loss}")
         return val
 
@@ -3028,12 +3149,14 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or a checkpoint to the end of the schedule; returns the `final` event."""
-        evaluation, clock = self.track.evaluation, self.clock
-        self.warm_up()
+        evaluation, clock, progress = self.track.evaluation, self.clock, self.progress
+        with progress.doing("graphs, minutes where they are new" if self.compiled != "none" else "warm-up"):
+            self.warm_up()
         graphs, cache = compiled_so_far()
-        checkpoint, run_id = self.resume()
-        self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
-        on_rank_0(self.comm, lambda: self.open_log(checkpoint, run_id, graphs=graphs, compile=cache))
+        with progress.doing("log and checkpoint"):
+            checkpoint, run_id = self.resume()
+            self.log = Log(self.folder.with_name(f"{self.folder.name}.jsonl"))
+            on_rank_0(self.comm, lambda: self.open_log(checkpoint, run_id, graphs=graphs, compile=cache))
         packer = Packer(self.train_paths, self.track.data, self.position)
         documents, rank, world_size = self.checked["documents"], self.comm.rank, self.comm.world_size
         batches = training_steps(packer, self.track, documents, rank, world_size, self.done)
@@ -3044,26 +3167,32 @@ class Trainer:
         if self.done == self.num_steps:  # a run that was killed between its last checkpoint and its end
             val = self.validate(evaluation.windows)
 
-        clock.start()
-        for step in range(self.done, self.num_steps):
-            loss, data = self.advance(step, batches)
-            last = self.done == self.num_steps
-            validating = last or self.done % evaluation.every == 0
-            if validating or self.done % evaluation.log_every == 0:
-                stopping = self.report(loss, data.targets)
-            saving = self.is_due_to_save(stopping)
-            if validating or saving:
-                clock.stop()
-                if validating:
-                    val = self.report_validation(last)
-                if saving:
-                    self.save()
-                if saving and stopping and not last:
-                    self.say(f"stopped and saved at step {self.done}; the same command with --resume goes on")
-                    sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
-                clock.start()
-        clock.stop()
+        with progress.doing(f"training, {self.num_steps} steps", training=True):
+            clock.start()
+            for step in range(self.done, self.num_steps):
+                loss, data = self.advance(step, batches)
+                last = self.done == self.num_steps
+                validating = last or self.done % evaluation.every == 0
+                if validating or self.done % evaluation.log_every == 0:
+                    stopping = self.report(loss, data.targets)
+                saving = self.is_due_to_save(stopping)
+                if validating or saving:
+                    clock.stop()
+                    if validating:
+                        val = self.report_validation(last)
+                    if saving:
+                        self.save()
+                    if saving and stopping and not last:
+                        self.end_as_asked()
+                    clock.start()
+            clock.stop()
         return self.finish(val, graphs)
+
+    def end_as_asked(self) -> None:
+        """Leave after a signal, with its status."""
+        resume = "the same command with --resume goes on"
+        self.progress.say(f"stopped and saved at step {self.done}; {resume}")
+        sys.exit(128 + (self.asked_to_stop or signal.SIGTERM))
 
     def finish(self, val: dict[str, Any], graphs: int) -> dict[str, Any]:
         """Write and say the end of the run; the `final` event. `graphs` were made before the clock."""
@@ -3083,14 +3212,40 @@ class Trainer:
             start = 0.0 if compiled_so_far()[1] == "cold" else self.startup["optimizer"] - self.startup[""]
             note_times(self.history, self.compiled, start, seconds)
         if self.run.compile == "auto" and self.compiled == "none" and not self.cannot_compile:
-            self.say("--compile whole compiles once; from then on such a run trains in less time")
-        self.say(
+            self.progress.say("--compile whole compiles once; from then on such a run trains in less time")
+        self.progress.say(
             f"track {self.run.track}: validation loss {loss:.4f}, "
             f"target {target} {'reached' if reached else 'NOT reached'}, "
             f"training time {seconds:.2f} s, {self.num_steps} steps, {self.tokens} tokens, "
             f"{self.comm.world_size} x {self.environment['device']}, log {self.log.path}"
         )
+        if self.run.show and self.comm.rank == 0:
+            self.last_page()
         return final
+
+    def last_page(self) -> None:
+        """Say some text by the model, where a token is a byte, and the path of the log."""
+        if self.track.data.vocab_size == BYTE_VOCABULARY:
+            self.progress.say("the model writes:")
+            for line in self.text_by_the_model().splitlines():
+                self.progress.say(f"  {line}")
+        self.progress.say(f"log {self.log.path}")
+
+    def text_by_the_model(self) -> str:
+        """PROMPT and what the model goes on with, in what the screen can show; nothing is compiled for it."""
+        prompt = PROMPT.encode()
+        compiled = self.compiled != "none"
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        end, threads = time.monotonic() + TEXT_SECONDS, torch.get_num_threads()
+        torch.set_num_threads(1)  # single tokens are too little work to be shared
+        with eager:
+            further = continuation(self.model, self.track, prompt, temperature=0.8, seed=0)
+            in_time = itertools.takewhile(lambda _: time.monotonic() < end, further)
+            text = bytes([*prompt, *itertools.islice(in_time, TEXT_BYTES)]).decode(errors="replace")
+        torch.set_num_threads(threads)
+        shown = "".join(x if x == "\n" or (x.isprintable() and x != "\ufffd") else "?" for x in text)
+        encoding = sys.stdout.encoding or "ascii"
+        return shown.encode(encoding, "replace").decode(encoding)
 
 
 def compiled_so_far() -> tuple[int, str]:
@@ -3161,30 +3316,40 @@ def evaluate_checkpoint(run: Run, device: torch.device) -> float:
 
 
 @torch.no_grad()
+def continuation(
+    model: GPT, track: Track, tokens: Iterable[int], temperature: float, seed: int
+) -> Iterator[int]:
+    """The tokens with which a model goes on in a document, drawn one after the other, up to its end."""
+    longest, windows = track.evaluation.row_tokens, model.window_sizes(track.evaluation.windows)
+    start, device = track.data.document_start, model.embed.device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [start, *tokens]
+    while True:
+        T = min(len(tokens), longest)
+        inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
+        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
+        x = model.stream(inputs, offsets, windows, T)
+        logits = model.logits(x[0, -1:])[0, : track.data.vocab_size].cpu()
+        chances = (logits / max(temperature, 1e-6)).softmax(0)
+        tokens.append(int(chances.multinomial(1, generator=generator)))
+        if tokens[-1] == start:
+            return
+        yield tokens[-1]
+
+
 def sample_checkpoint(run: Run, device: torch.device) -> str:
     """The text of --sample and what the model of --resume goes on with; printed and returned."""
     model, track = model_of_checkpoint(run.resume, device)
-    data, longest, windows = track.data, track.evaluation.row_tokens, track.evaluation.windows
-    if data.vocab_size == BYTE_VOCABULARY:
+    if track.data.vocab_size == BYTE_VOCABULARY:
         encode, decode = str.encode, lambda tokens: bytes(tokens).decode(errors="replace")
     else:
         import tiktoken
 
         encoding = tiktoken.get_encoding("gpt2")
         encode, decode = encoding.encode_ordinary, encoding.decode
-    tokens = [data.document_start, *encode(run.sample)]
-    generator = torch.Generator().manual_seed(run.seed)
-    for _ in range(run.sample_tokens):
-        T = min(len(tokens), longest)
-        inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
-        offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
-        x = model.stream(inputs, offsets, model.window_sizes(windows), T)
-        logits = model.logits(x[0, -1:])[0, : data.vocab_size].cpu()
-        chances = (logits / max(run.temperature, 1e-6)).softmax(0)
-        tokens.append(int(chances.multinomial(1, generator=generator)))
-        if tokens[-1] == data.document_start:
-            break
-    text = decode([token for token in tokens if token != data.document_start])
+    tokens = encode(run.sample)
+    further = continuation(model, track, tokens, run.temperature, run.seed)
+    text = decode([*tokens, *itertools.islice(further, run.sample_tokens)])
     print(text)
     return text
 

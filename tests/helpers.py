@@ -28,6 +28,7 @@ TIMEOUT = 120  # seconds for one set of processes, on a busy machine
 # 12, both training shards are read, some groups wait for a second step
 SMALL = {
     "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
+    "show": "false",
     "data.rows": 12, "data.row_tokens": 64, "data.epochs": 2,
     "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2,
     "model.attention_free": "()", "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))",

@@ -2,6 +2,7 @@
 run may end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_what_the_trainer_refuses_is_refused_before_anything_starts(
     words: list[str], sentence: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "make_data", None)
-    monkeypatch.setattr(launch, "start", None)
+    monkeypatch.setattr(launch, "train", None)
     assert launch.main(words) == 1 and sentence in said(capfd)
 
 
@@ -125,7 +126,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "corpora"))
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     monkeypatch.setattr(launch, "plan", lambda words: Plan("tiny", words[-1], 1))
-    monkeypatch.setattr(launch, "start", lambda processes, words: 0)
+    monkeypatch.setattr(launch, "train", lambda words: 0)
     return tmp_path
 
 
@@ -140,7 +141,7 @@ def test_data_is_made_only_where_it_is_missing(
 def test_nothing_is_trained_without_data(
     repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "start", None)
+    monkeypatch.setattr(launch, "train", None)
     (repository / "data" / "shakespeare.py").write_text(MAKER.format(corpus="shakespeare", status=3))
     assert launch.main(["shakespeare"]) == 1
     assert capfd.readouterr() == ("made by shakespeare.py\n", "")  # which says itself what was wrong
@@ -161,10 +162,21 @@ def test_without_data_dir_the_data_lies_in_data(
         assert launch.main(["yours"]) == 1 and "yours in data and no data/yours.py" in said(capfd)
 
 
+def test_a_slow_data_script_is_talked_about(
+    repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "NEWS", 0.1)
+    script = repository / "data" / "shakespeare.py"
+    script.write_text("import time; time.sleep(0.5)\n" + script.read_text())
+    assert launch.main(["shakespeare"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) >= 3 and said[1] == "run.sh: making the corpus shakespeare, 0.2 s"
+
+
 def test_an_interrupted_data_script_has_the_last_word(
     repository: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "start", None)
+    monkeypatch.setattr(launch, "train", None)
     (repository / "data" / "shakespeare.py").write_text(
         "import os, signal, sys, time\n"
         "try:\n    os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); "
@@ -196,15 +208,13 @@ def torchrun_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]
         return got
 
     monkeypatch.setattr(launch, "make_data", lambda corpus: True)
+    monkeypatch.setattr(launch, "plan", lambda words: Plan("short", "fineweb10B", 4))
     monkeypatch.setattr(launch.logging, "disable", lambda level: None)
     return put
 
 
-def test_all_processes_take_the_track_that_was_planned(
-    torchrun_does: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_processes_take_the_track_that_was_planned(torchrun_does: Callable) -> None:
     words = torchrun_does()
-    monkeypatch.setattr(launch, "plan", lambda words: Plan("short", "fineweb10B", 4))
     assert launch.main(["--track", "auto", "--resume"]) == 0
     trainer = str(ROOT / "train_gpt.py")
     wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track",
@@ -246,7 +256,63 @@ def test_an_interrupt_is_no_error(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.fixture
+def trainer_does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """Puts something else into the trainer's place; returns the words that it will have got."""
+
+    def put(work: Callable[[], Any]) -> list[str]:
+        got: list[str] = []
+
+        def main(words: list[str], *_: Any) -> Any:
+            got.extend(words)
+            return work()
+
+        monkeypatch.setattr(train_gpt, "main", main)
+        return got
+
+    monkeypatch.setattr(launch, "make_data", lambda corpus: True)
+    monkeypatch.setattr(launch, "start", None)
+    return put
+
+
+def test_one_process_trains_in_this_one(trainer_does: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever job this process belongs to itself."""
+    for name in launch.JOB:
+        monkeypatch.setenv(name, "1")
+    words = trainer_does(lambda: [name for name in launch.JOB if name in os.environ] and 1 / 0)
+    assert launch.main(["--track", "auto", "--device", "cpu", "--resume"]) == 0
+    assert words == ["--track", "auto", "--device", "cpu", "--resume", "--track", "tiny"]
+
+
+@pytest.mark.parametrize("code, status", [
+    (0, 0), (1, 1), (3, 3), (None, 0), (130, 130), (128 + signal.SIGHUP, 130), (128 + signal.SIGTERM, 130),
+])  # fmt: skip
+def test_the_status_is_that_of_the_trainer(
+    trainer_does: Callable, capfd: pytest.CaptureFixture, code: int | None, status: int
+) -> None:
+    trainer_does(lambda: sys.exit(code))
+    assert launch.main(["--track", "tiny"]) == status
+    assert capfd.readouterr() == ("", "")
+
+
+def test_torch_is_imported_once_and_by_one_process(tmp_path: Path, data_dir: Path) -> None:
+    """The second thing is said before it is there: by torch's stand-in, which notes who imports it."""
+    stand_in = "import os, sys, time; print(os.getpid(), file=sys.stderr); time.sleep(0.25)\n"
+    stand_in += "sys.path.remove(os.environ['STAND_IN']); del sys.modules['torch']; import torch\n"
+    (tmp_path / "torch.py").write_text(stand_in)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import launch; launch.NEWS = 0.1\n"
+    code += "sys.exit(launch.main(sys.argv[1:]))"
+    words = options(out=tmp_path / "out", schedule__steps=1, schedule__extension=0)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path), STAND_IN=str(tmp_path))
+    argv = [sys.executable, "-c", code, str(ROOT / "tools"), *words]
+    done = subprocess.run(argv, env=environment, cwd=data_dir, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, process, second, *_ = done.stderr.splitlines()
+    assert (first, second) == ("run.sh: loading torch", "run.sh: loading torch, 0.1 s")
+    assert [line for line in done.stderr.splitlines() if line.isdigit()] == [process]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_to_the_launcher_ends_the_run_with_a_checkpoint(
     tmp_path: Path, data_dir: Path, number: signal.Signals
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import train_gpt
 from helpers import ROOT, options, train
-from lib import names
+from lib import names, runner
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 LINES = SOURCE.splitlines()
@@ -89,6 +89,25 @@ def test_options_are_translated_for_scripts_of_november(tmp_path: Path) -> None:
     for other in (ROOT / "train_gpt.py", tmp_path / "nothing.py"):
         assert names.words_for(other, words) == words
     train_gpt.parse_command_line(["--track", "tiny", *words])
+
+
+def test_a_script_is_asked_for_an_option(tmp_path: Path) -> None:
+    frozen = [*(ROOT / "records").glob("*/*/train_gpt.py")]
+    assert len(frozen) >= 6 and not any(names.knows(script, "show") for script in frozen)
+    assert names.knows(ROOT / "train_gpt.py", "show") and not names.knows(tmp_path / "none.py", "show")
+
+
+@pytest.mark.parametrize(
+    "field, words", [("", []), ("    show: bool = field(True, 'x')\n", ["--show", "false"])]
+)
+def test_the_tools_ask_for_a_result_alone(tmp_path: Path, field: str, words: list[str]) -> None:
+    """Where a script knows how; whoever wants to see more can say so."""
+    script = tmp_path / "script.py"
+    script.write_text(f"class Run:\n    seed = 0\n{field}import sys\nprint(*sys.argv[1:])\n")
+    script.write_text(script.read_text().replace("class", "field = lambda *_: 0\nclass", 1))
+    out = tmp_path / "out"
+    status, said = runner.run_script(script, ["--show", "true"], out, lambda event: None)
+    assert (status, said.split()) == (0, ["--out", str(out), *words, "--show", "true"])
 
 
 @pytest.mark.usefixtures("data_dir")

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -240,13 +239,60 @@ def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
     assert stored.stem == hashlib.sha256(source).hexdigest()
 
 
-def test_progress_is_said_all_along_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """About twenty times, also where a twentieth of the steps is no multiple of `log_every`."""
-    small = dict(data__rows=1, data__row_tokens=32, evaluation__every=1000, evaluation__tokens=200)
-    small |= dict(schedule__steps=150, schedule__extension=0, evaluation__log_every=10)
-    train(options(out=tmp_path, **small))
-    said = re.findall(r"^step (\d+)/150 loss", capsys.readouterr().out, re.MULTILINE)
-    assert [int(step) for step in said] == list(range(10, 151, 10))
+# --------------------------------------------------------------------------------------------------
+# The last page
+
+
+def test_a_run_ends_with_its_text_and_its_log(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    short = dict(schedule__steps=2, schedule__extension=0)
+    quiet = train(options(out=tmp_path / "quiet", **short))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("track tiny: validation loss")
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    shown = train(options(out=tmp_path / "shown", show="true", **short))
+    check_equal(shown, quiet)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    said = capsys.readouterr().out
+    before, _, after = said.partition("the model writes:\n")
+    assert before.splitlines()[-1].startswith("track tiny: validation loss")
+    *text, log = after.splitlines()
+    assert log == f"log {shown.log}" and text[0] == "  HAMLET."
+    assert all(line.startswith("  ") for line in text) and 100 < len("\n".join(text)) < 1000
+
+
+def test_the_text_is_what_the_weights_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same as that of a checkpoint, however the run was compiled; nothing is compiled for it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(train_gpt, "TEXT_BYTES", 20)
+    page, graphs = train_gpt.Trainer.last_page, []
+
+    def last_page(self: train_gpt.Trainer) -> None:
+        graphs.append(train_gpt.compiled_so_far())
+        page(self)
+        graphs.append(train_gpt.compiled_so_far())
+
+    monkeypatch.setattr(train_gpt.Trainer, "last_page", last_page)
+    torch._dynamo.reset()
+    train(options(out=tmp_path, show="true", checkpoint_every=3, **COMPILED))
+    assert len(graphs) == 2 and graphs[0] == graphs[1] and graphs[0][0] >= 2
+    text = capsys.readouterr().out.partition("the model writes:\n")[2].rpartition("log ")[0]
+    (path,) = tmp_path.glob("*/step_000003.pt")
+    use = ["--track", "tiny", "--device", "cpu", "--threads", "1", "--resume", str(path)]
+    sample = train_gpt.main(
+        [*use, "--sample", train_gpt.PROMPT, "--sample_tokens", "20", "--temperature", "0.8"]
+    )
+    shown = "".join(x if x == "\n" or (x.isprintable() and x != "\ufffd") else "?" for x in sample)
+    assert text == "".join(f"  {line}\n" for line in shown.splitlines())
+
+
+def test_a_slow_model_writes_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_gpt, "TEXT_SECONDS", -1.0)
+    train(options(out=tmp_path, show="true", schedule__steps=1, schedule__extension=0))
+    assert "the model writes:\n  HAMLET.\nlog " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)

@@ -2,6 +2,7 @@
 downloaded."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,15 @@ def run(argv: list[str], environment: dict[str, str], folder: Path) -> subproces
     return subprocess.run(argv, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def sentence(done: subprocess.CompletedProcess, program: str = "run.sh") -> str:
-    """The one line on stderr of a command that refused."""
-    assert done.returncode != 0 and done.stdout == "", done.stdout
-    assert done.stderr.startswith(f"{program}: ") and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+def sentence(done: subprocess.CompletedProcess, program: str = "run.sh", begun: bool = True) -> str:
+    """The one sentence on stderr of a command that refused, after it had `begun` to load torch; only the
+    trainer has said more, that it reads the data."""
+    assert done.returncode != 0
+    assert re.fullmatch("" if program == "run.sh" else "reading and checking .*\n", done.stdout), done.stdout
+    news = "run.sh: loading torch\n" * begun
+    assert done.stderr.startswith(f"{news}{program}: "), done.stderr
+    assert done.stderr.count("\n") == 1 + begun, done.stderr
+    return done.stderr.removeprefix(news)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,7 +46,12 @@ def trained(
 ) -> subprocess.CompletedProcess:
     """A run from another working directory; it writes into `out` there."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    argv = [str(ROOT / "run.sh"), "--system", "tiny", *options(track=None, out=folder / "out", **SHORT)]
+    argv = [
+        str(ROOT / "run.sh"),
+        "--system",
+        "tiny",
+        *options(track=None, show=None, out=folder / "out", **SHORT),
+    ]
     done = run(argv, environment, folder)
     done.folder = folder
     return done
@@ -56,10 +66,15 @@ def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedPr
     assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5
     assert header["world_size"] == 1
     assert final["event"] == "final" and final["step"] == 5
-    last = trained.stdout.splitlines()[-1]
-    assert all(word in last for word in ("tiny", f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)), (
-        last
-    )
+    end, _, page = trained.stdout.partition("the model writes:\n")
+    *text, log_line, picture_line = page.splitlines()
+    assert text[0] == "  HAMLET."
+    assert (log_line, picture_line) == (f"log {log}", f"picture {log.with_suffix('.svg')}")
+    assert log.with_suffix(".svg").read_text().startswith("<svg ")
+    last = end.splitlines()[-1]
+    assert last.startswith("track tiny: validation loss")
+    words = (f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)
+    assert all(word in last for word in words), last
     assert not (ROOT / "logs" / log.name).exists()
 
 
@@ -120,8 +135,7 @@ def test_help_needs_no_python(environment: dict[str, str], tmp_path: Path) -> No
 FAKE = """#!/bin/sh
 echo "$@" | head -1 >> "$CALLS"
 case "$*" in
-  *version_info*) exit ${FAKE_OLD:-0} ;;
-  *find_spec*|*"import pytest"*) exit ${FAKE_BARE:-0} ;;
+  *version_info*) exit ${FAKE_CHECK:-0} ;;
   "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip"*) exit ${FAKE_PIP:-0} ;;
   tools/launch.py*) exit ${FAKE_LAUNCH:-0} ;;
@@ -152,15 +166,17 @@ def calls_of(copy: Path, *argv: str, **settings: str) -> tuple[subprocess.Comple
 
 @pytest.mark.parametrize("argv, settings, words", [
     ([], dict(PYTHON="/nowhere/python"), ["/nowhere/python", "3.11"]),
-    ([], dict(FAKE_OLD="1"), ["3.11", "PYTHON"]),
-    (["--system"], dict(FAKE_BARE="1"), ["torch", "requirements.txt"]),
-    (["--system", "test"], dict(FAKE_BARE="1"), ["pytest", "requirements-dev.txt"]),
+    ([], dict(FAKE_CHECK="3"), ["3.11", "PYTHON"]),
+    (["--system"], dict(FAKE_CHECK="3"), ["3.11", "PYTHON"]),
+    (["--system"], dict(FAKE_CHECK="4"), ["has no torch and numpy: pip install -r requirements.txt"]),
+    (["--system", "test"], dict(FAKE_CHECK="4"), ["has no pytest and hypothesis", "requirements-dev.txt"]),
+    (["--system"], dict(FAKE_CHECK="1"), ["cannot be run"]),
 ])  # fmt: skip
 def test_missing_python_or_packages_are_said_in_one_sentence(
     copy: Path, argv: list, settings: dict, words: list
 ) -> None:
     done, calls = calls_of(copy, *argv, **settings)
-    assert all(word in sentence(done) for word in words)
+    assert all(word in sentence(done, begun=False) for word in words)
     assert calls == [] and not (copy / ".venv").exists()
 
 
@@ -182,6 +198,30 @@ def test_environment_is_made_once_and_used(copy: Path) -> None:
     (copy / "requirements.txt").write_text("torch==9.9.9\n")
     _, calls = calls_of(copy, "tiny")
     assert calls[0] == "-m pip install --quiet -r requirements.txt"
+
+
+def test_python_answers_for_itself_and_its_packages(copy: Path) -> None:
+    """The questions that the stand-in does not understand, in one start."""
+    python = copy / "python"
+    python.write_text(f'#!/bin/sh\necho "$1" >> "$CALLS"\nexec {sys.executable} -I -S "$@"\n')
+    python.chmod(0o755)
+    done, _ = calls_of(copy, "--system", PYTHON=str(python))
+    assert sentence(done, begun=False) == (
+        f"run.sh: {python} has no torch and numpy: pip install -r requirements.txt\n"
+    )
+    assert (copy / "calls").read_text() == "-c\n"
+
+
+def test_a_long_installation_is_talked_about(copy: Path) -> None:
+    """Every five seconds, here every fifth of a second; nothing goes on after it."""
+    (copy / "run.sh").write_text((copy / "run.sh").read_text().replace("sleep 5 ", "sleep 0.2 "))
+    slow = (copy / "fake").read_text().replace('"-m pip"*) ', '"-m pip"*) sleep 1; ')
+    (copy / "fake").write_text(slow)
+    done, calls = calls_of(copy, "tiny")
+    assert done.returncode == 0 and calls[-1] == "tools/launch.py --track tiny", done.stderr
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("run.sh: installing requirements.txt into .venv")
+    assert 3 <= len(others) <= 5 and others[:2] == ["run.sh: installing, 5 s", "run.sh: installing, 10 s"]
 
 
 def test_interrupted_installation_is_repeated(copy: Path) -> None:

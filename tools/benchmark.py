@@ -218,7 +218,7 @@ def subprocess_json(*arguments: str) -> dict:
 def run_tiny(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(ROOT / "train_gpt.py"), "--track", "tiny", "--seed", str(seed),
-                   "--compile", "whole", "--out", out]  # fmt: skip
+                   "--compile", "whole", "--out", out, "--show", "false"]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)
         events = [json.loads(line) for line in next(Path(out).glob("*.jsonl")).read_text().splitlines()]
     final = events[-1]

@@ -104,11 +104,13 @@ def measure(measurements: Measurements, options: list[str]) -> None:
     measurements.run("tests", [python, "-m", "pytest", "-q", *tests], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
 
+    quiet = ["--show", "false"]
+
     def start(name: str) -> None:
         folder = out / file_name(name, "")
         shutil.rmtree(folder, ignore_errors=True)
         if measurements.run(
-            name, [python, "train_gpt.py", *options, *short, "--out", str(folder)], 30, **cache
+            name, [python, "train_gpt.py", *options, *short, "--out", str(folder), *quiet], 30, **cache
         ):
             header, *lines = [
                 json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()

@@ -53,6 +53,12 @@ def former(name: str) -> str:
     return name
 
 
+def knows(script: Path, option: str) -> bool:
+    """Whether a script has this option beside those of its track."""
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
+    return bool(re.search(rf"^    {option}: .*= field\(", text, re.MULTILINE))
+
+
 def words_for(script: Path, words: Sequence[str]) -> list[str]:
     """Options in the names of today, "--section.field value" each, as this script knows them.
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .claims import ROOT, first_seed, read_runs, rules, sha256, unknown_track, write
 from .logs import Run, different_settings, flat, plan_of, read_log, text_of
+from .names import knows
 
 # the child dies with the thread that started it, however that ends: PR_SET_PDEATHSIG outlives the exec
 # (a preexec_fn would do the same, but not safely beside other threads)
@@ -43,7 +44,8 @@ def run_script(
     processes: int = 1,
     environment: dict[str, str] | None = None,
 ) -> tuple[int | None, str]:
-    """Run a script to its end, its log growing in the folder `scratch`, which is emptied first.
+    """Run a script to its end, its log growing in the folder `scratch`, which is emptied first; it shows
+    nothing after its result.
 
     `heard(event)` gets the last event of the log, {} before the first, every second; a true answer kills
     the run. Returns (exit status, None after a true answer; the last line that the script printed).
@@ -56,7 +58,8 @@ def run_script(
         if processes > 1
         else []
     )
-    command = [sys.executable, *tied, *launch, str(script), "--out", str(scratch), *options]
+    quiet = ["--show", "false"] if knows(script, "show") else []
+    command = [sys.executable, *tied, *launch, str(script), "--out", str(scratch), *quiet, *options]
     environment = (
         {"DATA_DIR": str(ROOT / "data"), "CACHE_DIR": str(ROOT / ".cache")} | os.environ | (environment or {})
     )
