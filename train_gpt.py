@@ -358,7 +358,7 @@ class Run(Settings):
         "auto", "of activations; auto: bfloat16 where the processor has it"
     )
     compile: Literal["auto", "whole", "parts", "none"] = field(
-        "auto", "parts: equal blocks share a graph; auto: on a CPU whole where the cache has it, else none"
+        "auto", "auto: parts on a GPU; on a CPU whole where the cache has it, else none"
     )
     attention: Literal["fa2", "fa3", "fa4"] = field(
         "fa2", "on a CUDA GPU: fa2 is in torch, others where installed"
@@ -2746,6 +2746,8 @@ class Trainer:
         self.startup["data"] = time.time()
         with self.progress.doing("building model and optimizer"):
             self.build_model()
+            self.name_run()
+            self.choose_mode()
         # the schedule
         schedule = track.schedule
         groups = self.optimizer.param_groups
@@ -2754,8 +2756,6 @@ class Trainer:
         self.untie_step = untie_step(track, self.period)
         self.stage_starts = {*stage_begins(schedule), self.untie_step}  # steps before which the model changes
         self.longest = max(stage.document_cut for stage in schedule.stages)
-        self.name_run()
-        self.choose_mode()
         self.rows_per_pass = {}
         batches = [stage.batch for stage in schedule.stages]
         for batch in batches:

@@ -66,7 +66,7 @@ def test_until_the_training_it_is_never_long_without_news(
     times = [at for at, _ in said[: start + 1]]
     assert max(b - a for a, b in zip(times, times[1:])) < 0.3
     lines = [re.sub(r", \d+ s$", "", line) for _, line in said[:start]]
-    folder = train_gpt.corpus_folder(train_gpt.TRACKS["tiny"].data)
+    folder = train_gpt.folder_from("DATA_DIR", "data") / "shakespeare"
     parts = [f"reading and checking {folder}", "building model and optimizer", "warm-up", "warm-up 1 of 3"]
     assert [*dict.fromkeys(lines)] == [*parts, "log and checkpoint"]
     assert all(lines.count(part) >= 3 for part in (*parts[:2], *parts[3:], "log and checkpoint"))
