@@ -49,10 +49,10 @@ def slow(monkeypatch: pytest.MonkeyPatch, method: str, seconds: float) -> None:
 def test_until_the_training_it_is_never_long_without_news(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list
 ) -> None:
-    """Five seconds are a tenth of one here; every part of the start is slow."""
-    monkeypatch.setattr(Progress, "NEWS", 0.1)
+    """Five seconds are a fifth of one here; every part of the start takes a second."""
+    monkeypatch.setattr(Progress, "NEWS", 0.2)
     for method in ("load_data", "build_model", "forward_backward", "resume"):
-        slow(monkeypatch, method, 0.5)
+        slow(monkeypatch, method, 1.0)
     advance, threads = train_gpt.Trainer.advance, []
 
     def watched(self: train_gpt.Trainer, *args: Any) -> Any:
@@ -64,7 +64,8 @@ def test_until_the_training_it_is_never_long_without_news(
     train(options(out=tmp_path, **SHORT))
     (start,) = [i for i, (_, line) in enumerate(said) if line.startswith("training, 30 steps")]
     times = [at for at, _ in said[: start + 1]]
-    assert max(b - a for a, b in zip(times, times[1:])) < 0.3
+    # less than a part takes; what holds the interpreter up, such as collecting garbage, comes on top
+    assert max(b - a for a, b in zip(times, times[1:])) < 0.8
     lines = [re.sub(r", \d+ s$", "", line) for _, line in said[:start]]
     folder = train_gpt.folder_from("DATA_DIR", "data") / "shakespeare"
     parts = [f"reading and checking {folder}", "building model and optimizer", "warm-up", "warm-up 1 of 3"]
