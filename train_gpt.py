@@ -2756,12 +2756,9 @@ class Trainer:
         self.untie_step = untie_step(track, self.period)
         self.stage_starts = {*stage_begins(schedule), self.untie_step}  # steps before which the model changes
         self.longest = max(stage.document_cut for stage in schedule.stages)
-        self.rows_per_pass = {}
-        batches = [stage.batch for stage in schedule.stages]
-        for batch in batches:
-            # One graph serves all stages whose passes have the same number of rows.
-            common = batch if self.compiled == "none" else math.gcd(*batches)
-            self.rows_per_pass[batch] = rows_per_pass(track, run, comm.world_size, common)
+        self.rows_per_pass = {
+            stage.batch: rows_per_pass(track, run, comm.world_size, stage.batch) for stage in schedule.stages
+        }
         self.num_steps = total_steps(schedule)
         row_tokens = sum(stages_until(schedule, step)[-1].batch for step in range(self.num_steps))
         self.all_tokens = row_tokens * track.data.rows * track.data.row_tokens  # of the whole schedule
