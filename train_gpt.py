@@ -2026,7 +2026,7 @@ def read_manifest(folder: Path, data: Data) -> dict[Path, str]:
     """
     hint = how_to_make(data.corpus)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8-sig"))
         found = manifest["vocab_size"], manifest["document_start"]
         digests = {folder / name: file["sha256"] for name, file in sorted(manifest["files"].items())}
     except FileNotFoundError:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -327,3 +328,26 @@ def test_a_signal_to_the_launcher_ends_the_run_with_a_checkpoint(
     assert run.returncode == 130 and "Traceback" not in out + err, err
     (log,) = (tmp_path / "out").glob("*.jsonl")
     assert "checkpoint" in {json.loads(line)["event"] for line in log.read_text().splitlines()}
+
+
+@pytest.mark.usefixtures("data_dir")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path: Path, processes: int) -> None:
+    """A signal that was ignored when the job started stays ignored, also in ranks that torchrun starts."""
+    words = options(out=tmp_path / "out", data__epochs=40, schedule__steps=150, schedule__extension=0)
+    code = f"import sys, launch; launch.processes_for = lambda *_: {processes}; "
+    code += "sys.exit(launch.main(sys.argv[1:]))"
+    path = os.pathsep.join([str(ROOT / "tools"), str(ROOT)])
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, *words, "--show", "false"], env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("*.jsonl")) and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGHUP)  # as a terminal that closes does
+    _, said = job.communicate(timeout=100)
+    (log,) = (tmp_path / "out").glob("*.jsonl")
+    assert job.returncode == 0, said
+    assert log.read_text().splitlines()[-1].startswith('{"event": "final", "step": 150')

@@ -154,7 +154,12 @@ def start(processes: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)  # the trainer says itself what is wrong, in one sentence
-    command = ["--standalone", f"--nproc_per_node={processes}", str(ROOT / "train_gpt.py"), *words]
+    command = ["--standalone", f"--nproc_per_node={processes}"]
+    options = {action.dest for action in run.get_args_parser()._actions}
+    # Under nohup torchrun would forward the signal to the ranks.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "signals_to_handle" in options:
+        command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
+    command += [str(ROOT / "train_gpt.py"), *words]
     try:
         run.main(command)
     except ChildFailedError as error:

@@ -152,6 +152,9 @@ def problems(runs: Sequence[Run], source: Path) -> list[str]:
         return [*found, f"{source} is missing: the source that was run"]
     if (digest := sha256(source)) != first.header["source_sha256"]:
         text = f"{source}: sha256 {digest} is not source_sha256 of the runs, {first.header['source_sha256']}"
+        unix_lines = source.read_bytes().replace(b"\r\n", b"\n")
+        if hashlib.sha256(unix_lines).hexdigest() == first.header["source_sha256"]:
+            text += "; only its line ends differ (CRLF, as git's core.autocrlf makes them)"
         return [*found, text]
     return found + left_out(runs, source.parent)
 
