@@ -280,7 +280,8 @@ def check_adopted(case: Case, old: Build, new: Build, place: Workplace) -> Findi
         finding.notes.append("the same source: nothing to refuse")
     elif case.processes == 1:
         refused = place.call(new, {**options, "out": place.folder / "refused"})
-        sentences = refused.stderr.strip().replace(str(start), start.name).splitlines()
+        lines = refused.stderr.strip().replace(str(start), start.name).splitlines()
+        sentences = [line for line in lines if not line.startswith("train_gpt.py: loading torch")]
         if refused.returncode == 1 and len(sentences) == 1:
             finding.notes.append(f'refused: "{sentences[0]}"')
         else:
