@@ -2178,8 +2178,9 @@ def check_folders(run: Run, device: torch.device) -> None:
     if why := cannot_write(Path(run.out)):
         raise ValueError(f"--out {run.out} cannot be written ({why}); choose another folder")
     may_do_without = run.compile == "auto" and device.type == "cpu"
-    why = cache_problem(device)
-    if why and run.compile != "none" and not may_do_without:
+    if run.compile == "none" or may_do_without:
+        return
+    if why := cache_problem(device):
         raise ValueError(f"{why}; set CACHE_DIR to another folder, or take --compile none")
 
 
@@ -2808,15 +2809,15 @@ class Trainer:
         self.history = on_rank_0(self.comm, lambda: history_file(self))
         if run.compile != "auto":
             self.compiled, why = run.compile, "asked for"
-        elif before:
-            self.compiled, why = before["compiled"], "as in the run that goes on"
         elif self.cannot_compile:
             self.compiled, why = "none", self.cannot_compile
+        elif before:
+            self.compiled, why = before["compiled"], "as in the run that goes on"
         elif self.device.type != "cpu":
             self.compiled, why = "parts", "the default on an accelerator"
         else:
             self.compiled, why = on_rank_0(self.comm, lambda: sooner(read_history(self.history)))
-        if run.compile == "auto" and not before:
+        if run.compile == "auto" and before.get("compiled") != self.compiled:
             self.progress.say(f"{'not compiled' if self.compiled == 'none' else 'compiled'}: {why}")
         self.compile_settings = {"chosen": why}
         if self.compiled != "none":
