@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def run(tmp_path: Path, *words: str) -> tuple[dict, str]:
     """A run in a process of its own; the header of its log and what it said."""
     command = [sys.executable, str(ROOT / "train_gpt.py"), *words, "--out", str(tmp_path / "logs")]
     places = {"DATA_DIR": str(tmp_path / "data"), "CACHE_DIR": str(tmp_path / "cache")}
-    places["PATH"] = "/usr/bin:/bin"
+    places |= {"PATH": "/usr/bin:/bin", "CXX": os.environ.get("CXX", "g++")}
     done = subprocess.run(command, env=places, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     newest = max((tmp_path / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
@@ -74,6 +75,22 @@ def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
     assert found["mode"] == {"compiled": "none", "threads": 1, "world_size": 1} and "mode" not in found["key"]
     header, said = run(tmp_path, *words, "--resume", str(path))
     assert "compiled" not in said and header["compiled"] == "none"
+
+
+def test_a_resumed_run_goes_on_uncompiled_where_the_compiler_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_corpus(tmp_path / "data")
+    words = options(compile="auto", checkpoint_every=20)
+    run(tmp_path, *words)
+    (path,) = (tmp_path / "logs").glob("*/step_000020.pt")
+    content = train_gpt.load_checkpoint(path, {})
+    content["mode"]["compiled"] = "whole"
+    earlier = tmp_path / "earlier.pt"
+    train_gpt.save_checkpoint(earlier, {key: value for key, value in content.items() if key != "format"})
+    monkeypatch.setenv("CXX", "/nothing/g++")
+    _, said = run(tmp_path, *words, "--resume", str(earlier))
+    assert "not compiled: there is no compiler /nothing/g++" in said
 
 
 def test_an_uncompiled_run_does_without_the_compiler(tmp_path: Path) -> None:
