@@ -2733,7 +2733,7 @@ def make_header(folder: Path) -> None:
             CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
 
     if not any(folder.glob("*.gch")):
-        threading.Thread(target=make, daemon=True).start()
+        threading.Thread(target=make, name="make_header", daemon=True).start()
 
 
 def prepare_compiler(device: torch.device) -> dict[str, Any]:
@@ -2841,6 +2841,9 @@ class Trainer:
         if not run.threads and before.get("world_size") == self.comm.world_size:
             torch.set_num_threads(before["threads"])
             self.environment["threads"] = before["threads"]
+        earlier = before.get("waiting", waiting())
+        if earlier != waiting():  # OpenMP has read it by now; results do not depend on it
+            self.progress.say(f"threads wait as in {waiting()}, those of the run before as in {earlier}")
         self.history = on_rank_0(self.comm, lambda: history_file(self))
         if run.compile != "auto":
             self.compiled, why = run.compile, "asked for"
@@ -3160,7 +3163,7 @@ class Trainer:
     def mode(self) -> dict[str, Any]:
         """How the run computes, which a run that goes on keeps."""
         mode = {"compiled": self.compiled, "threads": torch.get_num_threads()}
-        return {**mode, "world_size": self.comm.world_size}
+        return {**mode, "world_size": self.comm.world_size, "waiting": waiting()}
 
     def save(self) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""

@@ -444,3 +444,11 @@ def test_rows_of_a_pass_follow_the_batch(asked: int, world_size: int, rows: list
     )
     # 1,024 tokens each
     assert [train_gpt.rows_per_pass(track, run, world_size, batch) for batch in (1, 2, 3)] == rows
+    most = train_gpt.ONE_GRAPH_TOKENS // 1024
+    fewer = [train_gpt.rows_per_pass(track, run, world_size, batch, most * 1024) for batch in (1, 2, 3)]
+    if not asked:
+        # the largest divisor of the rows of a process
+        local = [8 // world_size * batch for batch in (1, 2, 3)]
+        assert fewer == [max(n for n in range(1, most + 1) if rows % n == 0) for rows in local]
+    else:
+        assert fewer == rows
