@@ -25,6 +25,7 @@ from helpers import (
     check_close,
     check_equal,
     events,
+    no_traceback,
     options,
     refusal,
     train,
@@ -112,7 +113,7 @@ def test_several_processes_refuse_with_one_sentence(worlds: dict) -> None:
         [line for line in output.splitlines() if "train_gpt.py:" in line] for output in worlds["2 output"]
     ]
     assert len(errors[0]) == 1 and "1000000" in errors[0][0] and not errors[1]
-    assert "Traceback" not in "".join(worlds["2 output"])
+    no_traceback(*worlds["2 output"])
 
 
 def test_the_model_learns(reference: Outcome) -> None:
