@@ -971,8 +971,17 @@ class GPT(nn.Module):
         self.fused = half_precision and supports(place, "flash")  # attention
         self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
         self.low_memory = False
-        self.tied = False  # whether the head is the embedding too, at this step
+        self.tied = False
         self.make_layout = blocked_layout
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding too, at this step; then `embed` is frozen."""
+        return not self.embed.requires_grad
+
+    @tied.setter
+    def tied(self, tied: bool) -> None:
+        self.embed.requires_grad_(not tied)
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
         """The banks. Shapes with numbers are those of the track `short`: 11 blocks, 10 with attention."""
@@ -1308,6 +1317,23 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
+LARGEST_SQUARED = 1e18  # of a gradient for Adam: the square of a larger one overflows, and nothing would move
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
+    # abs().amax() and the norm of order inf take a CPU several times as long
+    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """1 / p for each `size`, p the power of two above it, or 1 where it is between 1e-9 and 1e9.
+
+    A matrix times that of its largest value is exact, and squares and their sums stay in the range of fp32.
+    """
+    in_range = (size > 2.0**-30) & (size < 2.0**30)
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)
+    return (torch.frexp(size).mantissa / size).masked_fill_(in_range, 1.0)
 
 
 class Polynomial(NamedTuple):
@@ -1388,6 +1414,11 @@ class Comm:
         return x
 
 
+def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """`value` for each matrix that is `alive` (K, 1, 1), which has a gradient, another for the rest."""
+    return torch.full_like(alive, otherwise, dtype=dtype).masked_fill_(alive, value)
+
+
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (2603.28254): scale rows and / or columns of u (K, m, n) by their sums of squares.
 
@@ -1439,16 +1470,17 @@ def orthogonalize(
     return x[None] if single else x
 
 
-def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: Tensor) -> Tensor:
     """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
 
-    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use.
+    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use, where
+    `alive` (K, 1, 1) is true.
     """
     dim = -1 if second_moment.size(-1) == 1 else -2
     length = update.size(dim)
     update = update.to(second_moment.dtype)
     mean_square = torch.linalg.vector_norm(update, dim=dim, keepdim=True).square() / length
-    second_moment.lerp_(mean_square, 1 - beta2)
+    second_moment.lerp_(mean_square, where_alive(alive, 1 - beta2, 0.0, update.dtype))
     factor = second_moment.clamp_min(1e-10).rsqrt()
     norm_before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     norm_after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
@@ -1493,6 +1525,9 @@ class Unit:
         # one unpadded parameter: its stack is a view of it, so gradients and weights travel from and to its
         # own storage
         self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
+        # of each parameter the part that lies in the chunk
+        borders = np.cumsum([0, *self.counts]).clip(self.own.start, self.own.stop) - self.own.start
+        self.parts = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
         self.lr_mul = self.chunk_of_factors([factor for member in members for factor in member.lr_mul])
         self.updates = torch.zeros(len(members), dtype=torch.int64)  # of each parameter
         self.state = {}
@@ -1546,10 +1581,7 @@ class Unit:
         A parameter of which it holds all entries has states of its shape.
         """
         found = []
-        end = 0
-        for p, count, updates in zip(self.params, self.counts, self.updates):
-            begin, end = end, end + count
-            part = slice(max(begin - self.own.start, 0), max(end - self.own.start, 0))
+        for p, count, part, updates in zip(self.params, self.counts, self.parts, self.updates):
             views: dict[str, Tensor] = {"updates": updates}
             for key, chunk in self.state.items():
                 views[key] = chunk[part]
@@ -1571,38 +1603,82 @@ class Unit:
         return {key: value.shape for key, value in self.state.items() if key != "master"}
 
     def gradients(self) -> Tensor:
-        """The stack of the gradients. A missing one counts as zero."""
-        self.check_gradients()
-        zeros = functools.partial(torch.zeros_like, dtype=self.precision)
-        return self.stack([zeros(p) if p.grad is None else p.grad for p in self.params]).to(self.precision)
+        """The stack of the gradients; zeros for those that are missing, which `missing` lists."""
+        grads = [p.grad if p.requires_grad else None for p in self.params]
+        self.check_gradients(grads)
+        # frozen, or None
+        self.missing = [i for i, grad in enumerate(grads) if grad is None]
+        for i in self.missing:
+            grads[i] = torch.zeros_like(self.params[i], dtype=self.precision)
+        return self.stack(grads).to(self.precision)
 
-    def check_gradients(self) -> None:
+    def check_gradients(self, grads: list[Tensor | None]) -> None:
         """ValueError for what cannot be updated."""
-        for name, p in zip(self.names, self.params):
+        for name, p, grad in zip(self.names, self.params, grads):
             if p.dtype != self.dtype:
                 raise ValueError(
                     f"parameter {name!r} is {p.dtype} now and was {self.dtype} when the optimizer was made"
                 )
-            if p.grad is not None and p.grad.layout != torch.strided:
+            if grad is not None and grad.layout != torch.strided:
                 raise ValueError(f"the gradient of parameter {name!r} is sparse; MuonEq takes dense ones")
 
+    def skipped(self, grad: Tensor) -> list[int]:
+        """The parameters that are left alone in this step: those without a gradient, on any rank.
+
+        Where a gradient is missing only here, the sum over ranks that has arrived, `grad`, is not zero.
+        """
+        skipped = []
+        for i in self.missing:
+            alone = self.comm.world_size == 1 or not self.params[i].requires_grad
+            if alone or not grad[self.parts[i]].any():
+                skipped.append(i)
+        return skipped
+
+    def spans(self, skipped: list[int]) -> list[tuple[int, int, int]]:
+        """(begin, end, updates) of the runs of the chunk that have been updated equally often: mostly one.
+
+        What is skipped belongs to its neighbours' run, so that the rest is computed in the same places.
+        """
+        spans: list[tuple[int, int, int]] = []
+        for i, (part, updates) in enumerate(zip(self.parts, self.updates.tolist())):
+            if i in skipped or part.start == part.stop:
+                continue
+            begin = spans[-1][1] if spans else 0
+            if spans and spans[-1][2] == updates:
+                begin = spans.pop()[0]
+            spans.append((begin, part.stop, updates))
+        if spans:
+            spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
+        return spans
+
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks.
+        """Update the owned chunk with `grad` * scale and send it to all ranks.
 
         Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
         """
-        self.updates += 1
-        count = int(self.updates[0])
         full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
         weights = self.state.get("master", full[self.own])  # fp32, changed in place
+        # which parameters, and how often they have been updated
+        skipped = self.skipped(grad)
+        self.updates += 1
+        self.updates[skipped] -= 1
+        spans = self.spans(skipped)
+        # a matrix whose gradient is zero is left alone, a number would go on by its moments
+        kept = []
+        if spans and not self.matrix:
+            parts = [x[self.parts[i]] for i in skipped for x in (weights, *self.state.values())]
+            kept = [(part, part.clone()) for part in parts]
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
-        for begin in range(0, self.chunk, size):
-            part = slice(begin, begin + size)
-            state = {key: value[part] for key, value in self.state.items()}
-            lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
-            update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, count)
+        for begin, end, updates in spans:
+            for first in range(begin, end, size):
+                self.part = part = slice(first, min(first + size, end))  # of the chunk
+                state = {key: value[part] for key, value in self.state.items()}
+                lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
+                update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, updates)
+        for part, before in kept:
+            part.copy_(before)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
 
@@ -1610,10 +1686,11 @@ class Unit:
         self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, grad * scale
+        group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
+            alive = torch.ones((), dtype=torch.bool, device=weights.device)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive)
         # torch.tensor would wait for the device
         count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
@@ -1627,15 +1704,25 @@ class Unit:
     ) -> None:
         """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
         group, mu, (m, n) = self.group, self.group["momentum"], self.tail
-        # momentum, as an exponential mean
-        momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)
-        update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
+        # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
+        alive = largest(grad) != 0  # (C, 1, 1)
+        momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
+        momentum.add_(grad, alpha=(1 - mu) * scale)
+        if group["nesterov"]:
+            update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale)
+        else:
+            update = momentum.clone()
+        # a size at which nothing overflows; a function gets the momentum as it is
+        method, bound = group["orthogonalize"], group["norm_bound"]
+        size = largest(update)
+        own = callable(ORTHOGONALIZERS.get(method, method))
+        update.mul_(alive if own else power_of_two(size) * alive)
+        alive |= size == 0  # before its first gradient it decays, as a matrix in training does
         # balance, then orthogonalise
         mode = group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
             mode = "row"
         update = equilibrate(update, mode, group["equilibrate_exponent"])
-        method, bound = group["orthogonalize"], group["norm_bound"]
         update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
         # the size of the update: by shape, and by row or column
         if group["scale"] == "spectral":
@@ -1643,23 +1730,23 @@ class Unit:
         else:
             factor = lr * (0.2 * math.sqrt(max(m, n)))
         if group["normuon"]:
-            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
-        self.decay(weights, update, torch.ge)
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
+        self.decay(weights, update, torch.ge, alive)
         if isinstance(factor, float):
             weights.add_(update, alpha=-factor)
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor) -> None:
+        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape, of what is `alive`.
 
         Cautious: only where update and weight `agree` in sign (2510.12402).
         """
         amount = float(self.group["lr"]) * self.group["weight_decay"]
         if amount and self.group["cautious"]:
-            weights.sub_(amount * weights * agree(update * weights, 0))
+            weights.sub_(amount * weights * (agree(update * weights, 0) & alive))
         elif amount:
-            weights.mul_(1 - amount)
+            weights.mul_(where_alive(alive, 1 - amount, 1.0, weights.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1981,7 +2068,9 @@ class MuonEq(torch.optim.Optimizer):
         # their state, gathered from all ranks
         state: dict[str | int, dict] = {}
         for unit in self.units:
-            for name, count in zip(unit.names, unit.updates.tolist()):
+            # the owners know best: a rank without a part of a parameter may not know that it was updated
+            updates = self.comm.all_reduce(unit.updates.to(unit.device, copy=True), dist.ReduceOp.MAX)
+            for name, count in zip(unit.names, updates.tolist()):
                 state[keys[name]] = {"updates": count}
             for key, chunk in unit.state.items():
                 full = chunk.new_empty(unit.size + unit.padding, *chunk.shape[1:])

@@ -455,4 +455,5 @@ def test_fp64_parameters_are_updated_in_fp64(kind):
     fields["lr_mul"] = 0.3
     (*_, expected) = reference(p, grads, **fields)
     torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-12)
-    assert opt.state_dict()["state"]["0"]["momentum" if kind == "matrix" else "exp_avg"].dtype == torch.float64
+    moment = opt.state_dict()["state"]["0"]["momentum" if kind == "matrix" else "exp_avg"]
+    assert moment.dtype == torch.float64
