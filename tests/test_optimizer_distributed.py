@@ -328,7 +328,7 @@ def test_same_weights_and_state_at_any_world_size(results, name, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("absent")])
-def test_missing_gradients_count_as_zero(results, name, world):
+def test_a_gradient_is_missing_where_no_rank_has_one(results, name, world):
     case = CASES[name]
     expected = alone(name) if case.grads == "mean" else absent_reference(case, world)
     check_run(results(name, world)[0], expected)
