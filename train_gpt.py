@@ -119,6 +119,7 @@ class Stage(NamedTuple):
 
 Numbers = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
+Shares = tuple[tuple[str, float], ...]
 
 
 def field(default: Any, meaning: str, minimum: float = -math.inf, below: float = math.inf) -> Any:
@@ -328,6 +329,16 @@ class Schedule(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Average(Settings):
+    """Weights at the end are blended with a running mean of the last steps' (#92, 1803.05407)."""
+
+    blends: Shares = field((), "(parameter, share of its mean in the end)")
+    span: float = field(0.25, "last share of all steps whose weights are averaged", 0)
+    memory: float = field(0.5, "share of the span that the mean reaches back; 1: all alike", 0)
+    every: int = field(4, "steps between two weights of the mean", 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation(Settings):
     target: float = field(3.28, "validation loss to reach, nats per token")
     tokens: int = field(10_485_760, "targets, from the start of the validation shards", 1)
@@ -352,6 +363,7 @@ class Track:
     head: Adam = Adam()
     scalar: Adam = Adam()
     schedule: Schedule = Schedule()
+    average: Average = Average()
     evaluation: Evaluation = Evaluation()
 
 
@@ -461,6 +473,11 @@ SHORT = Track(
             Stage(2 / 3, (640, 1408), batch=3, document_cut=2048, lr=1.73),
             Stage(1, (768, 1664), batch=3, document_cut=2048),
         ),
+    ),
+    # a guess: what #92 says of itself, in other words; no run of ours has measured it
+    average=Average(
+        blends=(("qk", 0.5), ("vo", 0.5), ("mlp", 0.5), ("embed", 0.5), ("lm_head", 0.5)),
+        span=0.25, memory=0.5, every=4,
     ),
 )  # fmt: skip
 
@@ -2221,7 +2238,8 @@ class MuonEq(torch.optim.Optimizer):
 # 6. Schedule
 #
 # Pure functions of a `Schedule` and a step: which stage is in force, the factor on the learning rates,
-# the weights of the losses further ahead, the momentum. `Trainer.advance` asks them in every step.
+# the weights of the losses further ahead, the momentum, and what enters the mean of the weights.
+# `Trainer.advance` asks them in every step.
 # A new shape of schedule (cosine, say) is a change of `learning_rate_factor`.
 # ----------------------------------------------------------------------------------------------------
 
@@ -2273,6 +2291,19 @@ def momentum_at(schedule: Schedule, step: int) -> float:
     rising = step / schedule.momentum_warmup if schedule.momentum_warmup else 1.0
     falling = remaining / schedule.momentum_cooldown if schedule.momentum_cooldown else 1.0
     return low + (high - low) * min(1.0, rising, falling)
+
+
+def share_in_mean(average: Average, steps: int, step: int) -> float:
+    """Share of the weights after a step (from 0) in the running mean; 0 where they do not enter it.
+
+    With a span of 80 steps, a memory of a half and every fourth step, the mean takes 20 weights: the first
+    ten in equal parts, from then on a tenth of each.
+    """
+    behind, left = divmod(steps - 1 - step, average.every)  # weights that are still to come
+    number = math.ceil(average.span * steps / average.every) - behind  # of this one, from 1
+    if left or number < 1:
+        return 0.0
+    return 1 / min(number, max(1, round(average.memory * average.span * steps / average.every)))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2998,6 +3029,55 @@ def untie_step(track: Track, period: int) -> int:
     return math.ceil(wanted / period) * period
 
 
+class WeightMeans:
+    """Running means of some parameters, fp32, whole on every rank: all ranks compute the same ones."""
+
+    def __init__(self, model: GPT, average: Average):
+        params = dict(model.named_parameters())
+        for name, blend in average.blends:
+            if name not in params or not 0 <= blend <= 1:
+                known = "is no parameter" if name not in params else f"has the share {blend}, not 0 to 1"
+                raise ValueError(f"average.blends: {name} {known}")
+        self.blends = {name: blend for name, blend in average.blends if blend and params[name].numel()}
+        self.params = {name: params[name] for name in self.blends}
+        # They are there from the start, so that a run in too little memory does not get to its last steps.
+        self.means = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def add(self, share: float) -> None:
+        """Let the weights as they are be this share of the means; a share of 1 begins them anew."""
+        for name, mean in self.means.items():
+            mean.lerp_(self.params[name].float(), share)
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Give a parameter the mean of another one (tied weights that part), which may have none."""
+        if target in self.means:
+            self.means[target].copy_(self.means.get(source, self.params[target]))
+
+    def load(self, means: dict[str, Tensor]) -> None:
+        """The means of a checkpoint; they begin anew where it has others."""
+        if means.keys() != self.means.keys():
+            return self.add(1.0)
+        for name, mean in means.items():
+            self.means[name].copy_(mean)
+
+    @torch.no_grad()
+    def blend(self) -> None:
+        """Move each parameter towards its mean, each matrix with the norm that it has.
+
+        A mean is shorter than what it is the mean of, and the model was trained with the longer ones.
+        """
+        for name, mean in self.means.items():
+            p = self.params[name]
+            weights = p.float()
+            blended = weights.lerp(mean, self.blends[name])
+            if p.ndim > 1:
+                before, after = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weights, blended))
+                blended *= before / after.clamp_min(TINY_NUMBER)
+            p.copy_(blended)
+
+
 # ---- compiled or not
 #
 # A run of seconds is over before its graphs are compiled. With --compile auto a run on a CPU is compiled
@@ -3230,6 +3310,7 @@ class Trainer:
         self.model = GPT(track.model, longest_row, self.dtype, device)
         self.model.low_memory = run.memory == "low"
         self.optimizer = build_optimizer(self.model, track)
+        self.means = WeightMeans(self.model, track.average)
 
     # ---- a step
 
@@ -3266,6 +3347,7 @@ class Trainer:
         if step == self.untie_step > 0:  # head and embedding part: the embedding goes on by itself (#51, #53)
             self.model.embed.detach().copy_(self.model.lm_head.detach())
             self.optimizer.copy_state("lm_head", "embed")
+            self.means.copy("lm_head", "embed")
         if step in self.stage_starts:
             self.set_stage(step)
         # gradients
@@ -3282,10 +3364,18 @@ class Trainer:
             group["momentum"] = momentum
         self.optimizer.step(tokens=data.targets)
         self.optimizer.zero_grad()
+        self.average(step)
         self.done = step + 1
         self.tokens += data.tokens
         self.position = data.position
         return loss, data
+
+    def average(self, step: int) -> None:
+        """Let the weights after a step enter their means; after the last one they are blended with them."""
+        if self.means.params and (share := share_in_mean(self.track.average, self.num_steps, step)):
+            self.means.add(share)
+        if step == self.num_steps - 1:
+            self.means.blend()
 
     def uncompiled_validation(self) -> contextlib.AbstractContextManager:
         """On a CPU validation has no graph: it is off the clock, and its graph takes longer than it saves."""
@@ -3364,6 +3454,7 @@ class Trainer:
         try:  # learning rates and the like are the track's, not those of the checkpoint
             self.optimizer.load_state_dict({key: found["optimizer"][key] for key in ("step", "state")})
             self.model.load_state_dict(found["model"])
+            self.means.load(found.get("means", {}))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
         self.done, self.tokens, self.clock.seconds = found["step"], found["tokens"], found["train_time_s"]
@@ -3416,7 +3507,8 @@ class Trainer:
             return
         weights = sum(p.nbytes for p in self.model.parameters())
         local_state = sum(x.nbytes for unit in self.optimizer.units for x in unit.state.values())
-        need = (CHECKPOINTS_KEPT + 1) * (weights + self.comm.world_size * local_state)
+        means = sum(mean.nbytes for mean in self.means.means.values())
+        need = (CHECKPOINTS_KEPT + 1) * (weights + means + self.comm.world_size * local_state)
         folder = next(path for path in self.folder.absolute().parents if path.is_dir())
         replaced = sum(path.stat().st_size for path in self.folder.glob("step_*.pt"))
         free = shutil.disk_usage(folder).free + replaced
@@ -3508,6 +3600,7 @@ class Trainer:
             train_time_s=self.clock.seconds,
             model=model,
             optimizer=self.optimizer.state_dict(),
+            means=self.means.means,
         )
         on_rank_0(self.comm, lambda: save_checkpoint(self.folder / f"step_{self.done:06d}.pt", content))
         self.log.write("checkpoint", step=self.done)
@@ -3928,6 +4021,7 @@ def schedule_rules(track: Track, run: Run) -> list[tuple[bool, str]]:
         (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages),
          "batch and document cut are at least 1"),
         (min(map(min, windows)) >= 1, "attention windows are at least 1 token"),
+        (0 < track.average.span <= 1, "average.span is above 0 and at most 1"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
         (run.timeout <= 10**6, "timeout is 1 to 1,000,000 seconds"),
     ]  # fmt: skip
@@ -3940,6 +4034,7 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError(sentence)
     on_nothing = GPT(track.model, 1, torch.float32, "meta")
     optimizer = build_optimizer(on_nothing, track)  # refuses what an optimizer cannot do
+    WeightMeans(on_nothing, track.average)  # refuses parameters that do not exist
     if track.model.tied > 0:
         optimizer.units_to_copy("lm_head", "embed")
 

@@ -44,6 +44,10 @@ SMALL = {
     "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),)), "
                        "(0.5, (24, 32), 2, 96, 1.3), "
                        "(1, (24, 40), 1, 96))",
+    # from step 10 on, when head and embedding are still one
+    "average.blends": "(('qk', 0.5), ('mlp', 0.3), ('embed', 0.6), ('lm_head', 0.6), ('ngram_embed', 0.5), "
+                      "('skip', 1.0))",
+    "average.span": 0.5, "average.memory": 0.5, "average.every": 2,
     "evaluation.tokens": 1000, "evaluation.row_tokens": 256, "evaluation.every": 7,
     "evaluation.windows": "(24, 48)", "evaluation.log_every": 1, "evaluation.target": 5.0,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The promises of a run: one result at any world size, an honest log, nothing compiled inside the clock."""
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import torch
 import train_gpt
 from helpers import (
     ROOT,
+    SMALL,
     STEPS,
     Outcome,
     check_close,
@@ -114,6 +117,37 @@ def test_several_processes_refuse_with_one_sentence(worlds: dict) -> None:
     ]
     assert len(errors[0]) == 1 and "1000000" in errors[0][0] and not errors[1]
     no_traceback(*worlds["2 output"])
+
+
+def test_weights_at_the_end_are_blended_with_their_mean(tmp_path: Path, reference: Outcome) -> None:
+    """Beside a run without means, its weights of every step in float64: the mean of every second of the last
+    ten, of which the last two count alike, and for each matrix the norm of the last weights."""
+    weights = []
+
+    def advance(trainer: train_gpt.Trainer, step: int, batches: Any) -> Any:
+        result = original(trainer, step, batches)
+        weights.append({name: p.detach().double() for name, p in trainer.model.named_parameters()})
+        weights[-1]["embed"] = weights[-1]["lm_head" if trainer.model.tied else "embed"]
+        return result
+
+    original = train_gpt.Trainer.advance
+    with mock.patch.object(train_gpt.Trainer, "advance", advance):
+        plain = train(options(out=tmp_path, average__blends="()"))
+    blends = dict(ast.literal_eval(SMALL["average.blends"]))
+    for name, last in plain.params.items():
+        mean = weights[11][name]
+        for step in (13, 15, 17, 19):
+            mean = (mean + weights[step][name]) / 2
+        last, blend = last.double(), blends.get(name, 0.0)
+        blended = (1 - blend) * last + blend * mean
+        if last.ndim > 1:
+            blended *= last.norm(dim=(-2, -1), keepdim=True) / blended.norm(dim=(-2, -1), keepdim=True)
+        if not blend:
+            assert torch.equal(reference.params[name], plain.params[name]), name
+        else:
+            assert not torch.allclose(blended, last, rtol=1e-5), name
+            torch.testing.assert_close(reference.params[name].double(), blended, rtol=1e-5, atol=1e-7)
+    assert plain.losses[:-2] == reference.losses[:-2] and plain.losses[-1] != reference.losses[-1]
 
 
 def test_the_model_learns(reference: Outcome) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 from train_gpt import (
     TRACKS,
+    Average,
     Schedule,
     Stage,
     learning_rate_factor,
     loss_weights,
     momentum_at,
+    share_in_mean,
     stages_until,
     total_steps,
 )
@@ -124,3 +126,28 @@ def test_momentum_without_ramps(warmup, cooldown):
     values = [momentum_at(schedule, step) for step in range(20)]
     assert values[0] == pytest.approx(0.85 if warmup else 0.95) and values[10] == pytest.approx(0.95)
     assert values[-1] == pytest.approx(0.87 if cooldown else 0.95)
+
+
+@pytest.mark.parametrize(
+    "steps, span, memory, every", [(20, 0.5, 0.5, 2), (80, 0.25, 1, 4), (99, 1, 0.1, 1), (7, 0.4, 0.5, 3)]
+)
+def test_mean_of_the_weights_as_a_sum(steps, span, memory, every):
+    """What each step's weights count in the end: every so many steps up to the last one, in the span alone,
+    those of the first memory alike and all later ones more; in all 1."""
+    average, counts = Average(span=span, memory=memory, every=every), [Fraction(0)] * steps
+    for step in range(steps):
+        share = Fraction(share_in_mean(average, steps, step)).limit_denominator(1000)
+        counts = [(1 - share) * count for count in counts]
+        counts[step] = share
+    assert sum(counts) == 1
+    taken, every_so_many = [step for step in range(steps) if counts[step]], range(steps)[::-every][::-1]
+    assert taken == [step for step in every_so_many if step >= steps * (1 - span)]
+    kept = max(1, round(memory * span * steps / every))
+    assert len({counts[step] for step in taken[:kept]}) == 1
+    later = [counts[step] for step in taken[kept - 1 :]]
+    assert later == sorted(later) and len({*later}) == len(later)
+    assert counts[-1] == Fraction(1, min(kept, len(taken)))
+
+
+def test_no_weights_enter_the_mean_before_its_span():
+    assert [share_in_mean(Average(span=0.25, every=1), 8, step) for step in range(8)] == [0] * 6 + [1, 1]

@@ -4,6 +4,7 @@ and figures.
     python tools/record.py run --track tiny --name NAME --runs 5 [--source FILE] [-- --matrix.lr 0.02 ...]
     python tools/record.py ab --baseline DIR_OR_FILE --candidate DIR_OR_FILE --pairs 5 [--until-decided]
     python tools/record.py verify [DIR ...]         does each folder prove its claim? none: every record
+    python tools/record.py rules DIR                does its checkpoint keep the rule on memory?
     python tools/record.py plan --sd 0.003 --margin 0.004 --power 0.9
     python tools/record.py table [--check]          the tables of README.md and of the pages in records/
     python tools/record.py plot curves|leading|history ...
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,11 +31,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib import stats
-from lib.claims import ROOT, read_pairs, read_runs, record_folders, verify, write, write_result
+from lib import memory_rule, stats
+from lib.claims import (
+    ROOT,
+    read_pairs,
+    read_runs,
+    record_folders,
+    rules,
+    unknown_track,
+    verify,
+    write,
+    write_result,
+)
 from lib.logs import Run, public_runs
+from lib.names import knows
 from lib.public import groups_of, page, survey
-from lib.runner import Record, alone, exit_status, new_record, positive
+from lib.runner import Record, alone, exit_status, new_record, positive, run_script
 from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
 
 
@@ -172,6 +186,40 @@ def command_verify(a: argparse.Namespace) -> int:
     if a.json:
         print(json.dumps(reports, indent=1))
     return int(bad)
+
+
+def command_rules(a: argparse.Namespace) -> int:
+    folder = a.folder.resolve()
+    script, track = folder / "train_gpt.py", folder.parent.name
+    if not rules(track):
+        raise ValueError(f"{folder}: {unknown_track(track)}")
+    if not knows(script, "evaluate"):
+        raise ValueError(f"{script} is missing or has no option --evaluate, with which the rule is checked")
+    corpus = Path(os.environ.get("DATA_DIR") or ROOT / "data") / rules(track)["data.corpus"]
+    by_age = sorted(folder.glob("**/step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = a.checkpoint or (by_age or [None])[-1]
+        if checkpoint is None:
+            print(f"{folder} has no checkpoint: a run for one, which is thrown away", flush=True)
+            checkpoint = checkpoint_of_a_run(Record(folder, [], a.processes), Path(scratch))
+        flaws = memory_rule.broken(memory_rule.measure_apart(script, checkpoint, track, corpus))
+    for flaw in flaws:
+        print(f"{folder.name}: {flaw}")
+    if not flaws:
+        print(f"{folder.name}: {checkpoint.name} keeps what code can check of the rule on memory")
+    return int(bool(flaws))
+
+
+def checkpoint_of_a_run(record: Record, scratch: Path) -> Path:
+    """The last checkpoint of a run with the settings of a record."""
+    words = ["--track", record.track, "--seed", str(record.first_seed()), "--checkpoint_every", "1000000"]
+    status, said = run_script(
+        record.folder / "train_gpt.py", [*words, *record.options], scratch, lambda _: False, record.processes
+    )
+    found = sorted(scratch.glob("*/step_*.pt"))
+    if status or not found:
+        raise ValueError(f"a run of {record.folder} failed, it said: {said}")
+    return found[-1]
 
 
 def command_plan(a: argparse.Namespace) -> int:
@@ -333,6 +381,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="record folders (default: all)")
     p.add_argument("--json", action="store_true", help="for machines")
+
+    p = command("rules", command_rules, "Evaluate the last checkpoint of a record by its own script, with "
+                "the training shards as they are, absent, and others in their place: the same bits? Do its "
+                "probabilities sum to 1? Does a loss depend on later tokens or another "
+                "document?")  # fmt: skip
+    p.add_argument("folder", type=Path, metavar="DIR", help="a record; without checkpoint a run makes one")
+    p.add_argument("--checkpoint", type=Path, help="of its script (default: the newest in the folder)")
+    p.add_argument("--processes", type=positive, default=1, help="of the run for a checkpoint (default: 1)")
 
     p = command("plan", command_plan, f"How many runs show p < {stats.ALPHA} with the wanted probability.")
     p.add_argument("--sd", type=float, required=True, help="spread of the final loss from seed to seed")
