@@ -1391,10 +1391,13 @@ class Comm:
 
     DONE = types.SimpleNamespace(wait=lambda: None)  # work that is done
 
-    def __init__(self) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.group = process_group  # None: all processes
         distributed = dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank(process_group) if distributed else 0
+        self.world_size = dist.get_world_size(process_group) if distributed else 1
+        if self.rank < 0:
+            raise ValueError("this process is not in the process_group of the optimizer")
         self.calls = 0
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names.
         renamed = hasattr(dist, "reduce_scatter_single")
@@ -1405,6 +1408,8 @@ class Comm:
         return self
 
     def __reduce__(self) -> tuple:
+        if self.group is not None:
+            raise TypeError("an optimizer with a process_group cannot be pickled; its state_dict can")
         return Comm, ()  # of the processes that read it
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
@@ -1413,7 +1418,7 @@ class Comm:
         if self.world_size == 1:
             return full, self.DONE
         chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
-        return chunk, self._scatter(chunk, full, async_op=True)
+        return chunk, self._scatter(chunk, full, group=self.group, async_op=True)
 
     def all_gather(self, full: Tensor, chunk: Tensor) -> Any:
         """Chunks (C, ...) of all ranks -> full (N C, ...), and the work to wait for.
@@ -1425,14 +1430,21 @@ class Comm:
             if full.data_ptr() != chunk.data_ptr():
                 full.copy_(chunk)
             return self.DONE
-        return self._gather(full, chunk, async_op=True)
+        return self._gather(full, chunk, group=self.group, async_op=True)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sum, or another reduction, over ranks, in place."""
         self.calls += 1
         if self.world_size > 1:
-            dist.all_reduce(x, op)
+            dist.all_reduce(x, op, group=self.group)
         return x
+
+    def all_gather_object(self, x: Any) -> list[Any]:
+        """What each rank has."""
+        found = [x] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, x, group=self.group)
+        return found
 
 
 def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor:
@@ -1679,6 +1691,8 @@ class Unit:
         """
         full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
         weights = self.state.get("master", full[self.own])  # fp32, changed in place
+        if "master" in self.state:
+            self.take_over(full[self.own])
         # which parameters, and how often they have been updated
         skipped = self.skipped(grad)
         self.updates += 1
@@ -1702,6 +1716,17 @@ class Unit:
             part.copy_(before)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
+
+    def take_over(self, now: Tensor) -> None:
+        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
+        bits = {1: torch.int8, 2: torch.int16}[self.dtype.itemsize]
+        now, master = now.flatten(), self.state["master"].view(-1)
+        size = len(now) if now.is_cuda else self.SLICE["adam"]
+        for old, new in zip(master.split(size), now.split(size)):
+            # of integers this takes a CPU a tenth of the time that a comparison takes
+            different = old.to(self.dtype).view(bits) ^ new.view(bits)
+            if now.is_cuda or different.max() or different.min():  # a GPU would have to be waited for
+                old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
         self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float, updates: int
@@ -1854,12 +1879,16 @@ class MuonEq(torch.optim.Optimizer):
         grads: "mean": gradients are means and equal on all ranks (one process, with or without
             torch.distributed, or DDP). "token_sum": they are sums over this rank's tokens, and
             `step(tokens=n)` divides their sum over ranks by the global n.
+        process_group: the processes that hold these parameters and share the work; all of them by default.
 
     Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
     processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
     the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
-    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled. A missing
-    gradient counts as zero.
+    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+
+    Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
+    "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
+    zero, an expert without tokens; before its first gradient it decays.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -1870,7 +1899,10 @@ class MuonEq(torch.optim.Optimizer):
 
     SMALL = 16_384  # numbers below which Adam parameters share one stack
 
-    def __init__(self, groups: Iterable[dict], grads: str = "mean", **unknown: Any):
+    def __init__(
+        self, groups: Iterable[dict], grads: str = "mean",
+        process_group: dist.ProcessGroup | None = None, **unknown: Any,
+    ):  # fmt: skip
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
         # one group may stand alone; parameters without a group are a common mistake
@@ -1880,19 +1912,21 @@ class MuonEq(torch.optim.Optimizer):
             found = f"{', '.join(unknown)} of its own" if unknown else "parameters without a group"
             raise TypeError(f"MuonEq takes a list of groups, as in {example}, not {found}")
         # what torch's own class does not know, before it adds the groups
-        self.grads, self.comm = grads, Comm()
+        self.grads, self.comm = grads, Comm(process_group)
         self.step_count = 0
+        self.defaults: dict[str, Any] = {}
         self.units: list[Unit] = []
         self.named: dict[str, Tensor] = {}
         super().__init__(groups, {})
         # Schedulers ask whether there is a momentum; a group of Adam does not read the one that they set.
         momenta = [group["momentum"] for group in self.param_groups if "momentum" in group]
         self.defaults = {"lr": self.param_groups[0]["lr"], "momentum": (momenta or [0.0])[0]}
+        self._compare_ranks()
 
     # ---- groups: names, matrices, units
 
     def add_param_group(self, param_group: dict) -> None:
-        """Check a group, fill in its defaults and divide its parameters into units."""
+        """Check a group, fill in its defaults and divide its parameters into units. Every rank calls it."""
         group = checked_group(param_group)
         named = self._named(group["params"])
         stacks = self._stacks(group, named)
@@ -1905,6 +1939,23 @@ class MuonEq(torch.optim.Optimizer):
             self._show_state(unit)
         # the order of the updates: small before large
         self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
+        if self.defaults:  # else there are more groups to come
+            self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """ValueError on all ranks where their parameters differ: they would overwrite each other's."""
+        own = [f"{len(self.param_groups)} groups, grads={self.grads!r}"]
+        for group, names in zip(self.param_groups, self._names()):
+            for name, p in zip(names, group["params"]):
+                own.append(f"{group['kind']} parameter {name!r} {tuple(p.shape)} {p.dtype}")
+        ranks = self.comm.all_gather_object(own)
+        for rank, other in enumerate(ranks):
+            for here, there in itertools.zip_longest(ranks[0], other, fillvalue="nothing more"):
+                if here != there:
+                    raise ValueError(
+                        f"rank {rank} has {there} where rank 0 has {here}: the ranks of an optimizer hold "
+                        "the same parameters; process_group takes those that do"
+                    )
 
     def _show_state(self, unit: Unit) -> None:
         """Fill `optimizer.state`, which others read and may add to, and prepare gradients."""
@@ -1983,13 +2034,22 @@ class MuonEq(torch.optim.Optimizer):
         summed = self.grads == "token_sum"
         if summed != (tokens is not None) or tokens == 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
-        self._check_settings()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        update = self._update
+        if torch.compiler.is_compiling():  # what follows is no part of a graph
+            update = torch.compiler.disable(update)
+        update(tokens if summed else 1)
+        return loss
+
+    def _update(self, tokens: int) -> None:
+        """The three phases, for gradients that are divided by the sum of `tokens` since the last update."""
+        self._check_settings()
+        summed = self.grads == "token_sum"
         for unit in self.units:
-            unit.tokens += tokens if summed else 1
+            unit.tokens += tokens
         active = self._active(self.step_count)
         self.step_count += 1
 
@@ -2015,7 +2075,6 @@ class MuonEq(torch.optim.Optimizer):
             if not unit.direct:
                 for _, p, part in unit.unstack(full):
                     p.copy_(part.view(p.shape))
-        return loss
 
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
@@ -2048,7 +2107,12 @@ class MuonEq(torch.optim.Optimizer):
     # ---- state
 
     def reset(self) -> None:
-        """Forget all state and gradients; master copies are taken from the parameters again."""
+        """Forget all state and gradients; master copies are taken from the parameters again.
+
+        Weights that others change between two steps are noticed without it, and the moments stay. Where there
+        is a master copy, three things cannot be noticed: a change that low precision rounds away, one that
+        only a rank makes that does not own the weight, and one undone before the step.
+        """
         for p in self.named.values():
             p.grad = None
         for unit in self.units:

@@ -457,3 +457,70 @@ def test_fp64_parameters_are_updated_in_fp64(kind):
     torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-12)
     moment = opt.state_dict()["state"]["0"]["momentum" if kind == "matrix" else "exp_avg"]
     assert moment.dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights that others change, compiled steps
+
+
+@pytest.mark.parametrize("kind", ["matrix", "adam"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["copy_", "load_state_dict", "data", "one number", "frozen"])
+def test_low_precision_weights_that_others_change_are_taken_over(how, dtype, kind):
+    """Between two steps, in a stack of two: changed numbers go on from there, the others from their fp32."""
+    layers = [torch.nn.Linear(6, 4, bias=False, dtype=dtype) for _ in range(2)]
+    weights = [layer.weight for layer in layers]
+    opt = optimizer(kind, weights, lr=1e-4)
+
+    def step(seed):
+        take(opt, weights, [randn(4, 6, seed=seed + i).to(dtype) for i in range(2)])
+        return opt.state_dict()["state"]["0"]["master"]
+
+    before = step(0)
+    if how == "copy_":
+        with torch.no_grad():
+            weights[0].copy_(torch.zeros(4, 6))
+    elif how == "load_state_dict":
+        layers[0].load_state_dict({"weight": torch.zeros(4, 6)})
+    elif how == "one number":
+        weights[0].data[2, 3] = 0
+    else:
+        weights[0].data.zero_()
+    weights[0].requires_grad_(how != "frozen")
+    after = step(7)
+    changed = torch.zeros(4, 6, dtype=torch.bool)
+    changed[2, 3] = True
+    expected = before.masked_fill(changed if how == "one number" else ~torch.zeros_like(changed), 0.0)
+    assert 0 < (after - expected).abs().max() < 4e-4 or how == "frozen" and torch.equal(after, expected)
+    assert torch.equal(weights[0], after.to(dtype))
+    assert how != "one number" or weights[0][2, 3].abs() < 4e-4
+
+
+def test_a_sign_alone_is_a_change():
+    w = leaf(randn(4, 6).bfloat16())
+    opt = optimizer("matrix", [w], lr=0.0)
+    w.data.neg_()
+    expected = w.detach().clone()
+    take(opt, [w], [randn(4, 6).bfloat16()])
+    assert torch.equal(w, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_training_step_gives_the_same_bits(dtype):
+    results = []
+    for compiled in (False, True):
+        model = net(dtype=dtype)
+        opt = MuonEq(groups_of(model))
+
+        def step(x, model=model, opt=opt):
+            loss = model(x).float().square().sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            return loss
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        losses = [run(randn(5, 4, seed=seed).to(dtype)).detach() for seed in range(3)]
+        results.append([*losses, *model.parameters()])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=0)
