@@ -227,7 +227,9 @@ class Model(Settings):
     attention_source: int = field(-1, "block whose output all later attention reads; -1: none (#77)")
     # what is added to the stream
     ngrams: Pairs = field((), "(n, rows): hashed embeddings of the last n tokens (#62)")
+    ngram_fold: int = field(0, "bytes: from this n on A is a and a line end a space; 0: never")
     ngram_signs: int = field(0, "sign patterns for the rows of n-grams; 0: none (#83)", 0)
+    matches: Numbers = field((), "n: what followed the last n tokens before, in the document")
     skips: Pairs = field((), "(source, target): block output added before a block (#11, #45)")
     backout: int = field(-1, "block whose output is partly subtracted at the end; -1: none (#40)")
     gate_inputs: int = field(12, "leading channels that attention and smear gates read (#28, #34)", 1)
@@ -815,8 +817,9 @@ def supports(device: torch.device, feature: str) -> bool:
 # 4. Model
 #
 # A decoder-only GPT. What it has, with the record or paper that brought it:
-#   tokens     n-gram embeddings with sign patterns (#62, #83), smear from the token before (#34),
-#              value embeddings with gates (#14, #63, #55), head and embedding that part (#51, #53)
+#   tokens     n-gram embeddings with sign patterns (#62, #83), what followed earlier matches in the
+#              document, smear from the token before (#34), value embeddings with gates (#14, #63, #55),
+#              head and embedding that part (#51, #53)
 #   attention  norm of q and k (2010.04245), rotary positions on half of the channels (#17) with YaRN
 #              (#31), short and long windows (#20), gates per head (#28), exclusive self-attention
 #              (#82), keys from the position before (#49), paired heads (#58), one source for all later
@@ -867,27 +870,74 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
     return F.pad(frequencies, (0, turning)), scale
 
 
-def ngram_hashes(inputs: Tensor, starts: Tensor, ngrams: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Row of each n-gram in its table, and a second hash: (B, T, len(ngrams)) each.
+def fold_bytes(inputs: Tensor) -> Tensor:
+    """Bytes with capital letters as small ones and line ends as spaces."""
+    capital = (inputs >= ord("A")) & (inputs <= ord("Z"))
+    return torch.where(inputs == ord("\n"), ord(" "), inputs + 32 * capital)
 
-    An n-gram is the last n tokens, as far as they are of the same document. The tables lie one after
-    the other in one bank. Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
+
+def ngram_keys(inputs: Tensor, document: Tensor, longest: int) -> list[Tensor]:
+    """A number below 2**31 for the last n tokens at each place, (B, T), for n from 1 to `longest`.
+
+    Tokens of other documents, by the number of the `document` (B, T) at each place, count as none.
     """
-    document = starts.cumsum(1)  # (B, T)
     T = inputs.size(1)
+    keys = [inputs.long() + 1]
+    for k in range(1, longest):
+        shift = min(k, T)  # a row may be shorter than the n-gram
+        same = document[:, shift:] == document[:, : T - shift]
+        earlier = torch.where(same, inputs[:, : T - shift].long() + 1, 0)
+        keys.append((keys[-1] * HASH_KEY + F.pad(earlier, (shift, 0))) % 2**31)
+    return keys
+
+
+def ngram_hashes(
+    keys: Sequence[Tensor], ngrams: Sequence[tuple[int, int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Row of each n-gram in its table, and a second hash: (B, T) for each of `ngrams`.
+
+    `keys` are those of `ngram_keys`. The tables lie one after the other in one bank. Embeddings of hashed
+    n-grams: fastText (1607.04606), record #62 (pairs).
+    """
     rows, second_hashes = [], []
     table_begin = 0
     for n, count in ngrams:
-        key = inputs.long() + 1  # (B, T)
-        for k in range(1, n):
-            shift = min(k, T)  # a row may be shorter than the n-gram
-            same = document[:, shift:] == document[:, : T - shift]
-            earlier = torch.where(same, inputs[:, : T - shift].long() + 1, 0)  # 0 before the document
-            key = (key * HASH_KEY + F.pad(earlier, (shift, 0))) % 2**31
+        key = keys[n - 1]
         rows.append(table_begin + (key * HASH_ROW >> 8) % count)
         second_hashes.append(key * HASH_SIGN >> 9)
         table_begin += count
-    return torch.stack(rows, -1), torch.stack(second_hashes, -1)
+    return rows, second_hashes
+
+
+def place_before(key: Tensor, document: Tensor) -> Tensor:
+    """The last place before each one with the same key in the same document, -1 for none; all (B, T).
+
+    Sorted by key and then by place, it is the neighbour in front. Where that is of another document, there
+    is none in this one: documents follow each other.
+    """
+    T = key.size(1)
+    order = (key * T + torch.arange(T, device=key.device)).argsort(1)
+    in_front = order.roll(1, 1)  # of the first one the last, which is a later place
+    alike = (key.gather(1, order) == key.gather(1, in_front)) & (in_front < order)
+    alike = alike & (document.gather(1, order) == document.gather(1, in_front))
+    return torch.zeros_like(order).scatter(1, order, torch.where(alike, in_front, -1))
+
+
+def match_rows(
+    inputs: Tensor, keys: Sequence[Tensor], document: Tensor, lengths: Sequence[int], vocab: int
+) -> list[Tensor]:
+    """For each n of `lengths` the row of the token that followed the last n tokens, where the document
+    had them before: (B, T).
+
+    A table has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the
+    other. Copying as an input: after #92, there for the longest match alone.
+    """
+    rows = []
+    for number, n in enumerate(lengths):
+        before = place_before(keys[n - 1], document)
+        follower = inputs.long().gather(1, before + 1)  # at a place that is not after this one
+        rows.append(number * (vocab + 1) + torch.where(before >= 0, follower + 1, 0))
+    return rows
 
 
 class Lookup(torch.autograd.Function):
@@ -1022,7 +1072,8 @@ class GPT(nn.Module):
         self.smear_gate = parameter(1, model.gate_inputs)
         # tables: a row of D channels for each token or n-gram
         self.embed = parameter(V, D)  # (50304, 768)
-        self.ngram_embed = parameter(sum(rows for _, rows in model.ngrams), D)  # (377280, 768)
+        table_rows = [*(rows for _, rows in model.ngrams), *(V + 1 for _ in model.matches)]
+        self.ngram_embed = parameter(sum(table_rows), D)  # (377280, 768)
         self.value_embed = parameter(value_tables * V, D)  # (251520, 768)
         self.lm_head = parameter(V, D)
         # scalars
@@ -1206,13 +1257,9 @@ class GPT(nn.Module):
         starts = document_starts(offsets, inputs.size(1))
         # while they are tied, the table is that of the head; `embed` takes over when they part
         x = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype)
-        # n-grams: a row for each length; those that share a row by chance differ in their signs (#83)
-        if c.ngrams:
-            rows, second_hash = ngram_hashes(inputs, starts, c.ngrams)
-            ngrams = Lookup.apply(self.ngram_embed, rows)  # (B, T, lengths, D)
-            if c.ngram_signs:
-                ngrams = ngrams * F.embedding(second_hash % c.ngram_signs, self.signs)
-            x = x + ngrams.sum(-2).to(dtype)
+        # the last tokens, and what followed them before
+        if c.ngrams or c.matches:
+            x = x + self.ngrams(inputs, starts).to(dtype)
         # smear: a gated part of the token before, in its document (#34)
         gate = torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
         weight = ~starts[..., None] * self.smear * gate
@@ -1220,6 +1267,29 @@ class GPT(nn.Module):
         # value embeddings: all tables at once; each begins padded_vocab rows after the one before
         first_rows = torch.arange(0, len(self.value_embed), c.padded_vocab, device=inputs.device)
         return x, Lookup.apply(self.value_embed, inputs + first_rows[:, None, None]).to(dtype)
+
+    def ngrams(self, inputs: Tensor, starts: Tensor) -> Tensor:
+        """What the last tokens are and what followed them before: sums of rows (B, T, D) of `ngram_embed`."""
+        c = self.config
+        # keys of the last 1, 2, ... tokens
+        document = starts.cumsum(1)  # (B, T), its number in the row
+        keys = ngram_keys(inputs, document, max(*c.matches, *(n for n, _ in c.ngrams), 1, 1))
+        # n-grams: a row for each length; long ones are seldom met again, so that alike ones share a row
+        hashed_keys = keys
+        if c.ngram_fold:
+            folded = ngram_keys(fold_bytes(inputs), document, len(keys))
+            hashed_keys = [*keys[: c.ngram_fold - 1], *folded[c.ngram_fold - 1 :]]
+        rows, second_hashes = ngram_hashes(hashed_keys, c.ngrams)
+        # matches: what followed, however far back it is; their tables lie behind those of the n-grams
+        matched = match_rows(inputs, keys, document, c.matches, c.padded_vocab)
+        behind = sum(count for _, count in c.ngrams)
+        # one look-up for all; n-grams that share a row by chance differ in their signs (#83)
+        rows = torch.stack([*rows, *(row + behind for row in matched)], -1)  # (B, T, tables)
+        found = Lookup.apply(self.ngram_embed, rows)  # (B, T, tables, D)
+        of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
+        if c.ngrams and c.ngram_signs:
+            of_ngrams = of_ngrams * F.embedding(torch.stack(second_hashes, -1) % c.ngram_signs, self.signs)
+        return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
         self, x: Tensor, x0: Tensor, attention_input: Tensor | None, residual: Tensor, mlp: Tensor,
@@ -4064,8 +4134,9 @@ def model_rules(track: Track) -> list[tuple[bool, str]]:
          f"model.padded_vocab is less than the {data.vocab_size} tokens of the data"),
         (all(i in range(model.layers) for i in blocks),
          f"a block number, attention_source or backout is outside 0..{model.layers - 1}"),
-        (all(n >= 1 and rows >= 1 for n, rows in model.ngrams),
-         "ngrams and their tables have at least one token and row"),
+        (all(n >= 1 and rows >= 1 for n, rows in model.ngrams) and all(n >= 1 for n in model.matches),
+         "ngrams, their tables and matches have at least one token and row"),
+        (not model.ngram_fold or data.vocab_size == BYTE_VOCABULARY, "ngram_fold is for tokens of bytes"),
         (model.width % model.qk_parts == 0, f"model.qk_parts divides the width {model.width}"),
         (not model.paired or model.heads % 2 == 0, "paired blocks need an even number of heads"),
         (all(a < b for a, b in model.skips), "skips go on to a later block"),

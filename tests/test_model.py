@@ -16,6 +16,10 @@ from train_gpt import (
     Model,
     Track,
     build_optimizer,
+    document_starts,
+    fold_bytes,
+    match_rows,
+    ngram_keys,
     rotary_frequencies,
     supports,
 )
@@ -28,7 +32,7 @@ MODELS = {
     "42": Model(padded_vocab=64, width=48, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
                 backout=7, value_tables=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
                 skips=((4, 5), (3, 6), (2, 7), (1, 8), (0, 9))),
-    "tiny": replace(TRACKS["tiny"].model, padded_vocab=64, width=32, heads=4,
+    "tiny": replace(TRACKS["tiny"].model, padded_vocab=64, width=32, heads=4, matches=(1, 2, 4), ngram_fold=3,
                     ngrams=((2, 97), (3, 64), (5, 128))),
     "medium": replace(TRACKS["medium"].model, padded_vocab=64, width=64, ngrams=((2, 97),), ngram_signs=7,
                       skips=((3, 6), (1, 6))),
@@ -74,11 +78,60 @@ ROWS = [[1, 5, 4, 9, 1, 1], [21], [10, 11]]
 
 
 # --------------------------------------------------------------------------------------------------
+# Folded bytes, and what followed earlier matches
+
+
+def test_folded_bytes_are_small_letters_and_spaces():
+    folded = fold_bytes(torch.arange(257, dtype=torch.int32)).tolist()
+    assert bytes(folded[:256]) == bytes(range(256)).lower().replace(b"\n", b" ") and folded[256] == 256
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_followers_of_matches_by_hand(length):
+    """Tokens of a small alphabet, so that nearly everything was seen before; documents of all lengths."""
+    rows = [[1, 2, 60, 37], [100], [33, 33, 34], [1] * 100]
+    inputs, _, offsets = batch_of(rows, vocab=3)
+    document = document_starts(offsets, 100).cumsum(1)
+    found = match_rows(inputs, ngram_keys(inputs, document, 7), document, (2, length), 64)[1]
+    for tokens, number, row in zip(inputs.tolist(), document.tolist(), found.tolist()):
+        followers = [follower(tokens, number, t, length) for t in range(100)]
+        assert row == [65 + (0 if token is None else 1 + token) for token in followers]
+    assert (found > 65).float().mean() > (0.1 if length < 7 else 0)
+
+
+def test_matches_depend_on_the_document_so_far_alone():
+    """Every token of another document, and every later one, is changed: no row of a table changes."""
+    inputs, _, offsets = batch_of([[40, 50, 10]], vocab=3)
+    document = document_starts(offsets, 100).cumsum(1)
+
+    def rows(tokens):
+        found = match_rows(tokens, ngram_keys(tokens, document, 3), document, (1, 2, 3), 64)
+        return torch.stack(found, -1)[0, 40:70]
+
+    other = (inputs + torch.randint(1, 3, inputs.shape, generator=torch.Generator().manual_seed(1))) % 3
+    other[:, 40:70] = inputs[:, 40:70]
+    assert torch.equal(rows(other.int()), rows(inputs))
+    other[:, 40] = (inputs[:, 40] + 1) % 3
+    assert not torch.equal(rows(other.int()), rows(inputs))
+
+
+# --------------------------------------------------------------------------------------------------
 # The forward pass
 
 
 def rms(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def follower(inputs, document, t, n):
+    """The token after the last place before t with the same n last tokens, in its document; None for none."""
+
+    def last(place):  # tokens of other documents count as none
+        places = range(place - n + 1, place + 1)
+        return [inputs[i] if i >= 0 and document[i] == document[t] else None for i in places]
+
+    places = [s for s in range(t) if document[s] == document[t] and last(s) == last(t)]
+    return int(inputs[places[-1] + 1]) if places else None
 
 
 def reference(p, c, inputs, targets, lengths, windows, scale, base, tied=False):
@@ -103,10 +156,18 @@ def reference(p, c, inputs, targets, lengths, windows, scale, base, tied=False):
             key = 0
             for k in range(n):  # 0 for what lies before the document
                 same = t >= k and document[t - k] == document[t]
-                key = (key * 1_000_003 + (int(inputs[t - k]) + 1 if same else 0)) % 2**31
+                token = int(inputs[t - k])
+                if 0 < c.ngram_fold <= n:
+                    token = ord({"\n": " "}.get(chr(token), chr(token).lower()))
+                key = (key * 1_000_003 + (token + 1 if same else 0)) % 2**31
             sign = p["signs"][key * 16_807 // 512 % c.ngram_signs] if c.ngram_signs else 1
             e[t] = e[t] + sign * p["ngram_embed"][begin + key * 48_271 // 256 % rows]
             begin += rows
+        for number, n in enumerate(c.matches):
+            row = begin + number * (c.padded_vocab + 1)
+            if (token := follower(inputs, document, t, n)) is not None:
+                row += 1 + token
+            e[t] = e[t] + p["ngram_embed"][row]
     smeared = [e[0]]
     for t in range(1, T):
         gate = torch.sigmoid(p["smear_gate"][0] @ e[t][: c.gate_inputs])

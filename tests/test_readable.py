@@ -67,7 +67,10 @@ def test_logs_of_november_are_read_under_the_names_of_today() -> None:
     before = former_settings()
     now = names.present_settings(before)
     today = json.loads(json.dumps(train_gpt.dataclasses.asdict(train_gpt.TRACKS["tiny"])))
-    del today["average"]  # a section that had no forerunner
+    new = {"average": [*today["average"]], "model": ["matches", "ngram_fold"]}  # had no forerunners
+    for section, fields in new.items():
+        today[section] = {name: value for name, value in today[section].items() if name not in fields}
+    today = {section: fields for section, fields in today.items() if fields}
     assert now.keys() == today.keys()
     assert {section: fields.keys() for section, fields in now.items()} == {
         section: fields.keys() for section, fields in today.items()

@@ -197,6 +197,7 @@ IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "schedule.stages=((0,(8,8),1,96.5),)": "document_cut", "schedule.stages=((0,(8,8),1,96,'a'),)": "takes",
     "schedule.stages=((0,(8,8),1,96,1.0,(0.5,)),)": "ahead",
     "schedule.stages=((0,(8,8),1,96,1.0,(),7),)": "stages", "schedule.stages=((0,(0,8)),)": "windows",
+    "model.matches=(0,)": "at least one token",
     "average.span=0": "average.span", "average.every=0": "at least 1",
     "average.blends=(('mpl',0.5),)": "mpl is no parameter", "average.blends=(('mlp',1.5),)": "not 0 to 1",
     "schedule.momentum=(0.9,)": "momentum", "model.softcap=(30.0,7.5)": "softcap",
