@@ -2943,7 +2943,8 @@ class Progress:
             return None
         tqdm.monitor_interval = 0  # no thread of its own
         form = "{desc} |{bar}| {elapsed}{postfix}"
-        columns, rows = shutil.get_terminal_size()  # tqdm draws nothing where a terminal does not know them
+        # tqdm draws nothing where a terminal does not know them
+        columns, rows = shutil.get_terminal_size()
         size = {"ncols": columns - 1, "nrows": rows}
         return tqdm(desc=what, total=1.0, bar_format=form, leave=False, file=sys.stdout, **size)
 
@@ -3327,9 +3328,11 @@ class Trainer:
         schedule = track.schedule
         groups = self.optimizer.param_groups
         self.base = [(group["lr"], group["weight_decay"]) for group in groups]  # at factor 1
-        self.period = math.lcm(*(group["every"] for group in groups))  # steps in which every group is updated
+        # steps in which every group is updated
+        self.period = math.lcm(*(group["every"] for group in groups))
         self.untie_step = untie_step(track, self.period)
-        self.stage_starts = {*stage_begins(schedule), self.untie_step}  # steps before which the model changes
+        # steps before which the model changes
+        self.stage_starts = {*stage_begins(schedule), self.untie_step}
         self.longest = max(stage.document_cut for stage in schedule.stages)
         tokens = ONE_GRAPH_TOKENS if self.one_graph else PASS_TOKENS
         self.rows_per_pass = {
@@ -3338,7 +3341,8 @@ class Trainer:
         }
         self.num_steps = total_steps(schedule)
         row_tokens = sum(stages_until(schedule, step)[-1].batch for step in range(self.num_steps))
-        self.all_tokens = row_tokens * track.data.rows * track.data.row_tokens  # of the whole schedule
+        # of the whole schedule
+        self.all_tokens = row_tokens * track.data.rows * track.data.row_tokens
         # progress: all that a checkpoint keeps besides weights and state
         self.done, self.tokens = 0, 0  # steps and tokens so far
         self.position = (0, 0, 0)  # of the packer
@@ -3355,7 +3359,8 @@ class Trainer:
         self.environment = environment(self.device, self.comm)
         self.key = {
             "source": self.environment["source_sha256"],
-            "track": json.loads(json.dumps(dataclasses.asdict(track))),  # lists for tuples, as in the log
+            # lists for tuples, as in the log
+            "track": json.loads(json.dumps(dataclasses.asdict(track))),
             "seed": run.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data": self.checked["digests"],
@@ -3402,7 +3407,8 @@ class Trainer:
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
-        self.one_graph = self.compiled == "whole" and self.device.type == "cpu"  # for any number of rows
+        # for any number of rows
+        self.one_graph = self.compiled == "whole" and self.device.type == "cpu"
 
     def look_for_compiler(self) -> str:
         """Why nothing can be compiled here; "" where it can or is not wanted. Refusal if it was asked for."""
@@ -3478,7 +3484,8 @@ class Trainer:
         """
         schedule = self.track.schedule
         # what changes with this step
-        if step == self.untie_step > 0:  # head and embedding part: the embedding goes on by itself (#51, #53)
+        # head and embedding part: the embedding goes on by itself (#51, #53)
+        if step == self.untie_step > 0:
             self.model.embed.detach().copy_(self.model.lm_head.detach())
             self.optimizer.copy_state("lm_head", "embed")
             self.means.copy("lm_head", "embed")
@@ -3560,14 +3567,18 @@ class Trainer:
             rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
             batch = make_batch(rows, data, self.checked["documents"])
             self.forward_backward(batch, loss_weights(schedule, step))
-            self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
+            # a graph cannot be traced beside fp32 gradients of bf16 parameters
+            self.model.zero_grad()
         for number, (windows, self.model.tied) in enumerate(validations, len(passes)):
             self.progress.now(f"{what} {number + 1} of {total}", number / total)
             self.validate(windows, rows=1)
         self.startup["graphs"] = time.time()
         self.progress.now("optimizer", 1.0)
+        for p in self.model.parameters():  # without a gradient nothing would be done
+            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.requires_grad else None
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
+        self.model.zero_grad()
         # the start of the run
         self.model.init_weights(self.run.seed)
         if self.comm.world_size > 1:
@@ -3760,7 +3771,8 @@ class Trainer:
         gc.freeze()  # none of what is there by now will be garbage
         gc.enable()
         val, stopping = {}, False
-        if self.done == self.num_steps:  # a run that was killed between its last checkpoint and its end
+        # a run that was killed between its last checkpoint and its end
+        if self.done == self.num_steps:
             val = self.validate(evaluation.windows)
 
         with progress.doing(f"training, {self.num_steps} steps", training=True):
@@ -4189,7 +4201,8 @@ def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     if run.device == "cpu":
         return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)  # None where there is none
+    # None where there is none
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if run.device == "auto" and (run.track == "tiny" or accelerator is None):
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
@@ -4221,7 +4234,8 @@ def set_up_device(run: Run, device: torch.device) -> None:
     else:
         torch.accelerator.set_device_index(device.index)
     cache = str(compile_cache(device))
-    if cannot_write(Path(cache)):  # so nothing is compiled, but torch makes the folder: its own will do
+    # so nothing is compiled, but torch makes the folder: its own will do
+    if cannot_write(Path(cache)):
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -4315,7 +4329,8 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
 
     One sentence and a non-zero status when it cannot be done.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before anything asks for a GPU
+    # before anything asks for a GPU
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rank, world_size = 0, 1  # until the environment has been read
     try:
         rank, world_size = number_from("RANK", 0), number_from("WORLD_SIZE", 1)

@@ -55,7 +55,8 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def text_of(value: Any) -> str:
     """A setting as the command line of train_gpt.py reads it: lists of a log are tuples there."""
     if isinstance(value, list):
-        return "(" + "".join(f"{text_of(v)}," for v in value) + ")"
+        inside = [repr(v) if isinstance(v, str) else text_of(v) for v in value]
+        return "(" + "".join(f"{v}," for v in inside) + ")"
     return str(value)
 
 
