@@ -3575,7 +3575,7 @@ class Trainer:
         self.startup["graphs"] = time.time()
         self.progress.now("optimizer", 1.0)
         for p in self.model.parameters():  # without a gradient nothing would be done
-            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.requires_grad else None
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.requires_grad else None
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.zero_grad()
