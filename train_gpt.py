@@ -450,7 +450,7 @@ SHORT = Track(
     head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
     schedule=Schedule(
-        steps=1450, extension=15, cooldown=0.6, floor=0.15, decay_power=2.0,
+        steps=1450, extension=14, cooldown=0.6, floor=0.15, decay_power=2.0,
         stages=(
             Stage(0, (128, 384), batch=1, document_cut=896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), batch=2, document_cut=2048, lr=1.52, ahead=((0.5, 0.0),)),
@@ -1094,7 +1094,7 @@ class GPT(nn.Module):
         x = self.stream(inputs, offsets, windows, longest, call).flatten(0, 1)  # (B T, D)
         shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
         all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
-        at_once = self.LOGITS_AT_ONCE[self.low_memory]
+        at_once = self.LOGITS_AT_ONCE[int(self.low_memory)]  # dynamo of torch 2.11 takes no bool as an index
         parts = zip(x.split(at_once), all_targets.split(at_once))
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
@@ -1152,11 +1152,11 @@ class GPT(nn.Module):
         """
         c, made = self.config, {}
         for long, paired in sorted({(i in c.long_blocks, i in c.paired) for i in self.attention_blocks}):
-            times = 2 if paired else 1
+            times, window = 2 if paired else 1, windows[int(long)]
             if self.fused:
-                made[long, paired] = fused_layout(times * offsets, times * T, windows[long], times * longest)
+                made[long, paired] = fused_layout(times * offsets, times * T, window, times * longest)
             else:
-                made[long, paired] = self.make_layout(times * offsets, times * T, windows[long])
+                made[long, paired] = self.make_layout(times * offsets, times * T, window)
         return made
 
     def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
@@ -1686,6 +1686,9 @@ class MuonEq(torch.optim.Optimizer):
     """
 
     SMALL = 16_384  # numbers below which Adam parameters share one stack
+    # The names of parameters that another one stands in for. Their units do nothing in a step; all ranks
+    # set the same names, and `copy_state` gives them their state when they begin.
+    resting: Sequence[str] = ()
 
     def __init__(self, groups: Iterable[dict], grads: str = "mean"):
         if grads not in ("mean", "token_sum"):
@@ -1766,7 +1769,8 @@ class MuonEq(torch.optim.Optimizer):
 
     def _active(self, step: int) -> list[Unit]:
         """The units that are updated in this step, counted from 0."""
-        return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
+        at_work = [unit for unit in self.units if not {*unit.names} & {*self.resting}]
+        return [unit for unit in at_work if (step + 1) % unit.group["every"] == 0]
 
     @torch.no_grad()
     def step(self, *, tokens: int | None = None) -> None:
@@ -2912,6 +2916,7 @@ class Trainer:
         self.stage = stages_until(schedule, step)[-1]
         self.model.set_rotary(long_windows(schedule, step))
         self.model.tied = step < self.untie_step
+        self.optimizer.resting = ("embed",) if self.model.tied else ()  # the head is the embedding too
 
     def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
@@ -3612,6 +3617,12 @@ def check_settings(track: Track, run: Run) -> None:
             raise ValueError(sentence)
     on_nothing = GPT(track.model, 1, torch.float32, "meta")
     optimizer = build_optimizer(on_nothing, track)  # refuses what an optimizer cannot do
+    # The gradients of the last steps would be lost if a group still waited for its update at the end.
+    every = [group["every"] for group in optimizer.param_groups]
+    steps, period = total_steps(track.schedule), math.lcm(*every)
+    if steps % period:
+        waiting = f"{steps} steps end between two updates of a group with every {max(every)}"
+        raise ValueError(f"{waiting}; schedule.steps + schedule.extension is a multiple of {period}")
     if track.model.tied > 0:
         optimizer.units_to_copy("lm_head", "embed")
 

@@ -231,7 +231,7 @@ def test_age_of_a_process() -> None:
 
 
 def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
-    short, source = dict(schedule__steps=1, schedule__extension=0), (ROOT / "train_gpt.py").read_bytes()
+    short, source = dict(schedule__steps=2, schedule__extension=0), (ROOT / "train_gpt.py").read_bytes()
     runs = [train(options(out=tmp_path, seed=seed, **short)) for seed in (0, 1)]
     assert [path.read_bytes() for path in tmp_path.glob("*.py")] == [source]
     assert {run.lines[0]["source_sha256"] for run in runs} == {hashlib.sha256(source).hexdigest()}
@@ -294,7 +294,7 @@ def test_a_slow_model_writes_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(train_gpt, "TEXT_SECONDS", -1.0)
-    train(options(out=tmp_path, show="true", schedule__steps=1, schedule__extension=0))
+    train(options(out=tmp_path, show="true", schedule__steps=2, schedule__extension=0))
     assert "the model writes:\n  HAMLET.\nlog " in capsys.readouterr().out
 
 
@@ -425,6 +425,7 @@ def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         original(self, source, target)
         state, params = self.state_dict()["state"], {unit.names[0]: unit.params[0] for unit in self.units}
         assert not any(x.any() for x in before["embed"].values() if isinstance(x, torch.Tensor))
+        assert before["embed"]["updates"] == 0 < before["lm_head"]["updates"]  # it did no work
         same = [torch.equal(state["embed"][key], state["lm_head"][key]) for key in ("exp_avg", "exp_avg_sq")]
         parted.append((self.step_count, torch.equal(params["embed"], params["lm_head"]), same))
 
