@@ -2972,14 +2972,18 @@ class Trainer:
         return torch.compiler.set_stance("force_eager")
 
     @torch.no_grad()
-    def validate(self, windows: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
-        """The `val` event, the same on all ranks. `rows` limits the rows of each rank (for the warm-up)."""
+    def validation_sum(self, windows: tuple[int, int], rows: int | None = None) -> Tensor:
+        """Summed losses (1,), fp64, of the validation rows of this rank, or of the first `rows` of them."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         with self.uncompiled_validation():
             for batch in self.validation[:rows]:
                 total += self.model(*(x.to(self.device) for x in batch), windows, self.val_longest).double()
+        return total
+
+    def validate(self, windows: tuple[int, int]) -> dict[str, Any]:
+        """The `val` event, the same on all ranks."""
         count = self.track.evaluation.tokens
-        loss = float(self.comm.all_reduce(total)) / count
+        loss = float(self.comm.all_reduce(self.validation_sum(windows))) / count
         seconds = self.clock.seconds
         return dict(
             step=self.done, val_loss=loss, val_tokens=count, train_time_s=seconds, tokens=self.tokens
@@ -2999,10 +3003,44 @@ class Trainer:
         validations[self.track.evaluation.windows, tied] = None
         return list(passes.values()), list(validations)
 
+    def wait_for_graphs(self, seconds: float = 0.5) -> Path:
+        """Wait until the first process of this machine has made its graphs; the file that says so then.
+
+        The others find them in the cache. That needs the same device number in all (torchrun
+        --virtual-local-rank): it is in each graph. Without it all make their own graphs at once.
+        """
+        done = history_file(self).with_suffix(f".{self.attention_kernel}.graphs")
+        waits = self.compiled != "none" and self.device.type != "cpu" and self.device.index == 0
+        calls = self.comm.calls
+        while waits and rank_on_machine() > 0 and not done.exists():
+            self.comm.calls += 1  # a sign of life: if anyone holds up the others, it is the first
+            time.sleep(seconds)
+        self.comm.calls = calls
+        return done
+
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        data, schedule = self.track.data, self.track.schedule
         self.model.init_weights(self.run.seed)
+        done = self.wait_for_graphs()
+        self.run_graphs()
+        self.startup["graphs"] = time.time()
+        if self.compiled != "none":
+            with contextlib.suppress(OSError):  # a cache that is read-only has them
+                done.touch()
+        self.progress.now("optimizer, and the other processes", 1.0)
+        for _ in range(self.period):
+            self.optimizer.step(tokens=1)
+        # the start of the run
+        self.model.init_weights(self.run.seed)
+        if self.comm.world_size > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.detach(), src=0)
+        self.optimizer.reset()
+        self.startup["optimizer"] = time.time()
+
+    def run_graphs(self) -> None:
+        """A pass of each kind and a validation row of each kind; nothing in it waits for other processes."""
+        data, schedule = self.track.data, self.track.schedule
         tokens = np.arange(data.row_tokens + 1) % data.vocab_size
         lengths = np.diff([*range(0, data.row_tokens, self.longest), data.row_tokens])
         passes, validations = self.kinds_of_passes()
@@ -3017,18 +3055,7 @@ class Trainer:
             self.model.zero_grad()  # a graph cannot be traced beside fp32 gradients of bf16 parameters
         for number, (windows, self.model.tied) in enumerate(validations, len(passes)):
             self.progress.now(f"{what} {number + 1} of {total}", number / total)
-            self.validate(windows, rows=1)
-        self.startup["graphs"] = time.time()
-        self.progress.now("optimizer", 1.0)
-        for _ in range(self.period):
-            self.optimizer.step(tokens=1)
-        # the start of the run
-        self.model.init_weights(self.run.seed)
-        if self.comm.world_size > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.detach(), src=0)
-        self.optimizer.reset()
-        self.startup["optimizer"] = time.time()
+            self.validation_sum(windows, rows=1)
 
     def resume(self) -> tuple[str, str]:
         """Go on from the checkpoint of --resume; returns its path and the id of its run, "" for none."""
@@ -3638,6 +3665,20 @@ def number_from(variable: str, alone: int) -> int:
     return int(text)
 
 
+def rank_on_machine() -> int:
+    """The number of this process among those on its machine."""
+    return number_from("RANK", 0) % max(1, number_from("LOCAL_WORLD_SIZE", 1))
+
+
+def has_own_device(local_rank: int) -> bool:
+    """Whether torchrun --virtual-local-rank shows each process one device: LOCAL_RANK is 0 in all of them.
+
+    The first one cannot see that of others; of it CUDA_VISIBLE_DEVICES is asked.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return local_rank == 0 and (rank_on_machine() > 0 or (len(visible) == 1 and visible != [""]))
+
+
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     if run.device == "cpu":
@@ -3647,8 +3688,9 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
         raise ValueError(f"there is no device {run.device!r} here")
-    if number_from("LOCAL_WORLD_SIZE", 1) > torch.accelerator.device_count():
-        raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
+    count = torch.accelerator.device_count()
+    if number_from("LOCAL_WORLD_SIZE", 1) > count and not (count == 1 and has_own_device(local_rank)):
+        raise ValueError(f"more processes than the {count} devices here")
     return torch.device(accelerator.type, local_rank)
 
 
@@ -3678,6 +3720,8 @@ def set_up_device(run: Run, device: torch.device) -> None:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        if device.type != "cpu":  # else torch has one for each device, which are all alike
+            os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache, "triton")))
 
 
 class Job(NamedTuple):
@@ -3739,7 +3783,8 @@ def report_error(error: BaseException, rank: int, world_size: int) -> None:
     met = dist.is_initialized()
     common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not met)
     by_itself = not common and world_size > 1
-    first_of_machine = (os.environ.get("LOCAL_RANK") or str(rank)) == "0"
+    on_machine = os.environ.get("LOCAL_WORLD_SIZE", "")  # LOCAL_RANK is 0 in all under --virtual-local-rank
+    first_of_machine = rank % max(1, int(on_machine) if on_machine.isdecimal() else world_size) == 0
     sentence = explanation(error)
     if by_itself or rank == 0 or (first_of_machine and not met):
         who = f"rank {rank}: " if by_itself else ""

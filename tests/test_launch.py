@@ -218,8 +218,8 @@ def test_all_processes_take_the_track_that_was_planned(torchrun_does: Callable) 
     words = torchrun_does()
     assert launch.main(["--track", "auto", "--resume"]) == 0
     trainer = str(ROOT / "train_gpt.py")
-    wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track",
-              "short"]  # fmt: skip
+    wanted = ["--standalone", "--nproc_per_node=4", "--virtual-local-rank", trainer, "--track", "auto",
+              "--resume", "--track", "short"]  # fmt: skip
     assert words == wanted
     track, run = train_gpt.parse_command_line(["--track", "auto", "--resume", "--track", "tiny"])
     assert (run.track, run.resume) == ("tiny", "") and track == train_gpt.TRACKS["tiny"]

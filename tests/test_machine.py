@@ -329,7 +329,8 @@ def test_on_gpu_refuses_a_folder_that_cannot_be_written(
         on_gpu.main()
 
 
-RANKS = [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)]  # rank, local rank, whether it speaks
+# rank, local rank, whether it speaks; the last two as under torchrun --virtual-local-rank
+RANKS = [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False), (1, 0, False), (3, 0, False)]
 
 
 @pytest.mark.parametrize("rank, local_rank, speaks", RANKS)
