@@ -355,7 +355,7 @@ class Track:
 class Run(Settings):
     """The options that are no part of a track: where and how it runs, not what it computes."""
 
-    track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
+    track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 20 GB, else tiny")
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
     dtype: Literal["auto", "bfloat16", "float32"] = field(
@@ -367,8 +367,8 @@ class Run(Settings):
     attention: Literal["fa2", "fa3", "fa4"] = field(
         "fa2", "on a CUDA GPU: fa2 is in torch, others where installed"
     )
-    memory: Literal["normal", "low"] = field(
-        "normal", "low: blocks are recomputed in the backward, few logits at a time"
+    memory: Literal["auto", "normal", "low"] = field(
+        "auto", "low: blocks are recomputed in the backward, few logits at a time; auto: on a GPU below 26 GB"
     )
     micro_rows: int = field(
         0, "rows of a forward pass, without effect on the result; 0: 4,096 or 8,192 tokens", 0
@@ -1980,6 +1980,8 @@ PASS_TOKENS = 8192  # of a forward pass where --micro_rows does not say how many
 # On a CPU inductor adds up to 4,096 numbers in another way than more of them: passes of at most so many
 # tokens share one graph.
 ONE_GRAPH_TOKENS = 4096
+# Bytes of a GPU from which on the track `short` is run in this way. tools/dry_run.py counts what it needs.
+LEAST_MEMORY = {"low": 20e9, "normal": 26e9}
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
 PROMPT, TEXT_BYTES, TEXT_SECONDS = "HAMLET.\n", 200, 5.0  # of the text after a run, and the most of it
 # What settings were called before December 2026: checkpoints of that time are read, options are told apart.
@@ -2633,6 +2635,15 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
     return MuonEq(groups, grads="token_sum")
 
 
+def choose_memory(run: Run, device: torch.device) -> tuple[str, str]:
+    """normal or low, and why where the GPU decides."""
+    if run.memory != "auto" or run.track == "tiny" or device.type != "cuda":
+        return run.memory.replace("auto", "normal"), ""
+    has, needs = torch.cuda.get_device_properties(device).total_memory, LEAST_MEMORY["normal"]
+    sizes = f"the GPU has {has / 1e9:.1f} GB, normal is for {needs / 1e9:.0f} GB or more"
+    return ("low", sizes) if has < needs else ("normal", "")
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError for a kernel that cannot be used here."""
     try:
@@ -2685,7 +2696,7 @@ def untie_step(track: Track, period: int) -> int:
 def history_file(trainer: Trainer) -> Path:
     """Where runs that would have the same graphs as this one note their times."""
     run, facts = trainer.run, {key: trainer.key[key] for key in ("source", "track", "dtype")}
-    facts |= {"micro_rows": run.micro_rows, "memory": run.memory, "ranks": trainer.comm.world_size}
+    facts |= {"micro_rows": run.micro_rows, "memory": trainer.memory, "ranks": trainer.comm.world_size}
     facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return compile_cache(trainer.device) / f"times-{digest[:16]}.json"
@@ -2905,7 +2916,10 @@ class Trainer:
         self.attention_kernel = choose_attention(run.attention, device, self.dtype)
         longest_row = max(track.data.row_tokens, track.evaluation.row_tokens)
         self.model = GPT(track.model, longest_row, self.dtype, device)
-        self.model.low_memory = run.memory == "low"
+        self.memory, why = choose_memory(run, device)
+        self.model.low_memory = self.memory == "low"
+        if why:
+            self.progress.say(f"memory {self.memory}: {why}")
         self.optimizer = build_optimizer(self.model, track)
 
     # ---- a step
@@ -3110,6 +3124,7 @@ class Trainer:
             data=self.checked["digests"],
             attention=self.attention_kernel,
             head="fp8" if self.model.fp8 else dtype,
+            memory=self.memory,
             compiled=self.compiled,
             compile_settings=self.compile_settings,
             startup_s=dict(zip(parts, np.diff(ends).round(3).tolist())),
@@ -3583,8 +3598,9 @@ def value_of(text: str, kind: Any) -> Any:
 
 def track_for_this_machine() -> str:
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    large = [(card.major, card.minor) >= (8, 0) and card.total_memory >= 70e9 for card in cards]
-    return "short" if cards and all(large) else "tiny"
+    new = all((card.major, card.minor) >= (8, 0) for card in cards)
+    large = all(card.total_memory >= LEAST_MEMORY["low"] for card in cards)
+    return "short" if cards and new and large else "tiny"
 
 
 # ---- checks before anything is built

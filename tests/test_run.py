@@ -142,6 +142,7 @@ HEADER = {
     "driver": str, "python": str, "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict,
     "waiting": str,
     "compiled": str, "compile": str, "startup_s": dict, "attention": str, "head": str,
+    "memory": str,
 }  # fmt: skip
 TIMED = {"step": int, "train_time_s": float, "tokens": int}
 FIELDS = {
