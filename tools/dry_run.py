@@ -3,6 +3,7 @@
     python tools/dry_run.py --gpu h100 --gpus 8 --track short      any option of train_gpt.py may follow
     python tools/dry_run.py --gpu 4090 --memory low                a card of 24 GB
     python tools/dry_run.py --compile none                         uncompiled only: ten seconds
+    python tools/dry_run.py --compile parts                        and all kernels to machine code: minutes
     python tools/dry_run.py --script OLD/train_gpt.py --json FILE  another build; all counts as JSON
 
 The whole of train_gpt.py runs, with a schedule of a few steps for each stage, on tensors without content:
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-from lib import cards, dry_report, floors, made_up, watched  # noqa: E402
+from lib import cards, cubins, dry_report, floors, made_up, watched  # noqa: E402
 from lib.watched import Found  # noqa: E402
 
 VALIDATION_ROWS = 2  # of each rank
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     gpu: str
     gpus: int
     mode: str  # "none": uncompiled only, or the graphs of train_gpt.py's --compile
+    kernels: bool  # whether the kernels of the graphs are compiled too
     script: Path
     json: Path | None
     others: list[str]
@@ -61,7 +63,7 @@ class Options(NamedTuple):
 
 def read_options(words: Sequence[str]) -> Options:
     """ValueError for what does not exist or fit."""
-    own = {"gpu": "h100", "gpus": "1", "compile": "parts", "script": str(ROOT / "train_gpt.py"), "json": ""}
+    own = {"gpu": "h100", "gpus": "1", "compile": "", "script": str(ROOT / "train_gpt.py"), "json": ""}
     words, others = list(words), []
     while words:
         name, _, value = words.pop(0).partition("=")
@@ -76,7 +78,7 @@ def read_options(words: Sequence[str]) -> Options:
         raise ValueError(f"--gpu is one of {', '.join(cards.CARDS)}, not {own['gpu']!r}")
     if not own["gpus"].isdecimal() or int(own["gpus"]) == 0:
         raise ValueError(f"--gpus is a number of GPUs, not {own['gpus']!r}")
-    if own["compile"] not in ("parts", "whole", "none"):
+    if own["compile"] not in ("", "parts", "whole", "none"):
         raise ValueError(f"--compile is parts, whole or none, not {own['compile']!r}")
     script = Path(own["script"]).resolve()
     if not script.is_file():
@@ -84,7 +86,8 @@ def read_options(words: Sequence[str]) -> Options:
     if not any(word.partition("=")[0] == "--track" for word in others):
         others += ["--track", "short"]
     place = Path(own["json"]) if own["json"] else None
-    return Options(own["gpu"], int(own["gpus"]), own["compile"], script, place, others)
+    mode, kernels = own["compile"] or "parts", own["compile"] in ("parts", "whole")
+    return Options(own["gpu"], int(own["gpus"]), mode, kernels, script, place, others)
 
 
 def load_script(path: Path) -> Any:
@@ -132,6 +135,8 @@ class DryRun:
         self.gpu = FakeGPU(self.card, options.gpus, on_cpu)
         self.T = load_script(options.script)
         self.collectives: list[tuple] = []
+        self.kernels: list[Any] = []  # of the graphs, and what became of them
+        self.cubins: list[cubins.Cubin] = []
         if on_cpu:
             self.pretend_on_cpu()
         if options.gpus > 1:
@@ -234,9 +239,23 @@ class DryRun:
             else:
                 run = self.run_compiled
                 found.append(run())
+                left_out += self.compile_kernels()
         if found[-1].needed() > self.card.memory:
             left_out += self.what_helps(run)
         return found, left_out
+
+    def compile_kernels(self) -> list[str]:
+        """The kernels of the last run to machine code, where that is asked for; what was left out."""
+        from lib.fake_gpu import missing_names
+
+        self.kernels = [*self.compiler.kernels.values()]
+        if not self.options.kernels:
+            return []
+        if missing := missing_names(cubins.NAMES):
+            return [f"left out: kernels to machine code (this torch or Triton has no {', '.join(missing)})"]
+        self.say.doing = ""
+        self.cubins = cubins.compile_kernels(self.kernels, self.card.shared, self.say)
+        return []
 
     def what_helps(self, run: Any) -> list[str]:
         """The first of LESS_MEMORY with which it fits."""
@@ -264,6 +283,8 @@ def report(dry: DryRun, found: list[Found], left_out: list[str]) -> str:
     lines += [dry_report.verdict(run, card) for run in found] + left_out
     if options.mode != "none" and len(found) > 1:
         lines += [", ".join(f"{name} {number}" for name, number in last.graphs.items())]
+    if dry.cubins:
+        lines += [dry_report.kernel_counts(dry.cubins)]
     wasted = watched.steps_thrown_away(dry.track)
     if wasted:
         lines += [f"the last {wasted} of the steps: gradients of some groups are not applied"]
@@ -272,6 +293,8 @@ def report(dry: DryRun, found: list[Found], left_out: list[str]) -> str:
         lines += ["", *dry_report.communication_table(last)]
     lines += ["", *dry_report.pass_table(last, card)]
     lines += ["", *dry_report.update_table(found)]
+    if dry.cubins:
+        lines += ["", *dry_report.kernel_table(dry.cubins, dry.kernels)]
     for run in found:
         lines += ["", f"{dry_report.how(run)}:", "", *dry_report.floor_table(run, card, dry.track)]
     rates = f"{card.products / 1e12:.0f} Tflop/s in bfloat16, {card.fp8_products / 1e12:.0f} in FP8"
@@ -307,7 +330,10 @@ def as_json(dry: DryRun, found: list[Found]) -> str:
             }
         )
     counts = {str(kind): count for kind, count in kinds.items()}
+    kernels = [{name: getattr(kernel, name) for name in ("name", "part", "launches", "bytes", "by_inductor")}
+               for kernel in dry.kernels]  # fmt: skip
     found = {"gpu": dry.options.gpu, "gpus": dry.options.gpus, "steps": counts, "runs": runs}
+    found |= {"kernels": kernels, "cubins": [dataclasses.asdict(cubin) for cubin in dry.cubins]}
     return json.dumps(found) + "\n"
 
 

@@ -126,7 +126,8 @@ def tests(python: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """By test file: how many tests passed, were skipped and failed, and which failed."""
     with tempfile.TemporaryDirectory() as place, heard(f"{len(files)} files of tests"):
         report = Path(place, "report.xml")
-        words = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", *map(str, files)]
+        words = [str(python), "-m", "pytest", "-q", "--continue-on-collection-errors"]
+        words += [f"--junitxml={report}", *map(str, files)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if not report.exists():

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lib import cards, floors, watched
+from lib.cubins import Cubin
 from lib.watched import Found
 
 
@@ -70,6 +71,32 @@ def pass_table(found: Found, card: cards.Card) -> list[str]:
             seconds = 1e3 * floor.arithmetic, 1e3 * (floor.bytes + floor.between)
             rows.append([f"{kind}: {part or 'all'}", calls, operations / 1e12, moved / 1e9, *seconds])
     titles = ["a micro-batch, forward and backward", "calls", "Tflop", "GB", "arithmetic, ms", "bytes, ms"]
+    return table(titles, rows)
+
+
+def kernel_counts(cubins: list[Cubin]) -> str:
+    """The kernels in a line."""
+    failed, spilling = [x for x in cubins if x.failed], [x for x in cubins if x.spills]
+    alone = sum(x.alone for x in spilling)
+    return (
+        f"machine code: {len(cubins)} configurations of {len({x.number for x in cubins})} kernels, "
+        f"{len(failed)} fail, {len(spilling)} spill ({alone} without another configuration), "
+        f"shared memory of a block at most {max((x.shared for x in cubins), default=0) / 1024:.1f} KB"
+    )
+
+
+def kernel_table(cubins: list[Cubin], kernels: list[Any], most: int = 12) -> list[str]:
+    """What fails, and what spills without another configuration, then the kernels that move most."""
+    order = sorted(range(len(kernels)), key=lambda i: -kernels[i].launches * kernels[i].bytes)
+    bad = [x.number for x in cubins if x.failed or (x.spills and x.alone)]
+    rows = []
+    for number in dict.fromkeys([*bad, *order[:most]]):
+        kernel, of_kernel = kernels[number], [x for x in cubins if x.number == number]
+        failed = [x.failed for x in of_kernel if x.failed] or ["good"]
+        code = [max(x.registers for x in of_kernel), max(x.spills for x in of_kernel), failed[0]]
+        moved = kernel.bytes / 1e6, kernel.by_inductor / 1e6
+        rows.append([f"{kernel.part}: {kernel.name[:60]}", kernel.launches, *moved, *code])
+    titles = ["kernel", "launches", "MB, the fewest", "MB by inductor", "registers", "spills, bytes", "code"]
     return table(titles, rows)
 
 
