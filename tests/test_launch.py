@@ -303,7 +303,7 @@ def test_torch_is_imported_once_and_by_one_process(tmp_path: Path, data_dir: Pat
     (tmp_path / "torch.py").write_text(stand_in)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import launch; launch.NEWS = 0.1\n"
     code += "sys.exit(launch.main(sys.argv[1:]))"
-    words = options(out=tmp_path / "out", schedule__steps=1, schedule__extension=0)
+    words = options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0)
     environment = os.environ | dict(PYTHONPATH=str(tmp_path), STAND_IN=str(tmp_path))
     argv = [sys.executable, "-c", code, str(ROOT / "tools"), *words]
     done = subprocess.run(argv, env=environment, cwd=data_dir, capture_output=True, text=True)

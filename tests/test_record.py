@@ -711,7 +711,7 @@ def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
     evaluations are refused."""
     make_corpus(tmp_path / "data")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    small = options(track=None, **{"schedule.steps": 3, "schedule.extension": 0})
+    small = options(track=None, **{"schedule.steps": 4, "schedule.extension": 0})
     (tmp_path / "records").mkdir()
     # 1,000 validation tokens
     assert command(tmp_path, "run", "--name", "real", "--runs", "1", "--", *small) == 1

@@ -286,7 +286,7 @@ def test_numbers_of_torchrun_may_be_empty_but_not_words(
 ) -> None:
     """docker compose sets variables that nobody gave to nothing."""
     monkeypatch.setenv(name, "")
-    train(options(out=tmp_path, schedule__steps=1, schedule__extension=0))
+    train(options(out=tmp_path, schedule__steps=2, schedule__extension=0))
     monkeypatch.setenv(name, "two")
     message = refusal(options(out=tmp_path / "out"), capsys)
     assert f"{name} is 'two', not a number" in message and not (tmp_path / "out").exists()

@@ -322,7 +322,7 @@ def test_logs_of_the_tracks_stay_below_100_kb(reference: Outcome, name: str) -> 
 COMPILED = dict(compile="parts", data__rows=1, model__layers=1, model__attention_free="(0,)",
                 model__long_blocks="()", model__xsa="()", model__key_offset="()", model__paired="()",
                 model__attention_source=-1, model__qk_parts=1, model__skips="()", model__value_tables="()",
-                model__backout=-1, schedule__stages="((0, (64, 64)),)", schedule__steps=3,
+                model__backout=-1, schedule__stages="((0, (64, 64)),)", schedule__steps=4,
                 schedule__extension=0, evaluation__windows="(64, 64)", evaluation__row_tokens=64,
                 evaluation__tokens=200)  # fmt: skip
 

@@ -5,6 +5,7 @@
     python tools/dry_run.py --compile none                         uncompiled only: ten seconds
     python tools/dry_run.py --compile parts                        and all kernels to machine code: minutes
     python tools/dry_run.py --script OLD/train_gpt.py --json FILE  another build; all counts as JSON
+    python tools/dry_run.py --expect tools/expected.json           keeps what on_gpu.py compares with
 
 The whole of train_gpt.py runs, with a schedule of a few steps for each stage, on tensors without content:
 first uncompiled, then with the graphs of torch.compile, whose kernels are written and counted. This shows
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-from lib import cards, cubins, dry_report, floors, made_up, watched  # noqa: E402
+from lib import cards, cubins, dry_report, expected, floors, made_up, watched  # noqa: E402
 from lib.watched import Found  # noqa: E402
 
 VALIDATION_ROWS = 2  # of each rank
@@ -58,12 +59,14 @@ class Options(NamedTuple):
     kernels: bool  # whether the kernels of the graphs are compiled too
     script: Path
     json: Path | None
+    expect: Path | None  # where to keep what tools/on_gpu.py sets beside its measurements
     others: list[str]
 
 
 def read_options(words: Sequence[str]) -> Options:
     """ValueError for what does not exist or fit."""
     own = {"gpu": "h100", "gpus": "1", "compile": "", "script": str(ROOT / "train_gpt.py"), "json": ""}
+    own["expect"] = ""
     words, others = list(words), []
     while words:
         name, _, value = words.pop(0).partition("=")
@@ -85,9 +88,9 @@ def read_options(words: Sequence[str]) -> Options:
         raise ValueError(f"--script {script} is missing")
     if not any(word.partition("=")[0] == "--track" for word in others):
         others += ["--track", "short"]
-    place = Path(own["json"]) if own["json"] else None
+    place, expect = (Path(own[name]) if own[name] else None for name in ("json", "expect"))
     mode, kernels = own["compile"] or "parts", own["compile"] in ("parts", "whole")
-    return Options(own["gpu"], int(own["gpus"]), mode, kernels, script, place, others)
+    return Options(own["gpu"], int(own["gpus"]), mode, kernels, script, place, expect, others)
 
 
 def load_script(path: Path) -> Any:
@@ -277,9 +280,8 @@ def report(dry: DryRun, found: list[Found], left_out: list[str]) -> str:
     import torch
 
     options, card, last = dry.options, dry.card, found[-1]
-    digest = hashlib.sha256(options.script.read_bytes()).hexdigest()[:12]
     words, machine = " ".join(options.others), f"{options.gpus} x {card.title}"
-    lines = [f"{words} on {machine}, torch {torch.__version__}, source {digest}", ""]
+    lines = [f"{words} on {machine}, torch {torch.__version__}, source {digest(options.script)}", ""]
     lines += [dry_report.verdict(run, card) for run in found] + left_out
     if options.mode != "none" and len(found) > 1:
         lines += [", ".join(f"{name} {number}" for name, number in last.graphs.items())]
@@ -308,13 +310,20 @@ def in_lists(counts: Counter) -> list[list]:
     return [[*key, amount] for key, amount in counts.items()]
 
 
-def as_json(dry: DryRun, found: list[Found]) -> str:
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def as_json(dry: DryRun, found: list[Found]) -> dict[str, Any]:
     """All that was counted."""
+    import torch
+
     kinds, runs = watched.kinds_of_steps(dry.track), []
     for run in found:
         steps = []
         for step in run.steps:
             counted = {"update_bytes": floors.moved_by_update(step.update_counts), "sent": step.sent}
+            counted["update_launches"] = floors.sums(step.update_counts)["launches"]
             kept = ("passes", "all_groups", "pass_peaks", "update_peak", "collectives")
             steps.append({"kind": str(step.kind), **counted, **{name: getattr(step, name) for name in kept}})
         runs.append(
@@ -332,9 +341,9 @@ def as_json(dry: DryRun, found: list[Found]) -> str:
     counts = {str(kind): count for kind, count in kinds.items()}
     kernels = [{name: getattr(kernel, name) for name in ("name", "part", "launches", "bytes", "by_inductor")}
                for kernel in dry.kernels]  # fmt: skip
-    found = {"gpu": dry.options.gpu, "gpus": dry.options.gpus, "steps": counts, "runs": runs}
-    found |= {"kernels": kernels, "cubins": [dataclasses.asdict(cubin) for cubin in dry.cubins]}
-    return json.dumps(found) + "\n"
+    source = {"source": digest(dry.options.script), "torch": torch.__version__}
+    found = {"gpu": dry.options.gpu, "gpus": dry.options.gpus, **source, "steps": counts, "runs": runs}
+    return found | {"kernels": kernels, "cubins": [dataclasses.asdict(cubin) for cubin in dry.cubins]}
 
 
 def dry_run(options: Options, say: Saying) -> None:
@@ -351,8 +360,12 @@ def dry_run(options: Options, say: Saying) -> None:
             left_out.insert(0, f"left out: whether all tensors are on one device ({why})")
         say.end()
         print(report(dry, found, left_out))
+        counts = as_json(dry, found)
         if options.json:
-            options.json.write_text(as_json(dry, found))
+            options.json.write_text(json.dumps(counts) + "\n")
+        if options.expect:
+            name = expected.key(options.gpu, options.gpus, options.others)
+            expected.keep(name, counts, options.expect)
 
 
 def main() -> None:

@@ -57,13 +57,13 @@ class Kind(NamedTuple):
 
 def kinds_of_steps(track: Any) -> Counter:
     """How many steps of each kind the real schedule has."""
-    schedule, untie = track.schedule, untie_step(track)
-    begins = [round(stage.begin * schedule.steps) for stage in schedule.stages]
-    kinds: Counter = Counter()
-    for step in range(schedule.steps + schedule.extension):
-        stage = sum(begin <= step for begin in begins) - 1
-        kinds[Kind(stage, step < untie)] += 1
-    return kinds
+    steps = track.schedule.steps + track.schedule.extension
+    return Counter(kind_of_step(track, step) for step in range(steps))
+
+
+def kind_of_step(track: Any, step: int) -> Kind:
+    begins = [round(stage.begin * track.schedule.steps) for stage in track.schedule.stages]
+    return Kind(sum(begin <= step for begin in begins) - 1, step < untie_step(track))
 
 
 def steps_thrown_away(track: Any) -> int:
