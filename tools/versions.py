@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "tools" / "versions.json", ROOT / "tools" / "README.md"
+FOLDER = ROOT / ".cache" / "versions"  # of the environments
 BEGIN, END = "<!-- begin versions -->\n", "<!-- end versions -->\n"
 NEWS = 10.0  # seconds: the most without a word
 TINY = ["--track", "tiny", "--schedule.steps", "20", "--show", "false", "--device", "cpu"]
@@ -70,7 +71,7 @@ def interpreter(word: str, python: str) -> Path:
         if not given.is_file():
             raise ValueError(f"{word} is neither a version of torch nor an interpreter")
         return given
-    folder = ROOT / ".cache" / "versions" / f"torch-{word}-{Path(python).name}"
+    folder = FOLDER / f"torch-{word}-{Path(python).name}"
     if not (folder / "done").exists():
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
         steps = [[python, "-m", "venv", str(folder)], [*pip, f"torch=={word}", *requirements()]]
