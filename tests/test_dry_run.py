@@ -197,7 +197,7 @@ def test_registers_and_spills_are_read_from_a_cubin():
 def kernel_of(result: Callable, configurations: int) -> SimpleNamespace:
     autotuner = SimpleNamespace(_precompile_config=result)
     names = [f"configuration {i}" for i in range(configurations)]
-    return SimpleNamespace(name="triton_a", part="block", launches=3, bytes=2e6, by_inductor=3e6,
+    return SimpleNamespace(name="triton_a", part="block", launches=3, bytes=2e9, by_inductor=3e9,
                            autotuner=autotuner, configurations=names)  # fmt: skip
 
 
@@ -228,7 +228,8 @@ def test_kernels_that_fail_spill_or_take_too_much_shared_memory_are_named():
         "machine code: 5 configurations of 4 kernels, 2 fail, 2 spill (1 without another configuration), "
         "shared memory of a block at most 195.3 KB"
     )
-    rows = dry_report.kernel_table(found, kernels, most=0)[2:]
+    *rows, total = dry_report.kernel_table(found, kernels, most=0)[2:]
+    assert "| all 4 | 12 | 8.00 | 12.00 |" in total
     assert [row.split("|")[-3].strip() for row in rows] == ["0", "8", "0"]
     assert all("| 3 | 2.00 | 3.00 |" in row for row in rows)
 

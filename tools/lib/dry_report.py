@@ -87,16 +87,18 @@ def kernel_counts(cubins: list[Cubin]) -> str:
 
 def kernel_table(cubins: list[Cubin], kernels: list[Any], most: int = 12) -> list[str]:
     """What fails, and what spills without another configuration, then the kernels that move most."""
-    order = sorted(range(len(kernels)), key=lambda i: -kernels[i].launches * kernels[i].bytes)
+    order = sorted(range(len(kernels)), key=lambda i: -kernels[i].bytes)
     bad = [x.number for x in cubins if x.failed or (x.spills and x.alone)]
     rows = []
     for number in dict.fromkeys([*bad, *order[:most]]):
         kernel, of_kernel = kernels[number], [x for x in cubins if x.number == number]
         failed = [x.failed for x in of_kernel if x.failed] or ["good"]
         code = [max(x.registers for x in of_kernel), max(x.spills for x in of_kernel), failed[0]]
-        moved = kernel.bytes / 1e6, kernel.by_inductor / 1e6
+        moved = kernel.bytes / 1e9, kernel.by_inductor / 1e9
         rows.append([f"{kernel.part}: {kernel.name[:60]}", kernel.launches, *moved, *code])
-    titles = ["kernel", "launches", "MB, the fewest", "MB by inductor", "registers", "spills, bytes", "code"]
+    all_bytes = (sum(getattr(kernel, name) for kernel in kernels) / 1e9 for name in ("bytes", "by_inductor"))
+    rows.append([f"all {len(kernels)}", sum(kernel.launches for kernel in kernels), *all_bytes, "", "", ""])
+    titles = ["kernel", "launches", "GB, the fewest", "by inductor", "registers", "spills, bytes", "code"]
     return table(titles, rows)
 
 

@@ -55,7 +55,7 @@ class Kernel:
         self.name = autotuner.inductor_meta.get("kernel_name", "?")
         self.configurations = list(autotuner.configs)
         self.launches = 0
-        self.bytes = 0.0  # of the last launch: the fewest
+        self.bytes = 0.0  # of all launches: the fewest
         self.by_inductor = 0.0  # the same by inductor, which counts what is read again
 
 
@@ -121,13 +121,14 @@ class FakeCompiler:
             kernel.launches += 1
             arguments = sum(footprint(x) for x in args if isinstance(x, Tensor))
             estimate = autotuner.inductor_meta.get("dry_run_bytes")
-            kernel.by_inductor = arguments if estimate is None else estimate
-            kernel.bytes = min(arguments, kernel.by_inductor)
+            by_inductor = arguments if estimate is None else estimate
+            kernel.bytes += min(arguments, by_inductor)
+            kernel.by_inductor += by_inductor
             counts, part = self.gpu.mode.counts, self.gpu.mode.part
             counts[part, "launches"] += 1
-            counts[part, "bytes of kernels"] += kernel.bytes
+            counts[part, "bytes of kernels"] += min(arguments, by_inductor)
             counts[part, "bytes of arguments"] += arguments
-            counts[part, "bytes by inductor"] += kernel.by_inductor
+            counts[part, "bytes by inductor"] += by_inductor
 
         TritonKernel.codegen_kernel = codegen_kernel
         TritonKernel.inductor_meta_common = staticmethod(inductor_meta_common)
