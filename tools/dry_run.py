@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -153,10 +154,17 @@ class DryRun:
 
     def pretend_on_cpu(self) -> None:
         """The CPU has what the card has, and the optimizer does not cut its work for a CPU's cache."""
+        import torch
+
         capability = self.card.capability
         has = {"fp8": capability >= (8, 9), "fa3": capability[0] == 9, "fa4": capability[0] in (9, 10)}
         self.T.supports = lambda device, feature: has.get(feature, True)
         self.T.Unit.SLICE = dict.fromkeys(self.T.Unit.SLICE, 2**62)
+        if hasattr(self.T, "choose_memory"):
+            properties = types.SimpleNamespace(total_memory=self.card.memory)
+            torch.cuda.get_device_properties = lambda _: properties
+            choose, cuda = self.T.choose_memory, torch.device("cuda")
+            self.T.choose_memory = lambda run, _: choose(run, cuda)
 
     def make_data(self) -> None:
         """Made-up shards for the short schedule and a few validation rows."""

@@ -143,7 +143,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def beside_expected(results: dict[str, dict[str, Any]], options: list[str], out: Path) -> str:
     """What was measured of a run beside what the dry run of it has counted, in a table."""
-    run = next((results[name] for name in ("full cache", "empty cache") if "device" in results[name]), None)
+    runs = [results.get(name, {}) for name in ("full cache", "empty cache")]
+    run = next((run for run in runs if "device" in run), None)
     if run is None:
         return "expected beside measured: no run ended"
     card, kept = expected.card_of(run["device"]), json.loads(expected.KEPT.read_text())

@@ -27,7 +27,8 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 def verdict(found: Found, card: cards.Card) -> str:
     needed = found.needed()
     word = "fits" if needed <= card.memory else "DOES NOT FIT"
-    return f"{how(found)}: {word}, {needed / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
+    low = ", memory low" if found.memory == "low" else ""
+    return f"{how(found)}{low}: {word}, {needed / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
 
 
 def memory_table(runs: list[Found]) -> list[str]:

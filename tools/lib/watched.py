@@ -111,6 +111,7 @@ class Found:
     steps: list[Step] = dataclasses.field(default_factory=list)
     graphs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of torch.compile
     seconds: float = 0.0
+    memory: str = "normal"  # or low, as asked for or chosen for the card
 
     def peaks(self) -> dict[str, int]:
         """The most live bytes of each phase."""
@@ -158,6 +159,7 @@ class Watcher:
     def __call__(self, trainer: Any) -> dict[str, Any]:
         """Train; the `final` event of the log."""
         self.trainer, self.found.built = trainer, self.mode.live
+        self.found.memory = "low" if trainer.model.low_memory else "normal"
         schedule = trainer.track.schedule
         self.num_steps = schedule.steps + schedule.extension
         if hasattr(trainer, "progress"):  # it is this tool that speaks
