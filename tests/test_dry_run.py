@@ -225,7 +225,7 @@ def test_kernels_that_fail_spill_or_take_too_much_shared_memory_are_named():
         "RuntimeError: type fp8e4nv is not supported", "", "", "", "200000 bytes of"
     ]  # fmt: skip
     assert dry_report.kernel_counts(found) == (
-        "machine code: 5 configurations of 4 kernels, 2 fail, 2 spill (1 without another configuration), "
+        "machine code: 5 configurations of 4 kernels, 2 fail, 2 spill; 3 kernels have no good one; "
         "shared memory of a block at most 195.3 KB"
     )
     *rows, total = dry_report.kernel_table(found, kernels, most=0)[2:]

@@ -29,8 +29,14 @@ class Cubin:
     registers: int = 0
     spills: int = 0  # bytes of each thread that lie in memory instead of registers
     shared: int = 0  # bytes of a block
-    alone: bool = True  # the kernel has no other configuration
     failed: str = ""  # why
+
+
+def bad_kernels(cubins: Iterable[Cubin]) -> list[int]:
+    """Numbers of kernels that fail or spill in every configuration; of others the card takes a good one."""
+    cubins = list(cubins)
+    good = {cubin.number for cubin in cubins if not (cubin.failed or cubin.spills)}
+    return sorted({cubin.number for cubin in cubins} - good)
 
 
 def attributes(cubin: bytes) -> dict[int, int]:
@@ -60,8 +66,7 @@ def attributes(cubin: bytes) -> dict[int, int]:
 
 def compile_kernel(number: int, kernel: Any, configuration: Any, most_shared: int) -> Cubin:
     """A kernel of `fake_inductor` in a configuration. A failure is noted, not raised."""
-    alone = len(kernel.configurations) == 1
-    cubin = Cubin(number, kernel.name, kernel.part, str(configuration), alone=alone)
+    cubin = Cubin(number, kernel.name, kernel.part, str(configuration))
     try:
         compiled = kernel.autotuner._precompile_config(configuration).kernel
         found = attributes(compiled.asm["cubin"])

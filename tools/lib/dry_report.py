@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lib import cards, floors, watched
-from lib.cubins import Cubin
+from lib.cubins import Cubin, bad_kernels
 from lib.watched import Found
 
 
@@ -78,20 +78,19 @@ def pass_table(found: Found, card: cards.Card) -> list[str]:
 def kernel_counts(cubins: list[Cubin]) -> str:
     """The kernels in a line."""
     failed, spilling = [x for x in cubins if x.failed], [x for x in cubins if x.spills]
-    alone = sum(x.alone for x in spilling)
+    bad = len(bad_kernels(cubins))
     return (
         f"machine code: {len(cubins)} configurations of {len({x.number for x in cubins})} kernels, "
-        f"{len(failed)} fail, {len(spilling)} spill ({alone} without another configuration), "
+        f"{len(failed)} fail, {len(spilling)} spill; {bad} kernels have no good one; "
         f"shared memory of a block at most {max((x.shared for x in cubins), default=0) / 1024:.1f} KB"
     )
 
 
 def kernel_table(cubins: list[Cubin], kernels: list[Any], most: int = 12) -> list[str]:
-    """What fails, and what spills without another configuration, then the kernels that move most."""
+    """The kernels without a good configuration, then those that move most."""
     order = sorted(range(len(kernels)), key=lambda i: -kernels[i].bytes)
-    bad = [x.number for x in cubins if x.failed or (x.spills and x.alone)]
     rows = []
-    for number in dict.fromkeys([*bad, *order[:most]]):
+    for number in dict.fromkeys([*bad_kernels(cubins), *order[:most]]):
         kernel, of_kernel = kernels[number], [x for x in cubins if x.number == number]
         failed = [x.failed for x in of_kernel if x.failed] or ["good"]
         code = [max(x.registers for x in of_kernel), max(x.spills for x in of_kernel), failed[0]]
