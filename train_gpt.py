@@ -3042,7 +3042,8 @@ class Trainer:
         if self.compiled != "none":
             with contextlib.suppress(OSError):  # a cache that is read-only has them
                 done.touch()
-        self.progress.now("optimizer, and the other processes", 1.0)
+        alone = self.comm.world_size == 1
+        self.progress.now("optimizer" if alone else "optimizer, once all processes are here", 1.0)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         # the start of the run
