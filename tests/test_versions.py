@@ -20,7 +20,7 @@ REPORT = """<testsuites><testsuite>
 
 def result(torch: str, python: str, **tests: dict) -> dict:
     tiny = {"none": {"loss": 1.8931, "seconds": 9.0}, "whole": {"failed": "Unsupported"}}
-    return {"torch": torch, "python": python, "source": "abc", "tiny": tiny, "tests": tests}
+    return {"torch": torch, "python": python, "source": "abc", "tiny": tiny, "files": 5, "tests": tests}
 
 
 def test_tests_are_counted_by_file():
@@ -36,7 +36,7 @@ def test_the_table_has_a_row_for_each_version_in_order_and_what_failed():
     text = versions.table([result("2.13.0+cpu", "3.13.0"), old, result("2.13.0+cpu", "3.11.7")])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line][2:]
     assert [" ".join(row[:2]) for row in rows] == ["2.9.1 3.11.7", "2.13.0+cpu 3.11.7", "2.13.0+cpu 3.13.0"]
-    assert rows[0][2:] == ["abc", "loss 1.8931", "failed", "1", "1", "2"]
+    assert rows[0][2:] == ["abc", "loss 1.8931", "failed", "2 of 5", "1", "1", "2"]
     assert "- torch 2.9.1, Python 3.11.7: `test_a.py::bad[1]`" in text
 
 

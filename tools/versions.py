@@ -155,14 +155,16 @@ def counted(report: ElementTree.Element, files: Sequence[str]) -> dict[str, dict
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """A row for each pair of versions, the oldest torch first, then what failed."""
-    titles = ["torch", "Python", "source", "`tiny`, 20 steps", "compiled", "passed", "skipped", "failed"]
+    titles = ["torch", "Python", "source", "`tiny`, 20 steps", "compiled", "test files"]
+    titles += ["passed", "skipped", "failed"]
     lines, failures = [titles, ["---"] * len(titles)], []
     for result in sorted(results, key=lambda x: [numbers(x["torch"]), numbers(x["python"])]):
         files = result["tests"].values()
+        ran = f"{len(files)} of {result['files']}"
         sums = [sum(file[kind] for file in files) for kind in ("passed", "skipped", "failed")]
         runs = [f"loss {run['loss']:.4f}" if "loss" in run else "failed" for run in
                 (result["tiny"].get("none", {}), result["tiny"].get("whole", {}))]  # fmt: skip
-        lines.append([result["torch"], result["python"], result["source"], *runs, *map(str, sums)])
+        lines.append([result["torch"], result["python"], result["source"], *runs, *map(str, [ran, *sums])])
         for file, found in sorted(result["tests"].items()):
             failures += [f"- torch {result['torch']}, Python {result['python']}: `{file}.py::{name}`"
                          for name in found["failures"]]  # fmt: skip
@@ -186,12 +188,13 @@ def examine(word: str, python: str, part: str, results: list[dict[str, Any]]) ->
     chosen = interpreter(word, python)
     versions = versions_of(chosen)
     source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()[:12]
-    new = {**versions, "source": source, "tiny": {}, "tests": {}}
+    new = {**versions, "source": source, "tiny": {}, "files": 0, "tests": {}}
     same = [x for x in results if all(x[key] == new[key] for key in ("torch", "python"))]
     # parts of one source add up
     found = next((x for x in same if x["source"] == source), new)
     results[:] = [x for x in results if x not in same] + [found]
     print(f"torch {versions['torch']}, Python {versions['python']}")
+    found["files"] = len(part_of_the_tests("1/1"))
     if part.startswith("1/"):
         found["tiny"] = {compiled: tiny(chosen, compiled) for compiled in ("none", "whole")}
     found["tests"] |= tests(chosen, files)
