@@ -162,8 +162,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         files = result["tests"].values()
         ran = f"{len(files)} of {result['files']}"
         sums = [sum(file[kind] for file in files) for kind in ("passed", "skipped", "failed")]
-        runs = [f"loss {run['loss']:.4f}" if "loss" in run else "failed" for run in
-                (result["tiny"].get("none", {}), result["tiny"].get("whole", {}))]  # fmt: skip
+        runs = [result["tiny"].get(mode, {}) for mode in ("none", "whole")]
+        runs = [f"loss {x['loss']:.4f}" if "loss" in x else "failed" if x else "not run" for x in runs]
         lines.append([result["torch"], result["python"], result["source"], *runs, *map(str, [ran, *sums])])
         for file, found in sorted(result["tests"].items()):
             failures += [f"- torch {result['torch']}, Python {result['python']}: `{file}.py::{name}`"
