@@ -374,7 +374,7 @@ class Track:
 class Run(Settings):
     """The options that are no part of a track: where and how it runs, not what it computes."""
 
-    track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 70 GB, else tiny")
+    track: str = field("auto", "short where every CUDA GPU has capability >= 8.0 and 22 GB, else tiny")
     seed: int = field(0, "seed of the initial weights")
     device: str = field("auto", "cpu, cuda, ...; auto: the accelerator, and the CPU for the track tiny")
     dtype: Literal["auto", "bfloat16", "float32"] = field(
@@ -386,8 +386,8 @@ class Run(Settings):
     attention: Literal["fa2", "fa3", "fa4"] = field(
         "fa2", "on a CUDA GPU: fa2 is in torch, others where installed"
     )
-    memory: Literal["normal", "low"] = field(
-        "normal", "low: blocks are recomputed in the backward, few logits at a time"
+    memory: Literal["auto", "normal", "low"] = field(
+        "auto", "low: blocks are recomputed in the backward, few logits at a time; auto: on a GPU below 26 GB"
     )
     micro_rows: int = field(
         0, "rows of a forward pass, without effect on the result; 0: 4,096 or 8,192 tokens", 0
@@ -469,7 +469,7 @@ SHORT = Track(
     head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
     schedule=Schedule(
-        steps=1450, extension=15, cooldown=0.6, floor=0.15, decay_power=2.0,
+        steps=1450, extension=14, cooldown=0.6, floor=0.15, decay_power=2.0,
         stages=(
             Stage(0, (128, 384), batch=1, document_cut=896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), batch=2, document_cut=2048, lr=1.52, ahead=((0.5, 0.0),)),
@@ -1176,7 +1176,7 @@ class GPT(nn.Module):
         x = self.stream(inputs, offsets, windows, longest, call).flatten(0, 1)  # (B T, D)
         shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
         all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
-        at_once = self.LOGITS_AT_ONCE[self.low_memory]
+        at_once = self.LOGITS_AT_ONCE[int(self.low_memory)]  # dynamo of torch 2.11 takes no bool as an index
         parts = zip(x.split(at_once), all_targets.split(at_once))
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
@@ -1234,11 +1234,11 @@ class GPT(nn.Module):
         """
         c, made = self.config, {}
         for long, paired in sorted({(i in c.long_blocks, i in c.paired) for i in self.attention_blocks}):
-            times = 2 if paired else 1
+            times, window = 2 if paired else 1, windows[int(long)]
             if self.fused:
-                made[long, paired] = fused_layout(times * offsets, times * T, windows[long], times * longest)
+                made[long, paired] = fused_layout(times * offsets, times * T, window, times * longest)
             else:
-                made[long, paired] = self.make_layout(times * offsets, times * T, windows[long])
+                made[long, paired] = self.make_layout(times * offsets, times * T, window)
         return made
 
     def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
@@ -1985,6 +1985,9 @@ class MuonEq(torch.optim.Optimizer):
     """
 
     SMALL = 16_384  # numbers below which Adam parameters share one stack
+    # The names of parameters that another one stands in for. Their units do nothing in a step; all ranks
+    # set the same names, and `copy_state` gives them their state when they begin.
+    resting: Sequence[str] = ()
 
     def __init__(
         self, groups: Iterable[dict], grads: str = "mean",
@@ -2109,7 +2112,8 @@ class MuonEq(torch.optim.Optimizer):
 
     def _active(self, step: int) -> list[Unit]:
         """The units that are updated in this step, counted from 0."""
-        return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
+        at_work = [unit for unit in self.units if not {*unit.names} & {*self.resting}]
+        return [unit for unit in at_work if (step + 1) % unit.group["every"] == 0]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, tokens: int | None = None) -> Any:
@@ -2490,6 +2494,9 @@ PASS_TOKENS = 8192  # of a forward pass where --micro_rows does not say how many
 # On a CPU inductor adds up to 4,096 numbers in another way than more of them: passes of at most so many
 # tokens share one graph.
 ONE_GRAPH_TOKENS = 4096
+# Bytes of a GPU from which on --memory auto takes this way. tools/dry_run.py counts what `short` needs on one
+# GPU, 18.6 GB and compiled 22.5 GB; the rest is for what counting misses.
+LEAST_MEMORY = {"low": 22e9, "normal": 26e9}
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
 PROMPT, TEXT_BYTES, TEXT_SECONDS = "HAMLET.\n", 200, 5.0  # of the text after a run, and the most of it
 # What settings were called before December 2026: checkpoints of that time are read, options are told apart.
@@ -3144,6 +3151,15 @@ def build_optimizer(model: GPT, track: Track) -> MuonEq:
     return MuonEq(groups, grads="token_sum")
 
 
+def choose_memory(run: Run, device: torch.device) -> tuple[str, str]:
+    """normal or low, and why where the GPU decides."""
+    if run.memory != "auto" or run.track == "tiny" or device.type != "cuda":
+        return run.memory.replace("auto", "normal"), ""
+    has, needs = torch.cuda.get_device_properties(device).total_memory, LEAST_MEMORY["normal"]
+    sizes = f"the GPU has {has / 1e9:.1f} GB, normal is for {needs / 1e9:.0f} GB or more"
+    return ("low", sizes) if has < needs else ("normal", "")
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention runs on, for the log; ValueError for a kernel that cannot be used here."""
     try:
@@ -3245,7 +3261,7 @@ class WeightMeans:
 def history_file(trainer: Trainer) -> Path:
     """Where runs that would have the same graphs as this one note their times."""
     run, facts = trainer.run, {key: trainer.key[key] for key in ("source", "track", "dtype")}
-    facts |= {"micro_rows": run.micro_rows, "memory": run.memory, "ranks": trainer.comm.world_size}
+    facts |= {"micro_rows": run.micro_rows, "memory": trainer.memory, "ranks": trainer.comm.world_size}
     facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return compile_cache(trainer.device) / f"times-{digest[:16]}.json"
@@ -3470,7 +3486,10 @@ class Trainer:
         self.attention_kernel = choose_attention(run.attention, device, self.dtype)
         longest_row = max(track.data.row_tokens, track.evaluation.row_tokens)
         self.model = GPT(track.model, longest_row, self.dtype, device)
-        self.model.low_memory = run.memory == "low"
+        self.memory, why = choose_memory(run, device)
+        self.model.low_memory = self.memory == "low"
+        if why:
+            self.progress.say(f"memory {self.memory}: {why}")
         self.optimizer = build_optimizer(self.model, track)
         self.means = WeightMeans(self.model, track.average)
 
@@ -3482,6 +3501,7 @@ class Trainer:
         self.stage = stages_until(schedule, step)[-1]
         self.model.set_rotary(long_windows(schedule, step))
         self.model.tied = step < self.untie_step
+        self.optimizer.resting = ("embed",) if self.model.tied else ()  # the head is the embedding too
 
     def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
@@ -3547,14 +3567,18 @@ class Trainer:
         return torch.compiler.set_stance("force_eager")
 
     @torch.no_grad()
-    def validate(self, windows: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
-        """The `val` event, the same on all ranks. `rows` limits the rows of each rank (for the warm-up)."""
+    def validation_sum(self, windows: tuple[int, int], rows: int | None = None) -> Tensor:
+        """Summed losses (1,), fp64, of the validation rows of this rank, or of the first `rows` of them."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         with self.uncompiled_validation():
             for batch in self.validation[:rows]:
                 total += self.model(*(x.to(self.device) for x in batch), windows, self.val_longest).double()
+        return total
+
+    def validate(self, windows: tuple[int, int]) -> dict[str, Any]:
+        """The `val` event, the same on all ranks."""
         count = self.track.evaluation.tokens
-        loss = float(self.comm.all_reduce(total)) / count
+        loss = float(self.comm.all_reduce(self.validation_sum(windows))) / count
         seconds = self.clock.seconds
         return dict(
             step=self.done, val_loss=loss, val_tokens=count, train_time_s=seconds, tokens=self.tokens
@@ -3574,10 +3598,48 @@ class Trainer:
         validations[self.track.evaluation.windows, tied] = None
         return list(passes.values()), list(validations)
 
+    def wait_for_graphs(self, seconds: float = 0.5) -> Path:
+        """Wait until the first process of this machine has made its graphs; the file that says so then.
+
+        The others find them in the cache. That needs the same device number in all (torchrun
+        --virtual-local-rank): it is in each graph. Without it all make their own graphs at once.
+        """
+        done = history_file(self).with_suffix(f".{self.attention_kernel}.graphs")
+        waits = self.compiled != "none" and self.device.type != "cpu" and self.device.index == 0
+        calls = self.comm.calls
+        while waits and rank_on_machine() > 0 and not done.exists():
+            self.comm.calls += 1  # a sign of life: if anyone holds up the others, it is the first
+            time.sleep(seconds)
+        self.comm.calls = calls
+        return done
+
     def warm_up(self) -> None:
         """Run every graph and the optimizer once on made-up rows, then set everything to its start."""
-        data, schedule = self.track.data, self.track.schedule
         self.model.init_weights(self.run.seed)
+        done = self.wait_for_graphs()
+        self.run_graphs()
+        self.startup["graphs"] = time.time()
+        if self.compiled != "none":
+            with contextlib.suppress(OSError):  # a cache that is read-only has them
+                done.touch()
+        alone = self.comm.world_size == 1
+        self.progress.now("optimizer" if alone else "optimizer, once all processes are here", 1.0)
+        for p in self.model.parameters():  # without a gradient nothing would be done
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.requires_grad else None
+        for _ in range(self.period):
+            self.optimizer.step(tokens=1)
+        self.model.zero_grad()
+        # the start of the run
+        self.model.init_weights(self.run.seed)
+        if self.comm.world_size > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.detach(), src=0)
+        self.optimizer.reset()
+        self.startup["optimizer"] = time.time()
+
+    def run_graphs(self) -> None:
+        """A pass of each kind and a validation row of each kind; nothing in it waits for other processes."""
+        data, schedule = self.track.data, self.track.schedule
         tokens = np.arange(data.row_tokens + 1) % data.vocab_size
         lengths = np.diff([*range(0, data.row_tokens, self.longest), data.row_tokens])
         passes, validations = self.kinds_of_passes()
@@ -3593,21 +3655,7 @@ class Trainer:
             self.model.zero_grad()
         for number, (windows, self.model.tied) in enumerate(validations, len(passes)):
             self.progress.now(f"{what} {number + 1} of {total}", number / total)
-            self.validate(windows, rows=1)
-        self.startup["graphs"] = time.time()
-        self.progress.now("optimizer", 1.0)
-        for p in self.model.parameters():  # without a gradient nothing would be done
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.requires_grad else None
-        for _ in range(self.period):
-            self.optimizer.step(tokens=1)
-        self.model.zero_grad()
-        # the start of the run
-        self.model.init_weights(self.run.seed)
-        if self.comm.world_size > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.detach(), src=0)
-        self.optimizer.reset()
-        self.startup["optimizer"] = time.time()
+            self.validation_sum(windows, rows=1)
 
     def resume(self) -> tuple[str, str]:
         """Go on from the checkpoint of --resume; returns its path and the id of its run, "" for none."""
@@ -3663,6 +3711,7 @@ class Trainer:
             data=self.checked["digests"],
             attention=self.attention_kernel,
             head="fp8" if self.model.fp8 else dtype,
+            memory=self.memory,
             compiled=self.compiled,
             compile_settings=self.compile_settings,
             startup_s=dict(zip(parts, np.diff(ends).round(3).tolist())),
@@ -4140,8 +4189,9 @@ def value_of(text: str, kind: Any) -> Any:
 
 def track_for_this_machine() -> str:
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    large = [(card.major, card.minor) >= (8, 0) and card.total_memory >= 70e9 for card in cards]
-    return "short" if cards and all(large) else "tiny"
+    new = all((card.major, card.minor) >= (8, 0) for card in cards)
+    large = all(card.total_memory >= LEAST_MEMORY["low"] for card in cards)
+    return "short" if cards and new and large else "tiny"
 
 
 # ---- checks before anything is built
@@ -4204,6 +4254,12 @@ def check_settings(track: Track, run: Run) -> None:
     on_nothing = GPT(track.model, 1, torch.float32, "meta")
     optimizer = build_optimizer(on_nothing, track)  # refuses what an optimizer cannot do
     WeightMeans(on_nothing, track.average)  # refuses parameters that do not exist
+    # The gradients of the last steps would be lost if a group still waited for its update at the end.
+    every = [group["every"] for group in optimizer.param_groups]
+    steps, period = total_steps(track.schedule), math.lcm(*every)
+    if steps % period:
+        waiting = f"{steps} steps end between two updates of a group with every {max(every)}"
+        raise ValueError(f"{waiting}; schedule.steps + schedule.extension is a multiple of {period}")
     if track.model.tied > 0:
         optimizer.units_to_copy("lm_head", "embed")
 
@@ -4219,6 +4275,20 @@ def number_from(variable: str, alone: int) -> int:
     return int(text)
 
 
+def rank_on_machine() -> int:
+    """The number of this process among those on its machine."""
+    return number_from("RANK", 0) % max(1, number_from("LOCAL_WORLD_SIZE", 1))
+
+
+def has_own_device(local_rank: int) -> bool:
+    """Whether torchrun --virtual-local-rank shows each process one device: LOCAL_RANK is 0 in all of them.
+
+    The first one cannot see that of others; of it CUDA_VISIBLE_DEVICES is asked.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return local_rank == 0 and (rank_on_machine() > 0 or (len(visible) == 1 and visible != [""]))
+
+
 def device_of(run: Run, local_rank: int) -> torch.device:
     """This process's accelerator; the CPU where there is none and for the track tiny."""
     if run.device == "cpu":
@@ -4229,8 +4299,9 @@ def device_of(run: Run, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if accelerator is None or run.device not in ("auto", accelerator.type):
         raise ValueError(f"there is no device {run.device!r} here")
-    if number_from("LOCAL_WORLD_SIZE", 1) > torch.accelerator.device_count():
-        raise ValueError(f"more processes than the {torch.accelerator.device_count()} devices here")
+    count = torch.accelerator.device_count()
+    if number_from("LOCAL_WORLD_SIZE", 1) > count and not (count == 1 and has_own_device(local_rank)):
+        raise ValueError(f"more processes than the {count} devices here")
     return torch.device(accelerator.type, local_rank)
 
 
@@ -4261,6 +4332,8 @@ def set_up_device(run: Run, device: torch.device) -> None:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        if device.type != "cpu":  # else torch has one for each device, which are all alike
+            os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache, "triton")))
 
 
 class Job(NamedTuple):
@@ -4322,7 +4395,8 @@ def report_error(error: BaseException, rank: int, world_size: int) -> None:
     met = dist.is_initialized()
     common = isinstance(error, Refusal) or (isinstance(error, ValueError) and not met)
     by_itself = not common and world_size > 1
-    first_of_machine = (os.environ.get("LOCAL_RANK") or str(rank)) == "0"
+    on_machine = os.environ.get("LOCAL_WORLD_SIZE", "")  # LOCAL_RANK is 0 in all under --virtual-local-rank
+    first_of_machine = rank % max(1, int(on_machine) if on_machine.isdecimal() else world_size) == 0
     sentence = explanation(error)
     if by_itself or rank == 0 or (first_of_machine and not met):
         who = f"rank {rank}: " if by_itself else ""

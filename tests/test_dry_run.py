@@ -1,11 +1,15 @@
 """The dry run: its counts beside formulas, its refusals, and a whole run of it on two ranks."""
 
+import gzip
 import json
 import math
+import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import torch
 
 import dry_run
 import train_gpt
-from lib import cards, fake_gpu, floors, made_up, watched
+from lib import cards, cubins, dry_report, expected, fake_gpu, floors, made_up, watched
 
 TOOL = Path(dry_run.__file__)
 CPU_BUILD = not cards.cuda_build()
@@ -158,3 +162,136 @@ def test_made_up_documents_are_cut_to_the_size_of_the_shard(tmp_path):
     track = watched.short_schedule(train_gpt.TRACKS["tiny"])
     made_up.make_tokens(tmp_path, track, 3)
     assert train_gpt.check_data(track, tmp_path)["documents"] > 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels in machine code
+
+
+def elf(*attributes: bytes) -> bytes:
+    """An ELF file of 64 bits with the sections .nv.info and .shstrtab."""
+    names, info = b"\0.nv.info\0.shstrtab\0.nv.info.kernel\0", b"".join(attributes)
+    head = 64 + len(names) + len(info)
+    sections = [(0, 0, 0), (1, 64 + len(names), len(info)), (20, 64, 0), (10, 64, len(names))]
+    table = b"".join(struct.pack("<IIQQQQ24x", name, 0, 0, 0, at, size) for name, at, size in sections)
+    start = struct.pack("<6s34xQ10xHHH", b"\x7fELF\x02\x01", head, 64, len(sections), 3)
+    return start + names + info + table
+
+
+def sized(attribute: int, *numbers: int) -> bytes:
+    return struct.pack(f"<BBH{len(numbers)}I", 4, attribute, 4 * len(numbers), *numbers)
+
+
+def test_registers_and_spills_are_read_from_a_cubin():
+    """Of two functions the larger value; an attribute of another form or size is passed over."""
+    one = struct.pack("<BBH", 3, cubins.REGISTERS, 99)
+    made = elf(sized(cubins.REGISTERS, 7, 40), one, sized(cubins.FRAME_SIZE, 7, 0), sized(0x12, 1, 2, 3),
+               sized(cubins.FRAME_SIZE, 8, 1208), sized(cubins.REGISTERS, 8, 255))  # fmt: skip
+    assert cubins.attributes(made) == {cubins.REGISTERS: 255, cubins.FRAME_SIZE: 1208}
+    with pytest.raises(ValueError, match="no cubin"):
+        cubins.attributes(b"\x7fELF\x01\x01" + made[6:])
+    with pytest.raises(ValueError, match="unknown form 9"):
+        cubins.attributes(elf(struct.pack("<BBH", 9, 1, 0)))
+
+
+def kernel_of(result: Callable, configurations: int) -> SimpleNamespace:
+    autotuner = SimpleNamespace(_precompile_config=result)
+    names = [f"configuration {i}" for i in range(configurations)]
+    return SimpleNamespace(name="triton_a", part="block", launches=3, bytes=2e9, by_inductor=3e9,
+                           autotuner=autotuner, configurations=names)  # fmt: skip
+
+
+def compiled(spills: int, shared: int) -> SimpleNamespace:
+    code = elf(sized(cubins.REGISTERS, 1, 32), sized(cubins.FRAME_SIZE, 1, spills))
+    found = SimpleNamespace(asm={"cubin": code}, metadata=SimpleNamespace(shared=shared))
+    return SimpleNamespace(kernel=found)
+
+
+def test_kernels_that_fail_spill_or_take_too_much_shared_memory_are_named():
+    def refuses(_: str) -> None:
+        raise RuntimeError("PassManager::run failed\n  type fp8e4nv is not supported\n")
+
+    spills = iter([compiled(0, 1024), compiled(64, 2048)])
+    kernels = [
+        kernel_of(refuses, 1),
+        kernel_of(lambda _: next(spills), 2),
+        kernel_of(lambda _: compiled(8, 4096), 1),
+        kernel_of(lambda _: compiled(0, 200_000), 1),
+    ]
+    said = []
+    found = cubins.compile_kernels(kernels, 101_376, said.append)
+    assert said == [f"kernel {i} of 4" for i in (1, 2, 3, 4)]
+    assert [x.failed.partition(" shared")[0] for x in found] == [
+        "RuntimeError: type fp8e4nv is not supported", "", "", "", "200000 bytes of"
+    ]  # fmt: skip
+    assert dry_report.kernel_counts(found) == (
+        "machine code: 5 configurations of 4 kernels, 2 fail, 2 spill; 3 kernels have no good one; "
+        "shared memory of a block at most 195.3 KB"
+    )
+    *rows, total = dry_report.kernel_table(found, kernels, most=0)[2:]
+    assert "| all 4 | 12 | 8.00 | 12.00 |" in total
+    assert [row.split("|")[-3].strip() for row in rows] == ["0", "8", "0"]
+    assert all("| 3 | 2.00 | 3.00 |" in row for row in rows)
+
+
+@pytest.mark.parametrize("words, mode, kernels", [
+    ([], "parts", False), (["--compile", "parts"], "parts", True), (["--compile", "whole"], "whole", True),
+    (["--compile", "none"], "none", False),
+])  # fmt: skip
+def test_kernels_are_compiled_where_graphs_are_asked_for(words, mode, kernels):
+    found = dry_run.read_options(words)
+    assert (found.mode, found.kernels) == (mode, kernels)
+
+
+def test_a_private_name_that_is_gone_leaves_the_kernels_out(monkeypatch):
+    monkeypatch.setattr(cubins, "NAMES", (("torch", "nn.Module"), ("torch", "gone.compile")))
+    dry = dry_run.DryRun.__new__(dry_run.DryRun)
+    dry.compiler, dry.cubins = SimpleNamespace(kernels={}), []
+    dry.options = dry_run.read_options(["--compile", "parts"])
+    (sentence,) = dry.compile_kernels()
+    assert "left out: kernels" in sentence and sentence.endswith("has no torch.gone.compile)")
+
+
+# --------------------------------------------------------------------------------------------------
+# What is expected of a real run
+
+COUNTED = {
+    "source": "abc", "torch": "2.13.0", "runs": [{
+        "peaks": {"a": 1e9, "b": 20e9}, "graphs": {"graphs": 26},
+        "floors_s": {"stage 1": {"arithmetic": 0.1, "bytes": 0.05, "between": 0.01}},
+        "passes": {"stage 1": [["block", "launches", 200], ["loss", "launches", 91],
+                               ["loss", "bytes of kernels", 5e9]]},
+        "steps": [{"kind": "stage 1", "passes": 8, "update_launches": launches} for launches in (10, 30)],
+    }],
+}  # fmt: skip
+
+
+def test_expected_beside_measured(tmp_path):
+    place = tmp_path / "expected.json"
+    expected.keep("1 x h100 --track short", COUNTED, place)
+    kept = json.loads(place.read_text())["1 x h100 --track short"]
+    assert expected.table(kept, {}).count("not measured") == 5
+    lines = [{"event": "header"}, *({"event": "step", "train_time_s": s} for s in (1.0, 2.0, 2.3, 2.6))]
+    steps = expected.step_seconds(lines, ["stage 1"] * 4)
+    assert steps == {"stage 1": pytest.approx(0.3)}
+    with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
+        events = [{"cat": "kernel", "name": "triton_poi_x", "dur": 10.0}] * 3 * 2348
+        events += [{"cat": "kernel", "name": "gemm", "dur": 5.0}, {"name": "x"}]
+        json.dump({"traceEvents": events}, file)
+    kernels = expected.kernels_in_trace(tmp_path / "trace.json.gz")
+    assert kernels == {"launches": 2348, "seconds": pytest.approx(0.02348)}
+    measured = dict(peak_bytes=24e9, graphs=26, compiles=1, step_s=steps, kernels=kernels, bytes_per_s=3e12)
+    rows = [line.split(" | ")[1:] for line in expected.table(kept, measured).splitlines()[2:]]
+    assert rows == [
+        ["20.0", "24.0", "1.20 DIFFERS |"], ["26.0", "26.0", "1.00 as expected |"],
+        ["0.0", "1.0", "0.00 DIFFERS |"], ["150.0", "300.0", "2.00 |"],
+        ["2,348.0", "2,348.0", "1.00 as expected |"], ["40.0", "70.4", "1.76 |"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("title, name", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"),
+    ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla T4", ""),
+])  # fmt: skip
+def test_the_card_of_a_device(title, name):
+    assert expected.card_of(title) == name

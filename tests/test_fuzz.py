@@ -260,7 +260,7 @@ def test_any_settings_train_to_the_end_or_are_refused_in_one_sentence(
     `final` line."""
     out = tmp_path / "logs"
     shutil.rmtree(out, ignore_errors=True)
-    argv = options(out=out, schedule__steps=2, schedule__extension=1, evaluation__tokens=500)
+    argv = options(out=out, schedule__steps=2, schedule__extension=2, evaluation__tokens=500)
     capsys.readouterr()
     try:
         outcome = train([*argv, *(word for change in changes for word in (change[0], change[1]))])

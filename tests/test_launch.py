@@ -218,8 +218,8 @@ def test_all_processes_take_the_track_that_was_planned(torchrun_does: Callable) 
     words = torchrun_does()
     assert launch.main(["--track", "auto", "--resume"]) == 0
     trainer = str(ROOT / "train_gpt.py")
-    wanted = ["--standalone", "--nproc_per_node=4", trainer, "--track", "auto", "--resume", "--track",
-              "short"]  # fmt: skip
+    wanted = ["--standalone", "--nproc_per_node=4", "--virtual-local-rank", trainer, "--track", "auto",
+              "--resume", "--track", "short"]  # fmt: skip
     assert words == wanted
     track, run = train_gpt.parse_command_line(["--track", "auto", "--resume", "--track", "tiny"])
     assert (run.track, run.resume) == ("tiny", "") and track == train_gpt.TRACKS["tiny"]
@@ -303,7 +303,7 @@ def test_torch_is_imported_once_and_by_one_process(tmp_path: Path, data_dir: Pat
     (tmp_path / "torch.py").write_text(stand_in)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import launch; launch.NEWS = 0.1\n"
     code += "sys.exit(launch.main(sys.argv[1:]))"
-    words = options(out=tmp_path / "out", schedule__steps=1, schedule__extension=0)
+    words = options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0)
     environment = os.environ | dict(PYTHONPATH=str(tmp_path), STAND_IN=str(tmp_path))
     argv = [sys.executable, "-c", code, str(ROOT / "tools"), *words]
     done = subprocess.run(argv, env=environment, cwd=data_dir, capture_output=True, text=True)

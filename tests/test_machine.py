@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 
 import launch
 import on_gpu
@@ -329,7 +331,8 @@ def test_on_gpu_refuses_a_folder_that_cannot_be_written(
         on_gpu.main()
 
 
-RANKS = [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)]  # rank, local rank, whether it speaks
+# rank, local rank, whether it speaks; the last two as under torchrun --virtual-local-rank
+RANKS = [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False), (1, 0, False), (3, 0, False)]
 
 
 @pytest.mark.parametrize("rank, local_rank, speaks", RANKS)
@@ -344,3 +347,35 @@ def test_each_machine_says_once_what_is_wrong_with_its_folders(
         train(options(out=bad_folder("a file", tmp_path)))
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == speaks and ("--out" in error) == speaks
+
+
+# --------------------------------------------------------------------------------------------------
+# What the GPUs of a machine can run
+
+
+@pytest.mark.parametrize("cards, track, memory", [
+    ([((9, 0), 85.0)] * 8, "short", "normal"),
+    ([((12, 0), 33.7)], "short", "normal"),
+    ([((8, 9), 25.4)], "short", "low"),  # RTX 4090
+    ([((8, 6), 25.3)] * 2, "short", "low"),  # RTX 3090
+    ([((7, 5), 25.4)], "tiny", "normal"),
+    ([((8, 9), 17.2)], "tiny", "normal"),
+    ([((9, 0), 85.0), ((8, 9), 17.2)], "tiny", "normal"),
+    ([], "tiny", "normal"),
+])  # fmt: skip
+def test_track_and_memory_follow_the_cards(
+    monkeypatch: pytest.MonkeyPatch, cards: list, track: str, memory: str
+) -> None:
+    def properties(place: int | torch.device) -> SimpleNamespace:
+        (major, minor), gigabytes = cards[place if isinstance(place, int) else place.index]
+        return SimpleNamespace(major=major, minor=minor, total_memory=gigabytes * 1e9)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    _, run = train_gpt.parse_command_line([])
+    assert run.track == track
+    device = torch.device("cuda", 0) if track == "short" else torch.device("cpu")
+    chosen, why = train_gpt.choose_memory(run, device)
+    assert chosen == memory and (f"the GPU has {cards[0][1]} GB" in why if memory == "low" else why == "")
+    asked = train_gpt.choose_memory(train_gpt.parse_command_line(["--memory", "normal"])[1], device)
+    assert asked == ("normal", "")

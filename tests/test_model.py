@@ -458,6 +458,22 @@ def test_memory_of_the_short_track():
     assert 10 < kept[0] < 20 and kept[1] < 1.1, kept
 
 
+class Strict(tuple):
+    """Refuses what dynamo of torch 2.11 refuses: True and False as an index."""
+
+    def __getitem__(self, index):
+        assert type(index) is not bool
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_nothing_in_the_graph_of_a_pass_is_read_at_a_bool(low):
+    model, batch = build(MODELS["short"]), batch_of(ROWS)
+    model.LOGITS_AT_ONCE, model.low_memory = Strict(model.LOGITS_AT_ONCE), low
+    inputs, targets, offsets = batch
+    assert model.body(inputs, targets, offsets, Strict((3, 7)), 21, 0).isfinite().all()
+
+
 def test_parameters_in_low_precision_change_no_bit_of_the_first_loss():
     """A bfloat16 parameter is the fp32 one rounded on use; its gradient is the one that is rounded anyway."""
     losses, found = [], []

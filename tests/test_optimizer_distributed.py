@@ -63,6 +63,7 @@ class Case:
     steps: int = STEPS
     whole: bool = False
     absent: tuple = ()
+    resting: str = ""  # name of a parameter that rests before step 3
     named: bool = True
     extra: dict = field(default_factory=dict)
 
@@ -96,6 +97,7 @@ CASES = {
     "callable": Case((LIST | dict(orthogonalize=torch.sign), BANK | dict(orthogonalize=torch.sign))),
     "every": Case((LIST, LIST | dict(every=2), TABLES | dict(every=3), TABLES), steps=7),
     "every_mean": Case((LIST, BANK | dict(every=2), TABLES | dict(every=3)), grads="mean", steps=7),
+    "resting": Case((TABLES, LARGE), resting="p5"),
     "bf16": Case(EVERYTHING, dtypes=(BF16,), whole=True),
     "bf16_and_fp32": Case(EVERYTHING, dtypes=(BF16, FP32, FP32), whole=True),
     "bf16_mean": Case(EVERYTHING, grads="mean", dtypes=(BF16,), whole=True),
@@ -162,20 +164,22 @@ def run(case, rank=0, world=1, first=0, last=None, checkpoint=None):
     params, opt = build(case, checkpoint and checkpoint["weights"])
     if checkpoint:
         opt.load_state_dict(checkpoint["state"])
-    history = []
+    history, calls = [], []
     for step in range(first, case.steps if last is None else last):
         for index, p in enumerate(params):
             g = local_gradient(case, p, index, step, rank, world)
             if g is not None:
                 p.grad = g.to(p.grad_dtype) if p.grad is None else p.grad + g
         before = [None if p.grad is None else p.grad.clone() for p in params]
+        opt.resting = [case.resting] if case.resting and step < 3 else []
         opt.step(tokens=tokens_of(step) if case.grads == "token_sum" else None)
         assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, params, strict=True)), (
             "gradient changed"
         )
         opt.zero_grad()
         history.append([p.detach().clone() for p in params])
-    return dict(history=history, weights=history[-1], state=opt.state_dict())
+        calls.append(opt.comm.calls)
+    return dict(history=history, weights=history[-1], calls=calls, state=opt.state_dict())
 
 
 def large_and_small(rank, world):
@@ -382,6 +386,16 @@ def check_state(actual, expected, tolerance):
 )
 def test_same_weights_and_state_at_any_world_size(results, name, world):
     check_run(results(name, world)[0], alone(name), LOOSE.get(name, 1e-6))
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_resting_parameter_is_neither_sent_nor_changed(results, world):
+    """Of two units one rests for three steps: a sum and a gather less in each of them."""
+    for found in results("resting", world):
+        start, history = randn((16387,), 77, 5), [weights[5] for weights in found["history"]]
+        assert all(torch.equal(weights, start) for weights in history[:3])
+        assert not torch.equal(history[3], start)
+        assert found["calls"] == [2, 4, 6, 10, 14] and found["state"]["state"]["p5"]["updates"] == 2
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -20,7 +20,7 @@ import pytest
 import record
 import train_gpt
 from helpers import ROOT, make_corpus, no_traceback, options
-from lib import claims, figures, logs, runner, stats
+from lib import claims, figures, logs, runner, stats, tables
 
 RULES = train_gpt.TRACKS["tiny"].evaluation
 SOURCE = b"print('the source that was run')\n"
@@ -711,7 +711,7 @@ def test_a_real_run_can_be_repeated_from_its_log(tmp_path, monkeypatch):
     evaluations are refused."""
     make_corpus(tmp_path / "data")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    small = options(track=None, **{"schedule.steps": 3, "schedule.extension": 0})
+    small = options(track=None, **{"schedule.steps": 4, "schedule.extension": 0})
     (tmp_path / "records").mkdir()
     # 1,000 validation tokens
     assert command(tmp_path, "run", "--name", "real", "--runs", "1", "--", *small) == 1
@@ -1337,8 +1337,9 @@ def test_the_summary_names_a_machine_once_and_says_how_much_faster(folder, chall
     claims.write_result(folder)
     assert record.main([*root, "table"]) == 0
     text = block(path, "summary")
-    assert "nats per token:" in text and "| 70.3 s on 1 x another machine |" in text
-    assert "| 66.0 s on 1 x abacus |" in text
+    first, second = text.split("Track `tiny`")[1:]  # times of two machines stand in two tables
+    assert "times on 1 x another machine:" in first and "| 70.3 s |" in first and "66.0 s" not in first
+    assert "times on 1 x abacus:" in second and "| 66.0 s |" in second and "70.3 s" not in second
 
 
 def test_each_track_has_a_page_with_its_own_tables(folder, challenger, capsys):
@@ -1560,3 +1561,41 @@ def test_records_hold_evidence_and_no_program_but_the_sources_that_were_run():
     # a run under way writes there
     programs = {path for path in root.rglob("*.py") if "unfinished" not in path.parts}
     assert programs == set(root.glob("*/*/train_gpt.py")) != set()
+
+
+# --------------------------------------------------------------------------------------------------
+# Number and kind of cards
+
+
+def of_short(name, world_size, day, medians, beats=()):
+    """A result of the track short with a median time for each kind of card."""
+    return {"track": "short", "name": name, "world_size": world_size, "target": 3.28, "steps": 1464,
+            "tokens": 10, "first_run": f"202612{day:02d}-000000",
+            "val_loss": {"mean": 3.27, "n": 5}, "p": 0.001,
+            "train_time_s": {device: {"median": median} for device, median in medians.items()},
+            "beats": [dict(baseline=of, device=device, ratio=0.9, low=0.8, high=1.0, pairs=5, p=0.001)
+                      for of, device in beats]}  # fmt: skip
+
+
+def test_times_are_grouped_by_number_and_kind_of_cards(tmp_path):
+    """Two records on eight cards and two on one card, of which the second was also run on another kind."""
+    results = [
+        of_short("eight-a", 8, 1, {"H100": 90.0}),
+        of_short("one-a", 1, 2, {"H100": 700.0}),
+        of_short("eight-b", 8, 3, {"H100": 81.0}, [("eight-a", "H100")]),
+        of_short("one-b", 1, 4, {"H100": 630.0, "4090": 2000.0}, [("one-a", "H100")]),
+    ]
+    assert tables.fastest(results) == [
+        "track short on 8 x H100: 2 records, the fastest eight-b, 81.00 s",
+        "track short on 1 x H100: 2 records, the fastest one-b, 630.00 s",
+        "track short on 1 x 4090: 1 records, the fastest one-b, 2000.00 s",
+    ]
+    for make in (tables.history_table, tables.summary_table):
+        text = "\n".join(make("short", results, tmp_path, tmp_path))
+        parts = text.split("Track `short`")[1:]
+        assert [part.partition(" x ")[0].split()[-1] for part in parts] == ["8", "1", "1"]
+        assert ["eight-" in part for part in parts] == ["one-" not in part for part in parts]
+        assert "eight-" in parts[0]
+        assert "700.0 s" in parts[1] and "2000.0 s" not in parts[1] and "2000.0 s" in parts[2]
+        rows = [[line for line in part.splitlines() if "](short/" in line] for part in parts]
+        assert [len(found) for found in rows] == [2, 2, 1] and all(row[0].startswith("| 1 |") for row in rows)

@@ -212,6 +212,7 @@ IMPOSSIBLE = dict.fromkeys(COUNTS, "at least 1") | {
     "matrix.mlp_lr_mul=(1.0,2.0,3.0)": "lr_mul", "gate.iterations=0": "iterations",
     "model.low_precision=('foo',)": "low_precision", "model.fp8_head=(1.0,)": "fp8_head",
     "model.fp8_head=(0.0,1.0,1.0)": "fp8_head", "model.fp8_head=(1.0,1.0,1.0)": "multiples of 16",
+    "schedule.steps=3": "is a multiple of 2", "embed.every=3": "is a multiple of 6",
     "model.heads=3": "heads", "model.padded_vocab=200": "padded_vocab", "model.skips=(3,)": "skips",
 }  # fmt: skip
 
@@ -288,7 +289,7 @@ def test_numbers_of_torchrun_may_be_empty_but_not_words(
 ) -> None:
     """docker compose sets variables that nobody gave to nothing."""
     monkeypatch.setenv(name, "")
-    train(options(out=tmp_path, schedule__steps=1, schedule__extension=0))
+    train(options(out=tmp_path, schedule__steps=2, schedule__extension=0))
     monkeypatch.setenv(name, "two")
     message = refusal(options(out=tmp_path / "out"), capsys)
     assert f"{name} is 'two', not a number" in message and not (tmp_path / "out").exists()

@@ -176,6 +176,7 @@ HEADER = {
     "driver": str, "python": str, "device": str, "cpus": int, "world_size": int, "threads": int, "data": dict,
     "waiting": str,
     "compiled": str, "compile": str, "startup_s": dict, "attention": str, "head": str,
+    "memory": str,
 }  # fmt: skip
 TIMED = {"step": int, "train_time_s": float, "tokens": int}
 FIELDS = {
@@ -265,7 +266,7 @@ def test_age_of_a_process() -> None:
 
 
 def test_source_is_stored_once_beside_the_logs(tmp_path: Path) -> None:
-    short, source = dict(schedule__steps=1, schedule__extension=0), (ROOT / "train_gpt.py").read_bytes()
+    short, source = dict(schedule__steps=2, schedule__extension=0), (ROOT / "train_gpt.py").read_bytes()
     runs = [train(options(out=tmp_path, seed=seed, **short)) for seed in (0, 1)]
     assert [path.read_bytes() for path in tmp_path.glob("*.py")] == [source]
     assert {run.lines[0]["source_sha256"] for run in runs} == {hashlib.sha256(source).hexdigest()}
@@ -328,7 +329,7 @@ def test_a_slow_model_writes_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(train_gpt, "TEXT_SECONDS", -1.0)
-    train(options(out=tmp_path, show="true", schedule__steps=1, schedule__extension=0))
+    train(options(out=tmp_path, show="true", schedule__steps=2, schedule__extension=0))
     assert "the model writes:\n  HAMLET.\nlog " in capsys.readouterr().out
 
 
@@ -355,7 +356,7 @@ def test_logs_of_the_tracks_stay_below_100_kb(reference: Outcome, name: str) -> 
 COMPILED = dict(compile="parts", data__rows=1, model__layers=1, model__attention_free="(0,)",
                 model__long_blocks="()", model__xsa="()", model__key_offset="()", model__paired="()",
                 model__attention_source=-1, model__qk_parts=1, model__skips="()", model__value_tables="()",
-                model__backout=-1, schedule__stages="((0, (64, 64)),)", schedule__steps=3,
+                model__backout=-1, schedule__stages="((0, (64, 64)),)", schedule__steps=4,
                 schedule__extension=0, evaluation__windows="(64, 64)", evaluation__row_tokens=64,
                 evaluation__tokens=200)  # fmt: skip
 
@@ -459,6 +460,7 @@ def test_tied_weights_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         original(self, source, target)
         state, params = self.state_dict()["state"], {unit.names[0]: unit.params[0] for unit in self.units}
         assert not any(x.any() for x in before["embed"].values() if isinstance(x, torch.Tensor))
+        assert before["embed"]["updates"] == 0 < before["lm_head"]["updates"]  # it did no work
         same = [torch.equal(state["embed"][key], state["lm_head"][key]) for key in ("exp_avg", "exp_avg_sq")]
         parted.append((self.step_count, torch.equal(params["embed"], params["lm_head"]), same))
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import ROOT, events, no_traceback, options
 
-SHORT = dict(schedule__steps=5, schedule__extension=0, evaluation__every=100)
+SHORT = dict(schedule__steps=6, schedule__extension=0, evaluation__every=100)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedPr
     assert [path.name for path in trained.folder.iterdir()] == ["out"]
     (log,) = (trained.folder / "out").glob("*.jsonl")
     header, *_, final = events(log)
-    assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 5
+    assert header["track"] == "tiny" and header["settings"]["schedule"]["steps"] == 6
     assert header["world_size"] == 1
-    assert final["event"] == "final" and final["step"] == 5
+    assert final["event"] == "final" and final["step"] == 6
     end, _, page = trained.stdout.partition("the model writes:\n")
     *text, log_line, picture_line = page.splitlines()
     assert text[0] == "  HAMLET."
@@ -74,7 +74,7 @@ def test_one_command_trains_and_says_how_it_went(trained: subprocess.CompletedPr
     assert log.with_suffix(".svg").read_text().startswith("<svg ")
     last = end.splitlines()[-1]
     assert last.startswith("track tiny: validation loss")
-    words = (f"{final['val_loss']:.4f}", "5.0", "5 steps", log.name)
+    words = (f"{final['val_loss']:.4f}", "5.0", "6 steps", log.name)
     assert all(word in last for word in words), last
     assert not (ROOT / "logs" / log.name).exists()
 

@@ -19,7 +19,8 @@ from train_gpt import (
     total_steps,
 )
 
-SHORT = replace(TRACKS["short"].schedule, steps=1270)  # as many as record #89, whose values are known
+# as many steps as record #89, whose values are known
+SHORT = replace(TRACKS["short"].schedule, steps=1270, extension=15)
 WINDOWS = [(128, 384), (384, 896), (640, 1408), (768, 1664)]  # blocks of 128: 1/3, 3/7, 5/11, 6/13
 OTHERS = [
     Schedule(steps=10, extension=0, cooldown=0.3, floor=0.0, momentum_warmup=4, momentum_cooldown=3),
@@ -118,6 +119,15 @@ def test_every_step_by_exact_fractions(schedule):
         left = total - step
         down = Fraction(left, s.momentum_cooldown) if left < s.momentum_cooldown else 1
         assert momentum_at(s, step) == pytest.approx(float(low + (high - low) * min(up, down)), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_no_gradient_is_left_at_the_end_of_a_track(name):
+    """A group with `every` k is updated after the steps k, 2 k, ...; the last step is one of them."""
+    track = TRACKS[name]
+    periods = {section.every for section in vars(track).values() if hasattr(section, "every") and
+               hasattr(section, "betas")}  # fmt: skip
+    assert periods and all(total_steps(track.schedule) % every == 0 for every in periods)
 
 
 @pytest.mark.parametrize("warmup,cooldown", [(0, 0), (0, 5), (5, 0)])

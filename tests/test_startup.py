@@ -180,3 +180,84 @@ def test_private_names_of_torch_are_there() -> None:
     assert codecache.CppPythonBindingsCodeCache._get_uncompiled_header("cpu")  # that of the kernels
     add = torch.optim.Optimizer.add_param_group
     assert inspect.unwrap(add) is not add
+
+
+# --------------------------------------------------------------------------------------------------
+# Several GPUs: stand-ins for them, as graphs on GPUs cannot be made here
+
+ALONE = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
+
+
+@pytest.mark.parametrize("count, environment, number", [
+    (8, {"RANK": "3", "LOCAL_RANK": "3"}, 3),
+    # torchrun --virtual-local-rank: each process sees one device, the first
+    (1, {"RANK": "3", "CUDA_VISIBLE_DEVICES": "3"}, 0),
+    (1, {"CUDA_VISIBLE_DEVICES": "0"}, 0),
+    (1, {}, "more processes than the 1 devices"),
+    (1, {"RANK": "1", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "0"}, "more processes than the 1 devices"),
+    (4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "more processes than the 4 devices"),
+])  # fmt: skip
+def test_device_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, count: int, environment: dict[str, str], number: int | str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {**ALONE, **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    run = train_gpt.Run(track="short")
+    if isinstance(number, int):
+        found = train_gpt.device_of(run, int(train_gpt.number_from("LOCAL_RANK", 0)))
+        assert found == torch.device("cuda", number)
+    else:
+        with pytest.raises(ValueError, match=number):
+            train_gpt.device_of(run, int(train_gpt.number_from("LOCAL_RANK", 0)))
+
+
+@pytest.mark.parametrize("rank, device, compiled, waits", [
+    (0, "cuda:0", "parts", False),
+    (3, "cuda:0", "parts", True),
+    (3, "cuda:3", "parts", False),  # its graphs have another number in them: nothing to wait for
+    (3, "cuda:0", "none", False),
+    (3, "cpu", "whole", False),
+])  # fmt: skip
+def test_the_first_process_of_a_machine_makes_its_graphs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, device: str, compiled: str, waits: bool
+) -> None:
+    """Others go on when it says that it is done, and give signs of life until then."""
+    for name, value in {**ALONE, "RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_gpt, "history_file", lambda _: tmp_path / "times-0.json")
+    trainer = train_gpt.Trainer.__new__(train_gpt.Trainer)
+    trainer.comm, trainer.device, trainer.compiled = train_gpt.Comm(), torch.device(device), compiled
+    trainer.attention_kernel, slept = "fa2", []
+
+    def sleep(_: float) -> None:
+        slept.append(trainer.comm.calls)
+        if len(slept) == 3:
+            (tmp_path / "times-0.fa2.graphs").touch()
+
+    monkeypatch.setattr(train_gpt.time, "sleep", sleep)
+    assert trainer.wait_for_graphs() == tmp_path / "times-0.fa2.graphs"
+    assert slept == ([1, 2, 3] if waits else []) and trainer.comm.calls == 0
+
+
+def test_nothing_of_the_graphs_waits_for_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first process could not make them alone."""
+    make_corpus(tmp_path / "data")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    run_graphs, alone, made = train_gpt.Trainer.run_graphs, [], []
+
+    def without_others(trainer: train_gpt.Trainer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt.Comm, "all_reduce", lambda *_: made.append("a collective"))
+            alone.append(run_graphs(trainer))
+
+    monkeypatch.setattr(train_gpt.Trainer, "run_graphs", without_others)
+    monkeypatch.setattr(train_gpt.Trainer, "train", lambda trainer: trainer.warm_up())
+    train_gpt.main(options(out=tmp_path / "logs"))
+    assert alone == [None] and not made

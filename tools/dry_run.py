@@ -3,7 +3,9 @@
     python tools/dry_run.py --gpu h100 --gpus 8 --track short      any option of train_gpt.py may follow
     python tools/dry_run.py --gpu 4090 --memory low                a card of 24 GB
     python tools/dry_run.py --compile none                         uncompiled only: ten seconds
+    python tools/dry_run.py --compile parts                        and all kernels to machine code: minutes
     python tools/dry_run.py --script OLD/train_gpt.py --json FILE  another build; all counts as JSON
+    python tools/dry_run.py --expect tools/expected.json           keeps what on_gpu.py compares with
 
 The whole of train_gpt.py runs, with a schedule of a few steps for each stage, on tensors without content:
 first uncompiled, then with the graphs of torch.compile, whose kernels are written and counted. This shows
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +38,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-from lib import cards, dry_report, floors, made_up, watched  # noqa: E402
+from lib import cards, cubins, dry_report, expected, floors, made_up, watched  # noqa: E402
 from lib.watched import Found  # noqa: E402
 
 VALIDATION_ROWS = 2  # of each rank
@@ -54,14 +57,17 @@ class Options(NamedTuple):
     gpu: str
     gpus: int
     mode: str  # "none": uncompiled only, or the graphs of train_gpt.py's --compile
+    kernels: bool  # whether the kernels of the graphs are compiled too
     script: Path
     json: Path | None
+    expect: Path | None  # where to keep what tools/on_gpu.py sets beside its measurements
     others: list[str]
 
 
 def read_options(words: Sequence[str]) -> Options:
     """ValueError for what does not exist or fit."""
-    own = {"gpu": "h100", "gpus": "1", "compile": "parts", "script": str(ROOT / "train_gpt.py"), "json": ""}
+    own = {"gpu": "h100", "gpus": "1", "compile": "", "script": str(ROOT / "train_gpt.py"), "json": ""}
+    own["expect"] = ""
     words, others = list(words), []
     while words:
         name, _, value = words.pop(0).partition("=")
@@ -76,15 +82,16 @@ def read_options(words: Sequence[str]) -> Options:
         raise ValueError(f"--gpu is one of {', '.join(cards.CARDS)}, not {own['gpu']!r}")
     if not own["gpus"].isdecimal() or int(own["gpus"]) == 0:
         raise ValueError(f"--gpus is a number of GPUs, not {own['gpus']!r}")
-    if own["compile"] not in ("parts", "whole", "none"):
+    if own["compile"] not in ("", "parts", "whole", "none"):
         raise ValueError(f"--compile is parts, whole or none, not {own['compile']!r}")
     script = Path(own["script"]).resolve()
     if not script.is_file():
         raise ValueError(f"--script {script} is missing")
     if not any(word.partition("=")[0] == "--track" for word in others):
         others += ["--track", "short"]
-    place = Path(own["json"]) if own["json"] else None
-    return Options(own["gpu"], int(own["gpus"]), own["compile"], script, place, others)
+    place, expect = (Path(own[name]) if own[name] else None for name in ("json", "expect"))
+    mode, kernels = own["compile"] or "parts", own["compile"] in ("parts", "whole")
+    return Options(own["gpu"], int(own["gpus"]), mode, kernels, script, place, expect, others)
 
 
 def load_script(path: Path) -> Any:
@@ -132,6 +139,8 @@ class DryRun:
         self.gpu = FakeGPU(self.card, options.gpus, on_cpu)
         self.T = load_script(options.script)
         self.collectives: list[tuple] = []
+        self.kernels: list[Any] = []  # of the graphs, and what became of them
+        self.cubins: list[cubins.Cubin] = []
         if on_cpu:
             self.pretend_on_cpu()
         if options.gpus > 1:
@@ -145,10 +154,17 @@ class DryRun:
 
     def pretend_on_cpu(self) -> None:
         """The CPU has what the card has, and the optimizer does not cut its work for a CPU's cache."""
+        import torch
+
         capability = self.card.capability
         has = {"fp8": capability >= (8, 9), "fa3": capability[0] == 9, "fa4": capability[0] in (9, 10)}
         self.T.supports = lambda device, feature: has.get(feature, True)
         self.T.Unit.SLICE = dict.fromkeys(self.T.Unit.SLICE, 2**62)
+        if hasattr(self.T, "choose_memory"):
+            properties = types.SimpleNamespace(total_memory=self.card.memory)
+            torch.cuda.get_device_properties = lambda _: properties
+            choose, cuda = self.T.choose_memory, torch.device("cuda")
+            self.T.choose_memory = lambda run, _: choose(run, cuda)
 
     def make_data(self) -> None:
         """Made-up shards for the short schedule and a few validation rows."""
@@ -234,9 +250,23 @@ class DryRun:
             else:
                 run = self.run_compiled
                 found.append(run())
+                left_out += self.compile_kernels()
         if found[-1].needed() > self.card.memory:
             left_out += self.what_helps(run)
         return found, left_out
+
+    def compile_kernels(self) -> list[str]:
+        """The kernels of the last run to machine code, where that is asked for; what was left out."""
+        from lib.fake_gpu import missing_names
+
+        self.kernels = [*self.compiler.kernels.values()]
+        if not self.options.kernels:
+            return []
+        if missing := missing_names(cubins.NAMES):
+            return [f"left out: kernels to machine code (this torch or Triton has no {', '.join(missing)})"]
+        self.say.doing = ""
+        self.cubins = cubins.compile_kernels(self.kernels, self.card.shared, self.say)
+        return []
 
     def what_helps(self, run: Any) -> list[str]:
         """The first of LESS_MEMORY with which it fits."""
@@ -258,12 +288,13 @@ def report(dry: DryRun, found: list[Found], left_out: list[str]) -> str:
     import torch
 
     options, card, last = dry.options, dry.card, found[-1]
-    digest = hashlib.sha256(options.script.read_bytes()).hexdigest()[:12]
     words, machine = " ".join(options.others), f"{options.gpus} x {card.title}"
-    lines = [f"{words} on {machine}, torch {torch.__version__}, source {digest}", ""]
+    lines = [f"{words} on {machine}, torch {torch.__version__}, source {digest(options.script)}", ""]
     lines += [dry_report.verdict(run, card) for run in found] + left_out
     if options.mode != "none" and len(found) > 1:
         lines += [", ".join(f"{name} {number}" for name, number in last.graphs.items())]
+    if dry.cubins:
+        lines += [dry_report.kernel_counts(dry.cubins)]
     wasted = watched.steps_thrown_away(dry.track)
     if wasted:
         lines += [f"the last {wasted} of the steps: gradients of some groups are not applied"]
@@ -272,6 +303,8 @@ def report(dry: DryRun, found: list[Found], left_out: list[str]) -> str:
         lines += ["", *dry_report.communication_table(last)]
     lines += ["", *dry_report.pass_table(last, card)]
     lines += ["", *dry_report.update_table(found)]
+    if dry.cubins:
+        lines += ["", *dry_report.kernel_table(dry.cubins, dry.kernels)]
     for run in found:
         lines += ["", f"{dry_report.how(run)}:", "", *dry_report.floor_table(run, card, dry.track)]
     rates = f"{card.products / 1e12:.0f} Tflop/s in bfloat16, {card.fp8_products / 1e12:.0f} in FP8"
@@ -285,13 +318,20 @@ def in_lists(counts: Counter) -> list[list]:
     return [[*key, amount] for key, amount in counts.items()]
 
 
-def as_json(dry: DryRun, found: list[Found]) -> str:
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def as_json(dry: DryRun, found: list[Found]) -> dict[str, Any]:
     """All that was counted."""
+    import torch
+
     kinds, runs = watched.kinds_of_steps(dry.track), []
     for run in found:
         steps = []
         for step in run.steps:
             counted = {"update_bytes": floors.moved_by_update(step.update_counts), "sent": step.sent}
+            counted["update_launches"] = floors.sums(step.update_counts)["launches"]
             kept = ("passes", "all_groups", "pass_peaks", "update_peak", "collectives")
             steps.append({"kind": str(step.kind), **counted, **{name: getattr(step, name) for name in kept}})
         runs.append(
@@ -307,8 +347,11 @@ def as_json(dry: DryRun, found: list[Found]) -> str:
             }
         )
     counts = {str(kind): count for kind, count in kinds.items()}
-    found = {"gpu": dry.options.gpu, "gpus": dry.options.gpus, "steps": counts, "runs": runs}
-    return json.dumps(found) + "\n"
+    kernels = [{name: getattr(kernel, name) for name in ("name", "part", "launches", "bytes", "by_inductor")}
+               for kernel in dry.kernels]  # fmt: skip
+    source = {"source": digest(dry.options.script), "torch": torch.__version__}
+    found = {"gpu": dry.options.gpu, "gpus": dry.options.gpus, **source, "steps": counts, "runs": runs}
+    return found | {"kernels": kernels, "cubins": [dataclasses.asdict(cubin) for cubin in dry.cubins]}
 
 
 def dry_run(options: Options, say: Saying) -> None:
@@ -325,8 +368,12 @@ def dry_run(options: Options, say: Saying) -> None:
             left_out.insert(0, f"left out: whether all tensors are on one device ({why})")
         say.end()
         print(report(dry, found, left_out))
+        counts = as_json(dry, found)
         if options.json:
-            options.json.write_text(as_json(dry, found))
+            options.json.write_text(json.dumps(counts) + "\n")
+        if options.expect:
+            name = expected.key(options.gpu, options.gpus, options.others)
+            expected.keep(name, counts, options.expect)
 
 
 def main() -> None:

@@ -160,6 +160,9 @@ def start(processes: int, words: Sequence[str]) -> int:
     # Under nohup torchrun would forward the signal to the ranks.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "signals_to_handle" in options:
         command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
+    # Each process sees its GPU as the first one, so that all have the same graphs in the cache.
+    if "virtual_local_rank" in options:
+        command.append("--virtual-local-rank")
     command += [str(ROOT / "train_gpt.py"), *words]
     try:
         run.main(command)

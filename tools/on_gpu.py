@@ -7,8 +7,8 @@ Runs one after the other: the tests that need a GPU; a start with an empty compi
 full one; the profile of a step, plain, with --memory low, compiled as a whole and on other attention
 kernels where there are any. What was left out for want of time is named. Tokens come from DATA_DIR, or
 are made up where it has none: times and memory do not depend on them. All output, logs and results.json
-lie in OUT (as do a compile cache and made-up shards, which nobody needs later); the last thing printed
-is a table.
+lie in OUT (as do a compile cache and made-up shards, which nobody needs later). The last things printed are
+a table of what was measured, and one that sets it beside what tools/dry_run.py expects (expected.json).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 import train_gpt  # noqa: E402
-from lib import made_up  # noqa: E402
+from lib import expected, made_up, watched  # noqa: E402
 
 SECONDS = 520
 STEPS = 12
@@ -82,6 +82,8 @@ def measure(measurements: Measurements, options: list[str]) -> None:
     tests = ["tests/test_kernels_on_gpu.py", "tests/test_attention.py"]
     measurements.run("tests", [python, "-m", "pytest", "-q", *tests], 60, 150)
     short = [word for name, value in SHORT_RUN.items() for word in (f"--{name}", str(value))]
+    track, _ = train_gpt.parse_command_line([*options, *short])
+    kinds = [str(watched.kind_of_step(track, step)) for step in range(STEPS)]
 
     quiet = ["--show", "false"]
 
@@ -97,12 +99,15 @@ def measure(measurements: Measurements, options: list[str]) -> None:
             step_s = (lines[-1]["train_time_s"] - lines[1]["train_time_s"]) / (STEPS - 2)
             results[name] |= {"startup_s": header["startup_s"], "step_s": step_s, "head": header["head"],
                               "peak_memory_bytes": lines[-1]["peak_memory_bytes"]}  # fmt: skip
+            results[name] |= {"steps_s": expected.step_seconds(lines, kinds), "graphs": header["graphs"],
+                              "device": header["device"], "source": header["source_sha256"][:12],
+                              "compiles": lines[-1]["compiles_in_timed_region"]}  # fmt: skip
 
     def profile(name: str, *more: str) -> None:
         place = out / file_name(f"profile, {name}", ".json")
         command = [python, "tools/step_profile.py", *options, *short, *more, "--json", str(place)]
         if measurements.run(f"profile, {name}", command, 60, **cache):
-            results[f"profile, {name}"] |= {"profile": json.loads(place.read_text())}
+            results[f"profile, {name}"] |= {"profile": json.loads(place.read_text()), "kind": kinds[-1]}
 
     start("empty cache")
     # what matters most comes first: the time is bounded
@@ -136,6 +141,35 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def beside_expected(results: dict[str, dict[str, Any]], options: list[str], out: Path) -> str:
+    """What was measured of a run beside what the dry run of it has counted, in a table."""
+    runs = [results.get(name, {}) for name in ("full cache", "empty cache")]
+    run = next((run for run in runs if "device" in run), None)
+    if run is None:
+        return "expected beside measured: no run ended"
+    card, kept = expected.card_of(run["device"]), json.loads(expected.KEPT.read_text())
+    name = expected.key(card, 1, options)
+    if name not in kept:
+        how = f"tools/dry_run.py --gpu {card or 'NAME'} {' '.join(options)} --expect tools/expected.json"
+        return f"nothing is expected of {name or run['device']}: {how} says it, on a machine without a GPU"
+    measured = {"peak_bytes": run["peak_memory_bytes"], "step_s": run["steps_s"]}
+    measured |= {name: run[name] for name in ("graphs", "compiles")}
+    plain, trace = results.get("profile, plain", {}), out / "trace.json.gz"
+    if "profile" in plain and trace.exists():
+        kernels = expected.kernels_in_trace(trace)
+        rate = plain["profile"]["bytes_per_s"]
+        measured |= {"kernels": kernels, "kind": plain["kind"], "bytes_per_s": rate}
+    said = [f"{name}, counted by the dry run on torch {kept[name]['torch']}:"]
+    if kept[name]["source"] != run["source"]:
+        said[0] += f" of another source, {kept[name]['source']} for {run['source']}"
+    lines = [*said, "", expected.table(kept[name], measured)]
+    low, peak = kept.get(f"{name} --memory low"), results.get("profile, low memory", {}).get("profile", {})
+    if low and peak:
+        sizes = low["peak_bytes"] / 1e9, peak["peak_memory_bytes"] / 1e9
+        lines.append(expected.beside("peak memory with --memory low, GB", *sizes, expected.AGREES))
+    return "\n".join(lines)
+
+
 def main() -> None:
     words = sys.argv[1:]
     if not words or words[0].startswith("-"):
@@ -161,6 +195,7 @@ def main() -> None:
     print("\n" + "\n\n".join((out / file_name(name, ".txt")).read_text() for name in measurements.results
                              if "profile" in measurements.results[name]))  # fmt: skip
     print(table(measurements.results))
+    print("\n" + beside_expected(measurements.results, options, out))
     sys.exit(int(any(found["status"].startswith("status") for found in measurements.results.values())))
 
 

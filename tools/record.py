@@ -47,7 +47,7 @@ from lib.logs import Run, public_runs
 from lib.names import knows
 from lib.public import groups_of, page, survey
 from lib.runner import Record, alone, exit_status, new_record, positive, run_script
-from lib.tables import chance, claim, history, number, page_text, pages, title, with_tables
+from lib.tables import chance, claim, fastest, history, number, page_text, pages, title, with_tables
 
 
 def command_run(a: argparse.Namespace) -> int:
@@ -185,6 +185,9 @@ def command_verify(a: argparse.Namespace) -> int:
             print(text)
     if a.json:
         print(json.dumps(reports, indent=1))
+        return int(bad)
+    for line in fastest([report for report in reports if report["holds"]]):
+        print(line)
     return int(bad)
 
 

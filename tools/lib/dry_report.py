@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lib import cards, floors, watched
+from lib.cubins import Cubin, bad_kernels
 from lib.watched import Found
 
 
@@ -26,7 +27,8 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 def verdict(found: Found, card: cards.Card) -> str:
     needed = found.needed()
     word = "fits" if needed <= card.memory else "DOES NOT FIT"
-    return f"{how(found)}: {word}, {needed / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
+    low = ", memory low" if found.memory == "low" else ""
+    return f"{how(found)}{low}: {word}, {needed / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
 
 
 def memory_table(runs: list[Found]) -> list[str]:
@@ -70,6 +72,33 @@ def pass_table(found: Found, card: cards.Card) -> list[str]:
             seconds = 1e3 * floor.arithmetic, 1e3 * (floor.bytes + floor.between)
             rows.append([f"{kind}: {part or 'all'}", calls, operations / 1e12, moved / 1e9, *seconds])
     titles = ["a micro-batch, forward and backward", "calls", "Tflop", "GB", "arithmetic, ms", "bytes, ms"]
+    return table(titles, rows)
+
+
+def kernel_counts(cubins: list[Cubin]) -> str:
+    """The kernels in a line."""
+    failed, spilling = [x for x in cubins if x.failed], [x for x in cubins if x.spills]
+    bad = len(bad_kernels(cubins))
+    return (
+        f"machine code: {len(cubins)} configurations of {len({x.number for x in cubins})} kernels, "
+        f"{len(failed)} fail, {len(spilling)} spill; {bad} kernels have no good one; "
+        f"shared memory of a block at most {max((x.shared for x in cubins), default=0) / 1024:.1f} KB"
+    )
+
+
+def kernel_table(cubins: list[Cubin], kernels: list[Any], most: int = 12) -> list[str]:
+    """The kernels without a good configuration, then those that move most."""
+    order = sorted(range(len(kernels)), key=lambda i: -kernels[i].bytes)
+    rows = []
+    for number in dict.fromkeys([*bad_kernels(cubins), *order[:most]]):
+        kernel, of_kernel = kernels[number], [x for x in cubins if x.number == number]
+        failed = [x.failed for x in of_kernel if x.failed] or ["good"]
+        code = [max(x.registers for x in of_kernel), max(x.spills for x in of_kernel), failed[0]]
+        moved = kernel.bytes / 1e9, kernel.by_inductor / 1e9
+        rows.append([f"{kernel.part}: {kernel.name[:60]}", kernel.launches, *moved, *code])
+    all_bytes = (sum(getattr(kernel, name) for kernel in kernels) / 1e9 for name in ("bytes", "by_inductor"))
+    rows.append([f"all {len(kernels)}", sum(kernel.launches for kernel in kernels), *all_bytes, "", "", ""])
+    titles = ["kernel", "launches", "GB, the fewest", "by inductor", "registers", "spills, bytes", "code"]
     return table(titles, rows)
 
 

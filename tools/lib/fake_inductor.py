@@ -3,7 +3,7 @@
     compiler = FakeCompiler(gpu)      # before the model is compiled
     ... run ...                       # generated wrappers run as they are, on fake tensors
     compiler.kernels                  # every Triton kernel with its launches and bytes
-    compile_kernels(compiler, ...)    # down to the machine's code: registers, spills, shared memory
+    cubins.compile_kernels(...)       # down to the machine's code: registers, spills, shared memory
 
 It leans on the private names of torch and Triton in NAMES. Where one of them is gone, this is left out.
 """
@@ -35,7 +35,6 @@ NAMES = (
     ("torch._inductor.fx_passes.pad_mm", "_should_pad"),
     ("torch._inductor.runtime.triton_helpers", "set_driver_to_gpu"),
     ("torch._inductor.runtime.triton_heuristics", "CachingAutotuner.precompile"),
-    ("torch._inductor.runtime.triton_heuristics", "CachingAutotuner._precompile_config"),
     ("torch._inductor.runtime.triton_heuristics", "CachingAutotuner.run"),
     ("torch._C._dynamo.guards", "_empty_strided_cuda"),
     ("torch._C._dynamo.guards", "_reinterpret_tensor"),
@@ -56,7 +55,8 @@ class Kernel:
         self.name = autotuner.inductor_meta.get("kernel_name", "?")
         self.configurations = list(autotuner.configs)
         self.launches = 0
-        self.bytes = 0.0  # of the last launch
+        self.bytes = 0.0  # of all launches: the fewest
+        self.by_inductor = 0.0  # the same by inductor, which counts what is read again
 
 
 class FakeCompiler:
@@ -121,12 +121,14 @@ class FakeCompiler:
             kernel.launches += 1
             arguments = sum(footprint(x) for x in args if isinstance(x, Tensor))
             estimate = autotuner.inductor_meta.get("dry_run_bytes")
-            kernel.bytes = min(arguments, arguments if estimate is None else estimate)
+            by_inductor = arguments if estimate is None else estimate
+            kernel.bytes += min(arguments, by_inductor)
+            kernel.by_inductor += by_inductor
             counts, part = self.gpu.mode.counts, self.gpu.mode.part
             counts[part, "launches"] += 1
-            counts[part, "bytes of kernels"] += kernel.bytes
+            counts[part, "bytes of kernels"] += min(arguments, by_inductor)
             counts[part, "bytes of arguments"] += arguments
-            counts[part, "bytes by inductor"] += arguments if estimate is None else estimate
+            counts[part, "bytes by inductor"] += by_inductor
 
         TritonKernel.codegen_kernel = codegen_kernel
         TritonKernel.inductor_meta_common = staticmethod(inductor_meta_common)

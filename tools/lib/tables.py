@@ -83,6 +83,29 @@ def history(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(chain, key=lambda result: (rank(result["name"]), result["first_run"]))
 
 
+def by_machine(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The results by number and kind of card, each with what was measured there: other times are no match."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        for device, seconds in result["train_time_s"].items():
+            beats = [ab for ab in result["beats"] if ab.get("device") == device]
+            here = {**result, "train_time_s": {device: seconds}, "beats": beats}
+            groups.setdefault(f"{result['world_size']} x {device}", []).append(here)
+    return groups
+
+
+def fastest(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each track and machine: how many records, and the fastest one."""
+    lines = []
+    for track in dict.fromkeys(result["track"] for result in results):
+        of_track = [result for result in results if result["track"] == track]
+        for machine, group in by_machine(of_track).items():
+            times = [(*(x["median"] for x in r["train_time_s"].values()), r["name"]) for r in group]
+            best = "the fastest {1}, {0:.2f} s".format(*min(times))
+            lines.append(f"track {track} on {machine}: {len(group)} records, {best}")
+    return lines
+
+
 def seconds_of(result: dict[str, Any]) -> str:
     world_size, devices = result["world_size"], result["train_time_s"]
     return ", ".join(
@@ -104,7 +127,17 @@ def link(folder: Path, beside: Path) -> str:
 
 
 def history_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
-    lines = [f"Track `{track}`, target {results[0]['target']} nats per token:", ""]
+    """A table for each machine."""
+    groups, lines = by_machine(results), []
+    for machine, group in groups.items():
+        where = f" on {machine}" if len(groups) > 1 else ""
+        lines += ["", f"Track `{track}`{where}, target {group[0]['target']} nats per token:", ""]
+        lines += history_rows(track, group, root, beside)
+    return lines[1:]
+
+
+def history_rows(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
+    lines = []
     lines += ["| # | record | steps | tokens | validation loss: mean, n, p | training time, "
               "median | time over the one before: "
               "ratio, 95% interval, pairs, p |", "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
@@ -120,22 +153,22 @@ def history_table(track: str, results: Sequence[dict[str, Any]], root: Path, bes
 
 def summary_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:
     """The history in few words, for a page that says what the project is; the statistics are in
-    `history_table`."""
-    chain = history(results)
-    machines = {f"{r['world_size']} x {device}" for r in chain for device in r["train_time_s"]}
-    where = f", median training times on {min(machines)}" if len(machines) == 1 else ""
-    lines = [f"Track `{track}`, target {results[0]['target']} nats per token{where}:", ""]
-    lines += ["| # | record | date | steps | loss | time | speed-up over the one before |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for place, r in enumerate(chain, 1):
-        day = r["first_run"]
-        date = f"{day[:4]}-{day[4:6]}-{day[6:8]}"
-        seconds = [f"{seconds['median']:.1f} s" for seconds in r["train_time_s"].values()]
-        time = seconds[0] if where else seconds_of(r)
-        faster = ", ".join(f"{1 / ab['ratio']:.2f} x" for ab in r["beats"])
-        lines.append(f"| {place} | {link(root / track / r['name'], beside)} | {date} | {r['steps']:,} "
-                     f"| {r['val_loss']['mean']:.4f} | {time} | {faster or '-'} |")  # fmt: skip
-    return lines
+    `history_table`. A table for each machine."""
+    lines = []
+    for machine, group in by_machine(results).items():
+        target, where = group[0]["target"], f"median training times on {machine}"
+        lines += ["", f"Track `{track}`, target {target} nats per token, {where}:", ""]
+        lines += ["| # | record | date | steps | loss | time | speed-up over the one before |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        for place, r in enumerate(history(group), 1):
+            day = r["first_run"]
+            date = f"{day[:4]}-{day[4:6]}-{day[6:8]}"
+            (seconds,) = r["train_time_s"].values()
+            faster = ", ".join(f"{1 / ab['ratio']:.2f} x" for ab in r["beats"])
+            lines.append(f"| {place} | {link(root / track / r['name'], beside)} | {date} | {r['steps']:,} "
+                         f"| {r['val_loss']['mean']:.4f} | {seconds['median']:.1f} s "
+                         f"| {faster or '-'} |")  # fmt: skip
+    return lines[1:]
 
 
 def steps_table(track: str, results: Sequence[dict[str, Any]], root: Path, beside: Path) -> list[str]:

@@ -57,13 +57,13 @@ class Kind(NamedTuple):
 
 def kinds_of_steps(track: Any) -> Counter:
     """How many steps of each kind the real schedule has."""
-    schedule, untie = track.schedule, untie_step(track)
-    begins = [round(stage.begin * schedule.steps) for stage in schedule.stages]
-    kinds: Counter = Counter()
-    for step in range(schedule.steps + schedule.extension):
-        stage = sum(begin <= step for begin in begins) - 1
-        kinds[Kind(stage, step < untie)] += 1
-    return kinds
+    steps = track.schedule.steps + track.schedule.extension
+    return Counter(kind_of_step(track, step) for step in range(steps))
+
+
+def kind_of_step(track: Any, step: int) -> Kind:
+    begins = [round(stage.begin * track.schedule.steps) for stage in track.schedule.stages]
+    return Kind(sum(begin <= step for begin in begins) - 1, step < untie_step(track))
 
 
 def steps_thrown_away(track: Any) -> int:
@@ -111,6 +111,7 @@ class Found:
     steps: list[Step] = dataclasses.field(default_factory=list)
     graphs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of torch.compile
     seconds: float = 0.0
+    memory: str = "normal"  # or low, as asked for or chosen for the card
 
     def peaks(self) -> dict[str, int]:
         """The most live bytes of each phase."""
@@ -158,6 +159,7 @@ class Watcher:
     def __call__(self, trainer: Any) -> dict[str, Any]:
         """Train; the `final` event of the log."""
         self.trainer, self.found.built = trainer, self.mode.live
+        self.found.memory = "low" if trainer.model.low_memory else "normal"
         schedule = trainer.track.schedule
         self.num_steps = schedule.steps + schedule.extension
         if hasattr(trainer, "progress"):  # it is this tool that speaks
