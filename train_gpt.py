@@ -421,25 +421,25 @@ TINY = Track(
         "shakespeare", vocab_size=257, document_start=256, predict_start=False, rows=2, row_tokens=1024
     ),
     model=Model(
-        width=128, heads=2, layers=2, attention_free=(0,), ngram_signs=64,
-        ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192)),
+        width=128, heads=2, layers=2, mlp_ratio=2, attention_free=(0,), ngram_signs=64, ngram_fold=4,
+        ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192)), matches=(2, 3, 5, 8),
     ),
-    matrix=Matrix(lr=0.04, normuon=True),
+    matrix=Matrix(lr=0.06, normuon=True),
     gate=MuonSection(equilibrate="none", normuon=True, normuon_axis="row"),
     embed=Adam(lr=0.6, every=1),
-    tables=Adam(lr=1.0, every=1),
-    head=Adam(lr=0.008, every=1),
+    tables=Adam(lr=0.25, every=1),
+    head=Adam(lr=0.016, every=1),
     scalar=Adam(lr=0.04, every=1),
     schedule=Schedule(
-        steps=200, extension=0, momentum=(0.8, 0.85), momentum_warmup=100, momentum_cooldown=0,
+        steps=60, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
         stages=(
-            Stage(0, (64, 64)),
-            Stage(1 / 3, (64, 64), batch=2, lr=1.5),
-            Stage(2 / 3, (64, 64), batch=4, lr=2.0),
+            Stage(0, (32, 32)),
+            Stage(1 / 3, (32, 32), batch=2, lr=1.5),
+            Stage(2 / 3, (32, 32), batch=4, lr=2.0),
         ),
     ),
     evaluation=Evaluation(
-        target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(64, 64), log_every=2
+        target=1.50, tokens=444_324, row_tokens=32_768, every=100, windows=(32, 32), log_every=2
     ),
 )  # fmt: skip
 
