@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -257,15 +257,39 @@ def interleaved(contenders: dict, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def measure_optimizer(threads: int) -> Iterator[dict]:
-    K, m, n = 24, 768, 3072
+def matrices_with_gradients(count: int, m: int, n: int) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    bank = nn.Parameter(torch.randn(K, m, n, generator=generator))
-    bank.grad = torch.randn(K, m, n, generator=generator)
-    matrices = [nn.Parameter(w.clone()) for w in bank.detach()]
-    for p, grad in zip(matrices, bank.grad):
-        p.grad = grad.clone()
-    x = torch.randn(K, m, n, generator=generator).bfloat16()
+    matrices = [nn.Parameter(0.02 * torch.randn(m, n, generator=generator)) for _ in range(count)]
+    for p in matrices:
+        p.grad = torch.randn(m, n, generator=generator)
+    return matrices
+
+
+def optimizer_steps(count: int, m: int, n: int, bank: bool) -> dict[str, Callable[[], None]]:
+    """The step of torch.optim.Muon on `count` matrices, and of MuonEq with its options."""
+    settings = dict(lr=1e-3, weight_decay=0.1)
+
+    def muoneq(**fields) -> Callable[[], None]:
+        params = matrices_with_gradients(count, m, n)
+        if bank:
+            stack = nn.Parameter(torch.stack([p.detach() for p in params]))
+            stack.grad = torch.stack([p.grad for p in params])
+            params = [stack]
+        return train_gpt.MuonEq([dict(kind="matrix", params=params, **settings, **fields)]).step
+
+    return {
+        "torch.optim.Muon": torch.optim.Muon(matrices_with_gradients(count, m, n), **settings).step,
+        "MuonEq: Nesterov, polar_express, decay": muoneq(equilibrate="none"),
+        "MuonEq: + NorMuon": muoneq(equilibrate="none", normuon=True),
+        "MuonEq: + row equilibration": muoneq(equilibrate="row"),
+        "MuonEq: + both": muoneq(equilibrate="row", normuon=True),
+    }
+
+
+def measure_optimizer(threads: int) -> Iterator[dict]:
+    """A bank of a large model beside bare products, and many small matrices."""
+    K, m, n = 24, 768, 3072
+    x = torch.randn(K, m, n).bfloat16()
 
     def products() -> None:
         for _ in range(5):
@@ -273,24 +297,17 @@ def measure_optimizer(threads: int) -> Iterator[dict]:
             gram @ gram
             gram @ x
 
-    def muoneq(**fields) -> train_gpt.MuonEq:
-        return train_gpt.MuonEq([dict(kind="matrix", params=[bank], lr=1e-3, weight_decay=0.1, **fields)])
-
     for count in dict.fromkeys((1, threads)):
         torch.set_num_threads(count)
-        contenders = {
-            "15 bare batched products": products,
-            "torch.optim.Muon": torch.optim.Muon(
-                matrices, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True
-            ).step,
-            "MuonEq: Nesterov, polar_express, decay": muoneq(equilibrate="none").step,
-            "MuonEq: + NorMuon": muoneq(equilibrate="none", normuon=True).step,
-            "MuonEq: + row equilibration": muoneq(equilibrate="row").step,
-            "MuonEq: + both": muoneq(equilibrate="row", normuon=True).step,
-        }
+        contenders = {"15 bare batched products": products, **optimizer_steps(K, m, n, bank=True)}
         for name, seconds in interleaved(contenders, ROUNDS).items():
             yield {"event": "optimizer", "name": name, "bank": [K, m, n], "threads": count,
                    "seconds": seconds}  # fmt: skip
+        del contenders
+        for shape in ((1000, 8, 8), (200, 64, 256)):
+            for name, seconds in interleaved(optimizer_steps(*shape, bank=False), 5 * ROUNDS).items():
+                yield {"event": "small", "name": name, "matrices": shape, "threads": count,
+                       "seconds": seconds}  # fmt: skip
     torch.set_num_threads(threads)
 
 
@@ -374,6 +391,17 @@ def table(events: list[dict]) -> str:
                 lines.append(
                     f"| {name} | {threads} | {1e3 * s:,.0f} | {s / products:.2f} | {s / torch_muon:.2f} |"
                 )
+        lines.append("")
+    if steps := [e for e in events if e["event"] == "small"]:
+        lines += ["| optimizer step, separate matrices | threads | ms | of torch |"]
+        lines += ["| --- | --- | --- | --- |"]
+        for shape, threads in dict.fromkeys((tuple(e["matrices"]), e["threads"]) for e in steps):
+            of_shape = [e for e in steps if (tuple(e["matrices"]), e["threads"]) == (shape, threads)]
+            torch_muon = statistics.median(of_shape[0]["seconds"])
+            for e in of_shape:
+                s = statistics.median(e["seconds"])
+                name = f"{shape[0]:,} of {shape[1]} x {shape[2]}, {e['name']}"
+                lines.append(f"| {name} | {threads} | {1e3 * s:,.1f} | {s / torch_muon:.3f} |")
         lines.append("")
     if loads := [e for e in events if e["event"] == "loader"]:
         lines += ["| loader | processes | million tokens per second and rank |", "| --- | --- | --- |"]
