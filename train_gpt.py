@@ -387,7 +387,7 @@ class Run(Settings):
         "fa2", "on a CUDA GPU: fa2 is in torch, others where installed"
     )
     memory: Literal["auto", "normal", "low"] = field(
-        "auto", "low: blocks are recomputed in the backward, few logits at a time; auto: on a GPU below 26 GB"
+        "auto", "low: blocks are recomputed; auto: low on a GPU below 26 GB"
     )
     micro_rows: int = field(
         0, "rows of a forward pass, without effect on the result; 0: 4,096 or 8,192 tokens", 0

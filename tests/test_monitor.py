@@ -129,7 +129,8 @@ def test_weights_updates_and_gradients(run):
     _, lines, _, seen, _ = run
     for step, line in lines.items():
         now = seen[step]
-        assert line["parameters"].keys() == now["after"].keys()
+        tied = {"embed"} if step <= 12 else set()  # the head stands in for it: it does no work
+        assert line["parameters"].keys() == now["after"].keys() - tied
         for name, found in line["parameters"].items():
             before, after, mean = now["before"][name], now["after"][name], now["mean"][name]
             assert found["weight_rms"] == pytest.approx(rms(after), rel=1e-5)
@@ -181,11 +182,11 @@ def test_singular_values_and_cautious_decay_of_matrices(run):
 def test_cautious_decay_of_elements(run):
     _, lines, _, seen, _ = run
     for step, line in lines.items():
-        for name in ("embed", "ngram_embed", "value_embed"):
+        for name in ("embed", "ngram_embed", "value_embed")[step <= 12 :]:  # tied to the head until then
             moment = seen[step]["state"][name]["exp_avg"].double().numpy()
             agree = (moment * seen[step]["before"][name] > 0).mean()
             assert line["parameters"][name]["decayed"] == pytest.approx(agree, abs=2e-4)
-            assert 0 < agree < 1 or (name == "embed" and step <= 12)  # tied to the head until then
+            assert 0 < agree < 1
         assert "decayed" not in line["parameters"]["lm_head"]
 
 
@@ -276,8 +277,9 @@ def test_a_resumed_run_has_each_step_once(run, step):
 
 def test_exact_copies_of_low_precision_weights(tmp_path):
     low = dict(
-        dtype="bfloat16", model__low_precision="('qk','embed')", schedule__steps=4, schedule__extension=0
-    )
+        dtype="bfloat16", model__low_precision="('qk','embed')", schedule__steps=4, schedule__extension=0,
+        model__tied=0,
+    )  # fmt: skip
     outcome, seen = witnessed(["--every", "2", *options(out=tmp_path, **low)])
     for step, line in log_of(outcome)[0].items():
         for name in ("qk", "embed"):

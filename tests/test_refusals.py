@@ -109,7 +109,7 @@ def test_every_training_token_may_be_used_but_no_more(
             return False
 
     most = next(steps for steps in range(20, 100) if not enough(steps + 1))
-    changes = dict(schedule__extension=0, micro_rows=12)
+    changes = dict(schedule__extension=0, micro_rows=12, embed__every=1, head__every=1)
     assert train(options(out=tmp_path / "most", schedule__steps=most, **changes)).final["step"] == most
     assert "tokens" in refusal(options(out=tmp_path / "more", schedule__steps=most + 1, **changes), capsys)
     assert not (tmp_path / "more").exists()
