@@ -24,9 +24,12 @@ def test_table_takes_medians_and_ratios_from_the_log():
         events.append(
             {"event": "optimizer", "name": name, "bank": [2, 3, 4], "threads": 1, "seconds": seconds}
         )
+        small = {"event": "small", "matrices": [9, 8, 8]}
+        events.append(small | {"name": name, "threads": 1, "seconds": seconds})
     text = benchmark.table(events)
     assert "abacus" in text and "| 2.0 s | 0.222 |" in text and "| 9.0 s | 1.000 |" in text
     assert "| ours | 1 | 3,000 | 1.50 | 0.75 |" in text
+    assert "| 9 of 8 x 8, ours | 1 | 3,000.0 | 1.500 |" in text  # of the first
 
 
 def test_runs_that_missed_the_target_do_not_count_as_times():
