@@ -42,6 +42,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -50,7 +51,6 @@ import errno
 import functools
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -121,9 +121,10 @@ Numbers = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
 
 
-def field(default: Any, meaning: str, minimum: float = -math.inf) -> Any:
-    """A field of a section of settings."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "minimum": minimum})
+def field(default: Any, meaning: str, minimum: float = -math.inf, below: float = math.inf) -> Any:
+    """A field of a section of settings, of numbers from `minimum` on and `below` another."""
+    metadata = {"meaning": meaning, "minimum": minimum, "below": below}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -175,7 +176,7 @@ def type_in_words(kind: Any) -> str:
 class Settings:
     """A section of settings, checked wherever its values come from.
 
-    ValueError, beginning with the name of the field, for a value of another type or below the minimum.
+    ValueError, beginning with the name of the field, for a value of another type or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -188,8 +189,11 @@ class Settings:
                 raise ValueError(f"{f.name} takes {takes}, not {value!r}: {f.metadata['meaning']}") from None
             except OverflowError:
                 raise ValueError(f"{f.name} takes numbers below 1e30, not {value!r}") from None
-            if minimum > -math.inf and value < minimum:
+            values = np.atleast_1d(value) if minimum > -math.inf else ()  # the numbers of a tuple, each
+            if any(x < minimum for x in values):
                 raise ValueError(f"{f.name} is at least {minimum}, not {value}")
+            if any(x >= f.metadata["below"] for x in values):
+                raise ValueError(f"{f.name} is below {f.metadata['below']}, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +263,7 @@ class Muon(Settings):
     """
 
     lr: float = field(0.03, "learning rate at factor 1", 0)
-    weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay")
+    weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
     equilibrate: Literal["none", "row", "col", "rowcol"] = field(
@@ -275,7 +279,7 @@ class Muon(Settings):
     normuon_axis: Literal["auto", "row", "col"] = field(
         "auto", "what has a mean square; auto: the longer side"
     )
-    beta2: float = field(0.95, "decay of NorMuon's mean square")
+    beta2: float = field(0.95, "decay of NorMuon's mean square", 0, 1)
     scale: Literal["spectral", "match_rms_adamw"] = field(
         "spectral", "sqrt(max(1, m/n)) or 0.2 sqrt(max(m, n))"
     )
@@ -303,9 +307,9 @@ class Matrix(MuonSection):
 @dataclasses.dataclass(frozen=True)
 class Adam(Settings):
     lr: float = field(0.008, "learning rate at factor 1", 0)
-    betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment")
-    eps: float = field(1.5e-13, "added to the root of the second moment of the mean over tokens")
-    weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay")
+    betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment", 0, 1)
+    eps: float = field(1.5e-13, "added to the root of the second moment of the mean over tokens", 0)
+    weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay", 0)
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
 
@@ -976,8 +980,17 @@ class GPT(nn.Module):
         self.fused = half_precision and supports(place, "flash")  # attention
         self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
         self.low_memory = False
-        self.tied = False  # whether the head is the embedding too, at this step
+        self.tied = False
         self.make_layout = blocked_layout
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding too, at this step; then `embed` is frozen."""
+        return not self.embed.requires_grad
+
+    @tied.setter
+    def tied(self, tied: bool) -> None:
+        self.embed.requires_grad_(not tied)
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
         """The banks. Shapes with numbers are those of the track `short`: 11 blocks, 10 with attention."""
@@ -1337,6 +1350,23 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
+LARGEST_SQUARED = 1e18  # of a gradient for Adam: the square of a larger one overflows, and nothing would move
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
+    # abs().amax() and the norm of order inf take a CPU several times as long
+    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """1 / p for each `size`, p the power of two above it, or 1 where it is between 1e-9 and 1e9.
+
+    A matrix times that of its largest value is exact, and squares and their sums stay in the range of fp32.
+    """
+    in_range = (size > 2.0**-30) & (size < 2.0**30)
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)
+    return (torch.frexp(size).mantissa / size).masked_fill_(in_range, 1.0)
 
 
 class Polynomial(NamedTuple):
@@ -1368,20 +1398,31 @@ class Comm:
     """The collectives of a step. With one process the buffers are passed through.
 
     The asynchronous ones return work to `wait()` for. `calls` counts them, and the forward passes: signs of
-    life for `watch`.
+    life for `watch`. A copy of an optimizer has the same one.
     """
 
     DONE = types.SimpleNamespace(wait=lambda: None)  # work that is done
 
-    def __init__(self) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.group = process_group  # None: all processes
         distributed = dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank(process_group) if distributed else 0
+        self.world_size = dist.get_world_size(process_group) if distributed else 1
+        if self.rank < 0:
+            raise ValueError("this process is not in the process_group of the optimizer")
         self.calls = 0
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names.
         renamed = hasattr(dist, "reduce_scatter_single")
         self._scatter = getattr(dist, "reduce_scatter_single" if renamed else "reduce_scatter_tensor", None)
         self._gather = getattr(dist, "all_gather_single" if renamed else "all_gather_into_tensor", None)
+
+    def __deepcopy__(self, memo: dict) -> Comm:
+        return self
+
+    def __reduce__(self) -> tuple:
+        if self.group is not None:
+            raise TypeError("an optimizer with a process_group cannot be pickled; its state_dict can")
+        return Comm, ()  # of the processes that read it
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
         """(N C, ...) -> this rank's (C, ...) of the sum over ranks, and the work to wait for."""
@@ -1389,7 +1430,7 @@ class Comm:
         if self.world_size == 1:
             return full, self.DONE
         chunk = full.new_empty(full.size(0) // self.world_size, *full.shape[1:])
-        return chunk, self._scatter(chunk, full, async_op=True)
+        return chunk, self._scatter(chunk, full, group=self.group, async_op=True)
 
     def all_gather(self, full: Tensor, chunk: Tensor) -> Any:
         """Chunks (C, ...) of all ranks -> full (N C, ...), and the work to wait for.
@@ -1401,14 +1442,26 @@ class Comm:
             if full.data_ptr() != chunk.data_ptr():
                 full.copy_(chunk)
             return self.DONE
-        return self._gather(full, chunk, async_op=True)
+        return self._gather(full, chunk, group=self.group, async_op=True)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sum, or another reduction, over ranks, in place."""
         self.calls += 1
         if self.world_size > 1:
-            dist.all_reduce(x, op)
+            dist.all_reduce(x, op, group=self.group)
         return x
+
+    def all_gather_object(self, x: Any) -> list[Any]:
+        """What each rank has."""
+        found = [x] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, x, group=self.group)
+        return found
+
+
+def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """`value` for each matrix that is `alive` (K, 1, 1), which has a gradient, another for the rest."""
+    return torch.full_like(alive, otherwise, dtype=dtype).masked_fill_(alive, value)
 
 
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
@@ -1462,15 +1515,17 @@ def orthogonalize(
     return x[None] if single else x
 
 
-def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: Tensor) -> Tensor:
     """NorMuon (2510.05491): factor per row or column of `update` (K, m, n) that keeps each Frobenius norm.
 
-    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use.
+    `second_moment` (K, m, 1) or (K, 1, n) is the running mean square, updated in place before use, where
+    `alive` (K, 1, 1) is true.
     """
     dim = -1 if second_moment.size(-1) == 1 else -2
     length = update.size(dim)
-    mean_square = torch.linalg.vector_norm(update.float(), dim=dim, keepdim=True).square() / length
-    second_moment.lerp_(mean_square, 1 - beta2)
+    update = update.to(second_moment.dtype)
+    mean_square = torch.linalg.vector_norm(update, dim=dim, keepdim=True).square() / length
+    second_moment.lerp_(mean_square, where_alive(alive, 1 - beta2, 0.0, update.dtype))
     factor = second_moment.clamp_min(1e-10).rsqrt()
     norm_before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     norm_after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
@@ -1489,16 +1544,21 @@ class Unit:
     """Parameters that are updated as one stack, and this rank's chunk of the state.
 
     The stack (S, *tail) has one entry per matrix (tail (m, n)) or per number (tail ()). It is padded with
-    zeros to N equal chunks (C, *tail); rank r owns entries [r C, (r + 1) C). State is fp32.
+    zeros to N equal chunks (C, *tail); rank r owns entries [r C, (r + 1) C). State is fp32, and fp64 for
+    parameters in fp64.
     """
 
     SLICE = {"matrix": 2**22, "adam": 2**17}  # numbers that a CPU updates at a time: they stay in its cache
+    STATE = ("momentum", "second_moment", "exp_avg", "exp_avg_sq", "master")  # the tensors of `state`
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
         self.group, self.comm = group, comm
+        self.group_number = 0  # its place in `param_groups`
+        self.words: list[Any] = []  # the settings that are no numbers, as they were checked last
         self.names = [member.name for member in members]
         self.params = [member.param for member in members]
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
+        self.precision = torch.promote_types(self.dtype, torch.float32)  # of gradients, state and arithmetic
         self.matrix = group["kind"] == "matrix"
         # the stack and this rank's chunk of it
         self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
@@ -1510,16 +1570,22 @@ class Unit:
         # one unpadded parameter: its stack is a view of it, so gradients and weights travel from and to its
         # own storage
         self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
-        self.lr_mul = self.chunk_of_factors([float(factor) for member in members for factor in member.lr_mul])
-        shapes = self.state_shapes()
-        self.state = {key: torch.zeros(shape, device=self.device) for key, shape in shapes.items()}
+        # of each parameter the part that lies in the chunk
+        borders = np.cumsum([0, *self.counts]).clip(self.own.start, self.own.stop) - self.own.start
+        self.parts = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
+        self.lr_mul = self.chunk_of_factors([factor for member in members for factor in member.lr_mul])
+        self.updates = torch.zeros(len(members), dtype=torch.int64)  # of each parameter
+        self.state = {}
+        for key, shape in self.state_shapes().items():
+            self.state[key] = torch.zeros(shape, dtype=self.precision, device=self.device)
         self.reset()
 
     def chunk_of_factors(self, factors: list[float]) -> float | Tensor:
         """The factors on the learning rate of this rank's matrices, (C, 1, 1); one number for equal ones."""
         if len(set(factors)) == 1:
             return factors[0]
-        return F.pad(torch.tensor(factors, device=self.device), (0, self.padding))[self.own, None, None]
+        stack = torch.tensor(factors, dtype=self.precision, device=self.device)
+        return F.pad(stack, (0, self.padding))[self.own, None, None]
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}
@@ -1529,13 +1595,13 @@ class Unit:
             (m, n), axis = self.tail, self.group["normuon_axis"]
             by_row = axis == "row" or (axis == "auto" and m >= n)
             shapes["second_moment"] = (self.chunk, m, 1) if by_row else (self.chunk, 1, n)
-        if self.dtype != torch.float32:
+        if self.dtype != self.precision:
             shapes["master"] = (self.chunk, *self.tail)
         return shapes
 
     def reset(self) -> None:
         """State as at the start; the master copy is that of the parameters now."""
-        self.updates = 0
+        self.updates.zero_()
         self.tokens = 0  # of the steps since the last update; with grads="mean" the number of these steps
         # the first step with a gradient that is not finite
         self.bad_since = torch.full((), math.inf, device=self.device)
@@ -1554,6 +1620,21 @@ class Unit:
             return parts[0]
         return torch.cat([*parts, parts[0].new_zeros(self.padding, *parts[0].shape[1:])])
 
+    def views(self) -> list[dict[str, Tensor]]:
+        """What this rank holds of the state of each parameter, as `optimizer.state` shows it.
+
+        A parameter of which it holds all entries has states of its shape.
+        """
+        found = []
+        for p, count, part, updates in zip(self.params, self.counts, self.parts, self.updates):
+            views: dict[str, Tensor] = {"updates": updates}
+            for key, chunk in self.state.items():
+                views[key] = chunk[part]
+                if len(views[key]) == count:
+                    views[key] = views[key].view(self.shape_of(p, chunk))
+            found.append(views)
+        return found
+
     def unstack(self, full: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(name, parameter, its part) of a stack or stacked state (N C, ...), without the padding."""
         return list(zip(self.names, self.params, full[: self.size].split(self.counts)))
@@ -1567,37 +1648,109 @@ class Unit:
         return {key: value.shape for key, value in self.state.items() if key != "master"}
 
     def gradients(self) -> Tensor:
-        """The stack of the gradients, fp32. A missing one counts as zero."""
-        grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in self.params]
-        return self.stack(grads).float()
+        """The stack of the gradients; zeros for those that are missing, which `missing` lists."""
+        grads = [p.grad if p.requires_grad else None for p in self.params]
+        self.check_gradients(grads)
+        # frozen, or None
+        self.missing = [i for i, grad in enumerate(grads) if grad is None]
+        for i in self.missing:
+            grads[i] = torch.zeros_like(self.params[i], dtype=self.precision)
+        return self.stack(grads).to(self.precision)
+
+    def check_gradients(self, grads: list[Tensor | None]) -> None:
+        """ValueError for what cannot be updated."""
+        for name, p, grad in zip(self.names, self.params, grads):
+            if p.dtype != self.dtype:
+                raise ValueError(
+                    f"parameter {name!r} is {p.dtype} now and was {self.dtype} when the optimizer was made"
+                )
+            if grad is not None and grad.layout != torch.strided:
+                raise ValueError(f"the gradient of parameter {name!r} is sparse; MuonEq takes dense ones")
+
+    def skipped(self, grad: Tensor) -> list[int]:
+        """The parameters that are left alone in this step: those without a gradient, on any rank.
+
+        Where a gradient is missing only here, the sum over ranks that has arrived, `grad`, is not zero.
+        """
+        skipped = []
+        for i in self.missing:
+            alone = self.comm.world_size == 1 or not self.params[i].requires_grad
+            if alone or not grad[self.parts[i]].any():
+                skipped.append(i)
+        return skipped
+
+    def spans(self, skipped: list[int]) -> list[tuple[int, int, int]]:
+        """(begin, end, updates) of the runs of the chunk that have been updated equally often: mostly one.
+
+        What is skipped belongs to its neighbours' run, so that the rest is computed in the same places.
+        """
+        spans: list[tuple[int, int, int]] = []
+        for i, (part, updates) in enumerate(zip(self.parts, self.updates.tolist())):
+            if i in skipped or part.start == part.stop:
+                continue
+            begin = spans[-1][1] if spans else 0
+            if spans and spans[-1][2] == updates:
+                begin = spans.pop()[0]
+            spans.append((begin, part.stop, updates))
+        if spans:
+            spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
+        return spans
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with fp32 `grad` * scale and send it to all ranks.
+        """Update the owned chunk with `grad` * scale and send it to all ranks.
 
         Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
         """
-        self.updates += 1
         full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
         weights = self.state.get("master", full[self.own])  # fp32, changed in place
+        if "master" in self.state:
+            self.take_over(full[self.own])
+        # which parameters, and how often they have been updated
+        skipped = self.skipped(grad)
+        self.updates += 1
+        self.updates[skipped] -= 1
+        spans = self.spans(skipped)
+        # a matrix whose gradient is zero is left alone, a number would go on by its moments
+        kept = []
+        if spans and not self.matrix:
+            parts = [x[self.parts[i]] for i in skipped for x in (weights, *self.state.values())]
+            kept = [(part, part.clone()) for part in parts]
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
-        for begin in range(0, self.chunk, size):
-            part = slice(begin, begin + size)
-            state = {key: value[part] for key, value in self.state.items()}
-            lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
-            update(weights[part], grad[part], scale, state, self.group["lr"] * lr_mul)
+        for begin, end, updates in spans:
+            for first in range(begin, end, size):
+                self.part = part = slice(first, min(first + size, end))  # of the chunk
+                state = {key: value[part] for key, value in self.state.items()}
+                lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
+                update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, updates)
+        for part, before in kept:
+            part.copy_(before)
         chunk = weights.to(self.dtype)
         return full, chunk, self.comm.all_gather(full, chunk)
 
-    def update_elements(self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float) -> None:
+    def take_over(self, now: Tensor) -> None:
+        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
+        bits = {1: torch.int8, 2: torch.int16}[self.dtype.itemsize]
+        now, master = now.flatten(), self.state["master"].view(-1)
+        size = len(now) if now.is_cuda else self.SLICE["adam"]
+        for old, new in zip(master.split(size), now.split(size)):
+            # of integers this takes a CPU a tenth of the time that a comparison takes
+            different = old.to(self.dtype).view(bits) ^ new.view(bits)
+            if now.is_cuda or different.max() or different.min():  # a GPU would have to be waited for
+                old.copy_(torch.where(different == 0, old, new))
+
+    def update_elements(
+        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float, updates: int
+    ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, grad * scale
+        group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
+            alive = torch.ones((), dtype=torch.bool, device=weights.device)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive)
         # torch.tensor would wait for the device
-        count = torch.full((), float(self.updates), device=weights.device)
+        count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
             [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
             lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"],
@@ -1605,19 +1758,29 @@ class Unit:
         )  # fmt: skip
 
     def update_matrices(
-        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float
+        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float, updates: int
     ) -> None:
         """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
         group, mu, (m, n) = self.group, self.group["momentum"], self.tail
-        # momentum, as an exponential mean
-        momentum = state["momentum"].mul_(mu).add_(grad, alpha=(1 - mu) * scale)
-        update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale) if group["nesterov"] else momentum
+        # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
+        alive = largest(grad) != 0  # (C, 1, 1)
+        momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
+        momentum.add_(grad, alpha=(1 - mu) * scale)
+        if group["nesterov"]:
+            update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale)
+        else:
+            update = momentum.clone()
+        # a size at which nothing overflows; a function gets the momentum as it is
+        method, bound = group["orthogonalize"], group["norm_bound"]
+        size = largest(update)
+        own = callable(ORTHOGONALIZERS.get(method, method))
+        update.mul_(alive if own else power_of_two(size) * alive)
+        alive |= size == 0  # before its first gradient it decays, as a matrix in training does
         # balance, then orthogonalise
         mode = group["equilibrate"]
-        if mode == "rowcol" and group["phase"] is not None and self.updates >= group["phase"]:
+        if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
             mode = "row"
         update = equilibrate(update, mode, group["equilibrate_exponent"])
-        method, bound = group["orthogonalize"], group["norm_bound"]
         update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
         # the size of the update: by shape, and by row or column
         if group["scale"] == "spectral":
@@ -1625,23 +1788,23 @@ class Unit:
         else:
             factor = lr * (0.2 * math.sqrt(max(m, n)))
         if group["normuon"]:
-            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"])
-        self.decay(weights, update, torch.ge)
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
+        self.decay(weights, update, torch.ge, alive)
         if isinstance(factor, float):
             weights.add_(update, alpha=-factor)
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor) -> None:
+        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape, of what is `alive`.
 
         Cautious: only where update and weight `agree` in sign (2510.12402).
         """
-        amount = self.group["lr"] * self.group["weight_decay"]
+        amount = float(self.group["lr"]) * self.group["weight_decay"]
         if amount and self.group["cautious"]:
-            weights.sub_(amount * weights * agree(update * weights, 0))
+            weights.sub_(amount * weights * (agree(update * weights, 0) & alive))
         elif amount:
-            weights.mul_(1 - amount)
+            weights.mul_(where_alive(alive, 1 - amount, 1.0, weights.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1649,7 +1812,7 @@ class MatrixGroup(Muon):
     """The fields of a group of kind "matrix"."""
 
     kind: Literal["matrix"] = field("matrix", "Muon and its relatives")
-    momentum: float = field(0.95, "decay of the momentum, an exponential mean")
+    momentum: float = field(0.95, "decay of the momentum, an exponential mean", 0, 1)
     steps: int = field(5, "iterations of the orthogonalisation", 1)
     lr_mul: float | tuple[float, ...] = field(1.0, "factor on lr, or one for each matrix in turns")
     work_dtype: torch.dtype = field(torch.bfloat16, "precision of the products")
@@ -1661,33 +1824,61 @@ class AdamGroup(Adam):
     """The fields of a group of kind "adam"."""
 
     kind: Literal["adam"] = field("adam", "AdamW")
-    betas: tuple[float, float] = field((0.9, 0.95), "decay of the first and second moment")
-    eps: float = field(1e-8, "added to the root of the second moment")
+    betas: tuple[float, float] = field((0.9, 0.95), "decay of the first and second moment", 0, 1)
+    eps: float = field(1e-8, "added to the root of the second moment", 0)
     every: int = field(1, "steps between updates; gradients are kept in between", 1)
+
+
+GROUPS = {"matrix": MatrixGroup, "adam": AdamGroup}
 
 
 def checked_group(group: dict) -> dict:
     """The group with the defaults of its kind; ValueError for what does not exist or fit."""
-    kinds = {"matrix": MatrixGroup, "adam": AdamGroup}
     kind = group.get("kind")
-    if kind not in kinds:
+    if kind not in GROUPS:
         raise ValueError(f"a group's kind is 'matrix' or 'adam', not {kind!r}")
-    defaults = {f.name: f.default for f in dataclasses.fields(kinds[kind])}
+    article = {"matrix": "a", "adam": "an"}[kind]
+    defaults = {f.name: f.default for f in dataclasses.fields(GROUPS[kind])}
     for key in group.keys() - defaults.keys() - {"params"}:
         nearest = difflib.get_close_matches(key, defaults, 1)
         hint = f", nearest: {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"a {kind} group has no field {key!r}{hint}")
+        raise ValueError(f"{article} {kind} group has no field {key!r}{hint}")
     if "lr" not in group:
-        raise ValueError(f"a {kind} group needs lr")
+        raise ValueError(f"{article} {kind} group needs lr")
     group = {"params": [], **defaults, **group}
-    values = {name: group[name] for name in defaults}
-    method = values.get("orthogonalize")
+    check_values(group)
+    return group
+
+
+def check_values(group: dict) -> None:
+    """ValueError for a value that a field of the group does not take."""
+    values = {f.name: group[f.name] for f in dataclasses.fields(GROUPS[group["kind"]])}
+    for name, value in values.items():
+        if isinstance(value, (Tensor, np.generic)) and math.prod(value.shape) == 1:
+            values[name] = value.item()
+    method = values.get("orthogonalize", "")
     if callable(method):  # whatever it does, it is no text
         values["orthogonalize"] = ""
-    elif kind == "matrix" and method not in ORTHOGONALIZERS:
+    elif method and method not in ORTHOGONALIZERS:
         raise ValueError(f"orthogonalize is one of {', '.join(ORTHOGONALIZERS)}, not {method!r}")
-    kinds[kind](**values)  # refuses the rest
-    return group
+    GROUPS[group["kind"]](**values)  # refuses the rest
+
+
+def copied(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy for a `state_dict`, without numpy's types, which torch.load does not read."""
+    numpy = (np.generic, np.ndarray)
+    return {k: v.tolist() if isinstance(v, numpy) else copy.deepcopy(v) for k, v in values.items()}
+
+
+def in_torch_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint.state_dict is asking.
+
+    It calls parameters by their numbers and makes names of them by itself.
+    """
+    frame = sys._getframe()
+    while frame and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    return frame is not None
 
 
 class MuonEq(torch.optim.Optimizer):
@@ -1700,12 +1891,16 @@ class MuonEq(torch.optim.Optimizer):
         grads: "mean": gradients are means and equal on all ranks (one process, with or without
             torch.distributed, or DDP). "token_sum": they are sums over this rank's tokens, and
             `step(tokens=n)` divides their sum over ranks by the global n.
+        process_group: the processes that hold these parameters and share the work; all of them by default.
 
     Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
     processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
     the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
-    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled. A missing
-    gradient counts as zero.
+    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+
+    Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
+    "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
+    zero, an expert without tokens; before its first gradient it decays.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -1716,40 +1911,84 @@ class MuonEq(torch.optim.Optimizer):
 
     SMALL = 16_384  # numbers below which Adam parameters share one stack
 
-    def __init__(self, groups: Iterable[dict], grads: str = "mean"):
+    def __init__(
+        self, groups: Iterable[dict], grads: str = "mean",
+        process_group: dist.ProcessGroup | None = None, **unknown: Any,
+    ):  # fmt: skip
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
-        self.grads, self.comm = grads, Comm()
+        # one group may stand alone; parameters without a group are a common mistake
+        groups = [groups] if isinstance(groups, (dict, Tensor)) else list(groups)
+        if unknown or not all(isinstance(group, dict) for group in groups):
+            example = "MuonEq([dict(kind='matrix', params=matrices, lr=0.02), dict(kind='adam', ...)])"
+            found = f"{', '.join(unknown)} of its own" if unknown else "parameters without a group"
+            raise TypeError(f"MuonEq takes a list of groups, as in {example}, not {found}")
+        # what torch's own class does not know, before it adds the groups
+        self.grads, self.comm = grads, Comm(process_group)
         self.step_count = 0
+        self.defaults: dict[str, Any] = {}
         self.units: list[Unit] = []
         self.named: dict[str, Tensor] = {}
-        super().__init__(groups, {})  # adds the groups one after the other
+        super().__init__(groups, {})
+        # Schedulers ask whether there is a momentum; a group of Adam does not read the one that they set.
+        momenta = [group["momentum"] for group in self.param_groups if "momentum" in group]
+        self.defaults = {"lr": self.param_groups[0]["lr"], "momentum": (momenta or [0.0])[0]}
+        self._compare_ranks()
 
     # ---- groups: names, matrices, units
 
     def add_param_group(self, param_group: dict) -> None:
-        """Check a group, fill in its defaults and divide its parameters into units."""
+        """Check a group, fill in its defaults and divide its parameters into units. Every rank calls it."""
         group = checked_group(param_group)
         named = self._named(group["params"])
         stacks = self._stacks(group, named)
-        # Unwrapped: torch's wrapper imports its compiler, which takes a second and is of no use here.
-        add = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-        add(self, {**group, "params": list(named.values())})
+        self.param_groups.append({**group, "params": list(named.values())})
         self.named |= named
-        self.units += [Unit(self.param_groups[-1], stack, self.comm) for stack in stacks]
+        for stack in stacks:
+            unit = Unit(self.param_groups[-1], stack, self.comm)
+            unit.group_number = len(self.param_groups) - 1
+            self.units.append(unit)
+            self._show_state(unit)
         # the order of the updates: small before large
         self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
-        if self.grads == "token_sum":
-            # Sums of several backward passes need fp32, which the parameter itself may not have.
-            for p in named.values():
-                p.grad_dtype = torch.float32
+        if self.defaults:  # else there are more groups to come
+            self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """ValueError on all ranks where their parameters differ: they would overwrite each other's."""
+        own = [f"{len(self.param_groups)} groups, grads={self.grads!r}"]
+        for group, names in zip(self.param_groups, self._names()):
+            for name, p in zip(names, group["params"]):
+                own.append(f"{group['kind']} parameter {name!r} {tuple(p.shape)} {p.dtype}")
+        ranks = self.comm.all_gather_object(own)
+        for rank, other in enumerate(ranks):
+            for here, there in itertools.zip_longest(ranks[0], other, fillvalue="nothing more"):
+                if here != there:
+                    raise ValueError(
+                        f"rank {rank} has {there} where rank 0 has {here}: the ranks of an optimizer hold "
+                        "the same parameters; process_group takes those that do"
+                    )
+
+    def _show_state(self, unit: Unit) -> None:
+        """Fill `optimizer.state`, which others read and may add to, and prepare gradients."""
+        for p, views in zip(unit.params, unit.views()):
+            self.state[p].update(views)
+            if self.grads == "token_sum":
+                # Sums of several backward passes need fp32, which the parameter itself may not have.
+                p.grad_dtype = unit.precision
 
     def _named(self, params: Any) -> dict[str, Tensor]:
         """The parameters of a group by name; a parameter without a name is called by its number."""
         named: dict[str, Tensor] = {}
         for item in [params] if isinstance(params, Tensor) else params:
             number = str(len(self.named) + len(named))
-            name, p = item if isinstance(item, tuple) else (number, item)
+            name, p = item if isinstance(item, tuple) and len(item) == 2 else (number, item)
+            if not isinstance(p, Tensor):
+                raise TypeError(f"a parameter is a tensor or a pair (name, tensor), not {item!r}")
+            if not p.is_floating_point():
+                raise ValueError(f"parameter {name!r} is {p.dtype}; MuonEq takes real floating-point numbers")
+            if not p.is_leaf:
+                raise ValueError(f"parameter {name!r} is computed from others; it has no gradient of its own")
             known = {**self.named, **named}
             if name in known or any(p is other for other in known.values()):
                 raise ValueError(f"parameter {name!r} appears twice")
@@ -1773,7 +2012,7 @@ class MuonEq(torch.optim.Optimizer):
         """Factors on the learning rate of the matrices of each parameter: the entries of lr_mul in turns."""
         if group["kind"] == "adam":
             return {name: [1.0] for name in named}
-        lr_mul = np.atleast_1d(group["lr_mul"]).tolist()
+        lr_mul = [float(factor) for factor in np.atleast_1d(group["lr_mul"])]
         matrices = {}
         for name, p in named.items():
             if p.ndim not in (2, 3):
@@ -1798,16 +2037,31 @@ class MuonEq(torch.optim.Optimizer):
         return [unit for unit in self.units if (step + 1) % unit.group["every"] == 0]
 
     @torch.no_grad()
-    def step(self, *, tokens: int | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None, *, tokens: int | None = None) -> Any:
         """Update the groups that are due.
 
-        `tokens` is the global count of targets behind the gradients, for grads="token_sum" only.
+        A `closure` computes the gradients first; what it returns, the loss, is returned. `tokens` is the
+        global count of targets behind the gradients, for grads="token_sum" only.
         """
         summed = self.grads == "token_sum"
         if summed != (tokens is not None) or tokens == 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        update = self._update
+        if torch.compiler.is_compiling():  # what follows is no part of a graph
+            update = torch.compiler.disable(update)
+        update(tokens if summed else 1)
+        return loss
+
+    def _update(self, tokens: int) -> None:
+        """The three phases, for gradients that are divided by the sum of `tokens` since the last update."""
+        self._check_settings()
+        summed = self.grads == "token_sum"
         for unit in self.units:
-            unit.tokens += tokens if summed else 1
+            unit.tokens += tokens
         active = self._active(self.step_count)
         self.step_count += 1
 
@@ -1834,23 +2088,43 @@ class MuonEq(torch.optim.Optimizer):
                 for _, p, part in unit.unstack(full):
                     p.copy_(part.view(p.shape))
 
-    def zero_grad(self) -> None:
-        """Drop the gradients of the groups that the last step updated; the others go on accumulating."""
+    def _check_settings(self) -> None:
+        """Check again what is no number, where it was changed since the last step."""
+        for unit in self.units:
+            unit.group = group = self.param_groups[unit.group_number]  # somebody may have put a new one there
+            words = [value for value in group.values() if isinstance(value, str) or callable(value)]
+            if words != unit.words:
+                check_values(group)
+                unit.words = words
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the groups that the last step updated; the others go on accumulating.
+
+        With `set_to_none` false they become zeros.
+        """
         for unit in self._active(self.step_count - 1):
             for p in unit.params:
-                p.grad = None
+                if set_to_none or p.grad is None:
+                    p.grad = None
+                else:
+                    p.grad.detach_().zero_()
 
     def bad_since(self) -> Tensor:
         """The first step, from 1, with a gradient in this rank's chunks that was not finite: (units,) fp32.
 
         Infinity where all were finite.
         """
-        return torch.stack([unit.bad_since for unit in self.units])
+        return torch.stack([unit.bad_since for unit in self.units]) if self.units else torch.zeros(0)
 
     # ---- state
 
     def reset(self) -> None:
-        """Forget all state and gradients; master copies are taken from the parameters again."""
+        """Forget all state and gradients; master copies are taken from the parameters again.
+
+        Weights that others change between two steps are noticed without it, and the moments stay. Where there
+        is a master copy, three things cannot be noticed: a change that low precision rounds away, one that
+        only a rank makes that does not own the weight, and one undone before the step.
+        """
         for p in self.named.values():
             p.grad = None
         for unit in self.units:
@@ -1873,50 +2147,167 @@ class MuonEq(torch.optim.Optimizer):
         """Give a parameter the moments of another one of its shape (tied weights that part)."""
         a, b = self.units_to_copy(source, target)
         b.reset()  # takes its master copy from the parameter
-        b.updates = a.updates
+        b.updates.copy_(a.updates)
         for key in a.moments():
             b.state[key].copy_(a.state[key])
 
     def state_dict(self) -> dict:
-        """Full unpadded fp32 state by parameter name, the same at any world size.
+        """The count of steps, the full unpadded state by parameter name, and the settings of the groups.
 
-        Collective: every rank calls it.
+        The same at any world size. Collective: every rank calls it. A group's "params" are names; functions
+        are not kept. What others have put into `optimizer.state` is kept as it is on this rank.
         """
-        state: dict[str, dict] = {}
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        # what the parameters are called
+        numbered = in_torch_checkpoint()
+        keys = {name: number if numbered else name for number, name in enumerate(self.named)}
+        # their state, gathered from all ranks
+        state: dict[str | int, dict] = {}
         for unit in self.units:
+            # the owners know best: a rank without a part of a parameter may not know that it was updated
+            updates = self.comm.all_reduce(unit.updates.to(unit.device, copy=True), dist.ReduceOp.MAX)
+            for name, count in zip(unit.names, updates.tolist()):
+                state[keys[name]] = {"updates": count}
             for key, chunk in unit.state.items():
                 full = chunk.new_empty(unit.size + unit.padding, *chunk.shape[1:])
                 self.comm.all_gather(full, chunk).wait()
                 for name, p, part in unit.unstack(full):
-                    of_parameter = state.setdefault(name, {"updates": unit.updates})
-                    of_parameter[key] = part.reshape(unit.shape_of(p, part)).clone()
-        scheduled = ("lr", "momentum", "weight_decay")
-        groups = [{key: group[key] for key in scheduled if key in group} for group in self.param_groups]
-        return {"step": self.step_count, "state": state, "groups": groups}
+                    state[keys[name]][key] = part.reshape(unit.shape_of(p, part)).clone()
+        for name, p in self.named.items():
+            if foreign := self._foreign_state(p):
+                state.setdefault(keys[name], {}).update(copy.deepcopy(foreign))
+        # the settings of their groups
+        groups = []
+        for group, names in zip(self.param_groups, self._names()):
+            kept = {key: value for key, value in group.items() if key != "params" and not callable(value)}
+            groups.append({**copied(kept), "params": [keys[name] for name in names]})
+        content = {"step": self.step_count, "state": state, "param_groups": groups}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, content)
+            content = content if changed is None else changed
+        return content
+
+    def _names(self) -> list[list[str]]:
+        """The names of the parameters of each group."""
+        names = {id(p): name for name, p in self.named.items()}
+        return [[names[id(p)] for p in group["params"]] for group in self.param_groups]
+
+    def _foreign_state(self, p: Tensor) -> dict[str, Any]:
+        """What others have put into `optimizer.state` of a parameter."""
+        return {k: v for k, v in self.state.get(p, {}).items() if k not in ("updates", *Unit.STATE)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a `state_dict` written at any world size.
+        """Take over a `state_dict` written at any world size; one without groups leaves the settings.
 
-        ValueError naming the parameter that does not fit.
+        ValueError naming the parameter or group that does not fit; then nothing is taken over.
         """
-        state = state_dict["state"]
-        expected = {}
+        content = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, content)
+            content = content if changed is None else changed
+        # does it fit?
+        if not isinstance(content.get("state"), dict):
+            raise ValueError(f"a state_dict of MuonEq has 'step' and 'state'; this one has {[*content]}")
+        state, groups = self._by_name(content)
+        settings = self._settings_from(groups)
+        self._check_state(state)
+        factors = []
+        for group, names in zip(settings, self._names()):
+            factors.append(self._lr_factors(group, {name: self.named[name] for name in names}))
+        # from here on nothing is refused
+        for group, new in zip(self.param_groups, settings):
+            group.update(new)
+        for unit in self.units:
+            of_group = factors[unit.group_number]
+            unit.lr_mul = unit.chunk_of_factors([x for name in unit.names for x in of_group[name]])
+            saved = [state[name] for name in unit.names]
+            for key, chunk in unit.state.items():
+                chunk.copy_(unit.stack([entry[key] for entry in saved])[unit.own])
+            unit.updates.copy_(torch.tensor([int(entry["updates"]) for entry in saved]))
+            unit.tokens = 0
+        for name, entry in state.items():
+            foreign = {key: value for key, value in entry.items() if key not in ("updates", *Unit.STATE)}
+            self.state[self.named[name]].update(copy.deepcopy(foreign))
+        # torch.distributed.checkpoint drops what it does not know
+        steps = [int(unit.updates.max()) * unit.group["every"] for unit in self.units]
+        self.step_count = content.get("step", max(steps, default=0))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _by_name(self, content: dict) -> tuple[dict[str, dict], list[dict] | None]:
+        """State by name and groups of a `state_dict`; numbers, as torch has them, go by position."""
+        state, groups = content["state"], content.get("param_groups", content.get("groups"))
+        saved = [key for group in groups or () for key in group.get("params", ())]
+        if not in_torch_checkpoint() and not any(isinstance(key, int) for key in saved):
+            return dict(state), groups
+        own = [name for names in self._names() for name in names]
+        if len(saved) != len(own):
+            raise ValueError(f"the state has {len(saved)} parameters, this optimizer {len(own)}")
+        name = dict(zip(saved, own))
+        groups = [{**group, "params": [name[key] for key in group["params"]]} for group in groups]
+        return {name.get(key, key): entry for key, entry in state.items()}, groups
+
+    def _check_state(self, state: dict[str, dict]) -> None:
+        """ValueError where state does not fit its parameter; a frozen parameter may have none."""
+        expected: dict[str, dict] = {}
         for unit in self.units:
             for name, p in zip(unit.names, unit.params):
-                expected[name] = {key: unit.shape_of(p, chunk) for key, chunk in unit.state.items()}
+                expected[name] = {key: tuple(unit.shape_of(p, chunk)) for key, chunk in unit.state.items()}
+                if name not in state and not p.requires_grad:
+                    zeros = {key: torch.zeros(shape) for key, shape in expected[name].items()}
+                    master = {"master": p} if "master" in zeros else {}
+                    state[name] = {"updates": 0, **zeros, **master}
         for name in expected.keys() | state.keys():
             saved = state.get(name, {})
-            found = {key: value.shape for key, value in saved.items() if isinstance(value, Tensor)}
-            if expected.get(name) != found:
+            found = {key: tuple(value.shape) for key, value in saved.items() if key in Unit.STATE}
+            if name not in self.named or expected.get(name, {}) != found:
                 raise ValueError(f"optimizer state of {name} is {found}, expected {expected.get(name)}")
+            if found and "updates" not in saved:
+                raise ValueError(f"optimizer state of {name} has no count of updates; MuonEq writes one")
+
+    def _settings_from(self, groups: list[dict] | None) -> list[dict]:
+        """The settings of each group after loading; ValueError where saved groups are not those of now."""
+        if groups is None:
+            return [{**group} for group in self.param_groups]
+        if len(groups) != len(self.param_groups):
+            counts = f"{len(groups)} parameter groups, this optimizer {len(self.param_groups)}"
+            raise ValueError(f"the state has a different number of parameter groups: {counts}")
+        by_names = {frozenset(group["params"]): group for group in groups if group.get("params")}
+        settings = []
+        for group, names, saved in zip(self.param_groups, self._names(), groups):
+            if by_names and names:
+                saved = by_names.get(frozenset(names))  # wherever it stands
+            if saved is None or saved.get("kind", group["kind"]) != group["kind"]:
+                wanted = f"{group['kind']} group of the parameters {', '.join(names)}"
+                raise ValueError(f"the state has no {wanted}")
+            settings.append({**group, **copied({**saved, "params": None}), "params": group["params"]})
+            check_values(settings[-1])
+        return settings
+
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: each rank its own chunks, for as many processes."""
+        foreign = {p: state for p in self.named.values() if (state := self._foreign_state(p))}
+        own = ("grads", "comm", "step_count", "units", "named")
+        return {**super().__getstate__(), "state": foreign, **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        foreign = collections.defaultdict(dict, state["state"])
+        defaults = dict(state["defaults"])
+        super().__setstate__({**state, "state": foreign})
+        self.defaults = defaults  # torch adds a field that no group has
         for unit in self.units:
-            for key, chunk in unit.state.items():
-                chunk.copy_(unit.stack([state[name][key] for name in unit.names])[unit.own])
-            unit.updates, unit.tokens = state[unit.names[0]]["updates"], 0
-        for group, saved in zip(self.param_groups, state_dict["groups"]):
-            group.update(saved)
-        self.step_count = state_dict["step"]
+            unit.comm = self.comm
+            processes = (unit.size + unit.padding) // unit.chunk
+            if processes != self.comm.world_size or unit.own.start != self.comm.rank * unit.chunk:
+                raise ValueError(
+                    f"this rank of {self.comm.world_size} did not write this copy of an optimizer on "
+                    f"{processes} processes; a state_dict fits any number"
+                )
+            self._show_state(unit)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3064,7 +3455,7 @@ class Trainer:
         if found["step"] > self.num_steps:
             raise Refusal(f"checkpoint of step {found['step']}: the schedule has only {self.num_steps} steps")
         try:  # learning rates and the like are the track's, not those of the checkpoint
-            self.optimizer.load_state_dict({**found["optimizer"], "groups": []})
+            self.optimizer.load_state_dict({key: found["optimizer"][key] for key in ("step", "state")})
             self.model.load_state_dict(found["model"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise Refusal(f"checkpoint {path} does not fit: {error}") from None
@@ -3510,8 +3901,9 @@ def help_section(section: str) -> str:
         raise ValueError(f"there is no section {section!r}; there are {', '.join(sections)}")
     lines = []
     for f, kind in fields_of(type(sections[section])):
-        least = f.metadata["minimum"]
+        least, below = f.metadata["minimum"], f.metadata["below"]
         bound = f", at least {least:g}" if least > -math.inf else ""
+        bound += f", below {below:g}" if below < math.inf else ""
         lines += [f"--{section}.{f.name} VALUE", f"    {type_in_words(kind)}{bound}"]
         lines += [f"    {f.metadata['meaning']}"]
         for name, track in TRACKS.items():

@@ -7,6 +7,7 @@ hang or disturb the others.
 """
 
 import contextlib
+import copy
 import datetime
 import functools
 import multiprocessing
@@ -188,6 +189,64 @@ def large_and_small(rank, world):
     return opt.state_dict()["state"]
 
 
+DIFFERENCES = {
+    "name": (("a", (4, 6), FP32), ("b", (4, 6), FP32)),
+    "shape": (("a", (4, 6), FP32), ("a", (6, 4), FP32)),
+    "dtype": (("a", (4, 6), FP32), ("a", (4, 6), BF16)),
+}
+
+
+def different_ranks(rank, world):
+    """What is said when the last rank has another parameter, at construction and later."""
+    said = []
+    for pair in DIFFERENCES.values():
+        name, shape, dtype = pair[rank == world - 1]
+        group = MATRIX | dict(params=[(name, torch.zeros(shape, dtype=dtype))])
+        same = ADAM | dict(params=[("same", torch.zeros(3))])
+        later = MuonEq([same])
+        for build in (MuonEq, later.add_param_group):
+            try:
+                build(group)
+                said.append("nothing")
+            except ValueError as error:
+                said.append(str(error))
+    return dict(said=said)
+
+
+def apart(rank, world):
+    """Each rank an optimizer of its own, of one process; it is copied, not pickled."""
+    groups = [dist.new_group([other]) for other in range(world)]
+    w = randn((3, 4, 6), rank).requires_grad_()
+    opt = MuonEq([MATRIX | dict(params=[w])], process_group=groups[rank])
+    outside = MATRIX | dict(params=[torch.zeros(4, 4)])
+    said = "nothing"
+    try:
+        MuonEq([outside], process_group=groups[rank - 1])
+    except ValueError as error:
+        said = str(error)
+    for step in range(2):
+        w.grad = randn(w.shape, rank, step)
+        opt.step()
+    return dict(weights=w.detach(), said=[said], state=copy.deepcopy(opt).state_dict()["state"])
+
+
+def broadcast(rank, world):
+    """bf16 weights that rank 0 changes and sends to all between two steps: the largest before and after."""
+    params = [torch.ones(5, 4, 4, dtype=BF16).requires_grad_(), torch.ones(7, dtype=BF16).requires_grad_()]
+    opt = MuonEq([MATRIX | dict(params=params[:1], lr=1e-4), ADAM | dict(params=params[1:], lr=1e-4)])
+    sizes = []
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        sizes.append([p.detach().abs().max().item() for p in params])
+        for p in params:
+            if rank == 0:
+                p.data.zero_()
+            dist.broadcast(p.detach(), src=0)
+    return dict(sizes=torch.tensor(sizes))
+
+
 # --------------------------------------------------------------------------------------------------
 # Processes
 
@@ -206,9 +265,8 @@ def process_group(folder, name, rank, world):
 def worker(rank, world, folder):
     """Runs every case and saves the result, or the traceback as a string."""
     torch.set_num_threads(1)
-    jobs = {name: functools.partial(run, case) for name, case in CASES.items()} | {
-        "large_and_small": large_and_small
-    }
+    jobs = {name: functools.partial(run, case) for name, case in CASES.items()}
+    jobs |= {job.__name__: job for job in (large_and_small, different_ranks, apart, broadcast)}
     for name, case in RESUME.items():
         if world == SAVED_AT:
             jobs[name] = functools.partial(run, case, last=SAVED_STEPS)
@@ -328,7 +386,7 @@ def test_same_weights_and_state_at_any_world_size(results, name, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("absent")])
-def test_missing_gradients_count_as_zero(results, name, world):
+def test_a_gradient_is_missing_where_no_rank_has_one(results, name, world):
     case = CASES[name]
     expected = alone(name) if case.grads == "mean" else absent_reference(case, world)
     check_run(results(name, world)[0], expected)
@@ -376,3 +434,34 @@ def test_checkpoint_continues_at_another_world_size(results, name, world):
     resumed = results(name, world)[0]
     check_run(resumed, straight | dict(history=straight["history"][SAVED_STEPS:]))
     assert resumed["state"]["step"] == ALL_STEPS
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_ranks_with_other_parameters_are_refused_in_one_sentence(results, world):
+    last = world - 1
+    for result in results("different_ranks", world):
+        for i, (there, here) in enumerate((b, a) for (a, b) in DIFFERENCES.values()):
+            for said in result["said"][2 * i : 2 * i + 2]:
+                expected = [f"matrix parameter {n!r} {s} {d}" for n, s, d in (there, here)]
+                assert said.startswith(f"rank {last} has {expected[0]} where rank 0 has {expected[1]}: ")
+                assert "\n" not in said
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_process_group_of_ones_own(results, world):
+    for rank, result in enumerate(results("apart", world)):
+        w = randn((3, 4, 6), rank).requires_grad_()
+        opt = MuonEq([MATRIX | dict(params=[w])])
+        for step in range(2):
+            w.grad = randn(w.shape, rank, step)
+            opt.step()
+        assert torch.equal(result["weights"], w)
+        assert torch.equal(result["state"]["0"]["momentum"], opt.state_dict()["state"]["0"]["momentum"])
+        assert result["said"] == ["this process is not in the process_group of the optimizer"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_weights_that_are_broadcast_are_taken_over(results, world):
+    for result in results("broadcast", world):
+        before, after = result["sizes"]
+        assert (before > 0.9).all() and (after < 1e-3).all() and (after > 0).all()

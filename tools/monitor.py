@@ -120,6 +120,7 @@ class Monitor:
             train_gpt.Unit.decay,
             train_gpt.orthogonalize,
             train_gpt.attend,
+            train_gpt.power_of_two,
         )
         units, layers = trainer.optimizer.units, trainer.track.model.layers
         self.rows = {name: i for i, name in enumerate(name for unit in units for name in unit.names)}
@@ -158,7 +159,8 @@ class Monitor:
             if self.trainer.comm.rank == 0:
                 self.probe()
         unit = dict(update=lambda *args: self.update(*args), decay=lambda *args: self.decay(*args))
-        with put(train_gpt.Unit, **unit), put(train_gpt, orthogonalize=self.orthogonalize):
+        functions = dict(orthogonalize=self.orthogonalize, power_of_two=self.power_of_two)
+        with put(train_gpt.Unit, **unit), put(train_gpt, **functions):
             self.step(tokens=tokens)
         with self.timed():
             self.report(done, active)
@@ -187,7 +189,7 @@ class Monitor:
 
     def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         with self.timed():
-            self.unit, self.place = unit, unit.own.start
+            self.unit = unit
             weights = unit.state.get("master", unit.stack(unit.params)[unit.own])
             change = self.buffer[: weights.numel()].view_as(weights).copy_(weights)
         pending = self.originals[0](unit, grad, scale)
@@ -200,25 +202,32 @@ class Monitor:
                 row[GRADIENT] = square_sum(grad[part]) * scale**2
         return pending
 
+    def power_of_two(self, size: Tensor) -> Tensor:
+        self.power = self.originals[4](size)
+        return self.power
+
     def orthogonalize(self, x: Tensor, *args: Any) -> Tensor:
         y = self.originals[2](x, *args)
         with self.timed():
             begin = 0
             for name, count in zip(self.unit.names, self.unit.counts):
-                at = begin + self.turn % count - self.place
+                at = begin + self.turn % count - self.unit.own.start - self.unit.part.start
                 if 0 <= at < len(x):
                     row = self.found[self.rows[name]]
                     row[ENTERING], row[LEAVING] = singular_range(x[at]), singular_range(y[at])
+                    if self.unit.group["equilibrate"] == "none":  # in the size of the momentum
+                        row[ENTERING] /= self.power[at].item()
                 begin += count
         return y
 
-    def decay(self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any) -> None:
-        """Called for the unit's slices in turn, after `orthogonalize`."""
+    def decay(self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor) -> None:
+        """Called for each slice of a unit that is updated."""
         with self.timed():
-            for name, part in pieces(unit, self.place, len(weights)) if cautious(unit) else ():
-                self.found[self.rows[name], DECAYED] += agree(update[part] * weights[part], 0).count_nonzero()
-            self.place += len(weights)
-        self.originals[1](unit, weights, update, agree)
+            place = unit.own.start + unit.part.start
+            for name, part in pieces(unit, place, len(weights)) if cautious(unit) else ():
+                agrees = agree(update[part] * weights[part], 0) & (alive[part] if alive.ndim else alive)
+                self.found[self.rows[name], DECAYED] += agrees.count_nonzero()
+        self.originals[1](unit, weights, update, agree, alive)
 
     def report(self, step: int, active: Sequence[train_gpt.Unit]) -> None:
         found = [

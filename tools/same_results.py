@@ -239,10 +239,15 @@ class Finding:
 
 
 def flat_state(optimizer: Mapping[str, Any]) -> dict[str, Tensor | int]:
-    """Moments, master copies and counts of updates by parameter; how the groups are divided is no result."""
+    """Moments, master copies and counts of updates by parameter; how the groups are divided is no result.
+
+    The count of a parameter that never had a gradient is left out: older builds count steps, younger ones 0.
+    """
     parts = {"step": optimizer["step"]}
     for name, part in optimizer["state"].items():
-        parts |= {f"{name}.{key}": value for key, value in part.items()}
+        moments = [value for key, value in part.items() if key not in ("updates", "master")]
+        never = not any(moment.any() for moment in moments)
+        parts |= {f"{name}.{key}": value for key, value in part.items() if not (never and key == "updates")}
     return parts
 
 
