@@ -26,7 +26,12 @@ makes data, keeps runs safe and says what is wrong.
 
 from __future__ import annotations
 
+import gc
 import os
+
+if __name__ == "__main__":
+    # What a start makes is kept for the whole run; looking through it for garbage takes half a second.
+    gc.disable()  # until training begins
 
 if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
     # How often a thread looks for work before it sleeps; OpenMP reads it when torch is loaded. With its own
@@ -44,7 +49,6 @@ import datetime
 import difflib
 import errno
 import functools
-import gc
 import hashlib
 import importlib.util
 import itertools
@@ -372,7 +376,7 @@ class Run(Settings):
         "normal", "low: blocks are recomputed in the backward, few logits at a time"
     )
     micro_rows: int = field(
-        0, "rows of a forward pass, without effect on the result; 0: about 8,192 tokens", 0
+        0, "rows of a forward pass, without effect on the result; 0: 4,096 or 8,192 tokens", 0
     )
     threads: int = field(0, "CPU threads of a process; 0: cores over processes", 0)
     checkpoint_every: int = field(0, "steps between checkpoints, the end has one too; 0: none", 0)
@@ -2381,6 +2385,10 @@ def momentum_at(schedule: Schedule, step: int) -> float:
 CHECKPOINT_FORMAT = "train_gpt checkpoint 2"
 CHECKPOINTS_KEPT = 2
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")  # in the log
+PASS_TOKENS = 8192  # of a forward pass where --micro_rows does not say how many rows it has
+# On a CPU inductor adds up to 4,096 numbers in another way than more of them: passes of at most so many
+# tokens share one graph.
+ONE_GRAPH_TOKENS = 4096
 BYTE_VOCABULARY = 257  # 256 bytes and the document start: such a corpus needs no tokenizer
 PROMPT, TEXT_BYTES, TEXT_SECONDS = "HAMLET.\n", 200, 5.0  # of the text after a run, and the most of it
 # What settings were called before December 2026: checkpoints of that time are read, options are told apart.
@@ -3046,8 +3054,10 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     return name if dtype.itemsize == 2 and supports(device, "flash") else "blocked"
 
 
-def rows_per_pass(track: Track, run: Run, world_size: int, batch: int = 1) -> int:
-    """Rows of a forward pass in stages of this `batch`.
+def rows_per_pass(
+    track: Track, run: Run, world_size: int, batch: int = 1, tokens: int = PASS_TOKENS
+) -> int:
+    """Rows of a forward pass in stages of this `batch`: as many as have `tokens`, or as asked for.
 
     ValueError for a number of processes or of rows that does not divide the rows of a step.
     """
@@ -3061,7 +3071,7 @@ def rows_per_pass(track: Track, run: Run, world_size: int, batch: int = 1) -> in
         if local % run.micro_rows:
             raise ValueError(f"micro_rows {run.micro_rows} does not divide the {local} rows of a process")
         return run.micro_rows
-    most = max(1, 8192 // track.data.row_tokens)
+    most = max(1, tokens // track.data.row_tokens)
     return max(n for n in range(1, most + 1) if local * batch % n == 0)
 
 
@@ -3118,6 +3128,27 @@ def sooner(history: dict[str, list[float]]) -> tuple[str, str]:
     return "whole", "the graphs are in the cache"
 
 
+def make_header(folder: Path) -> None:
+    """Let torch make the header of its C++ kernels in a `folder`, in a thread, while the model is traced.
+
+    It takes four seconds, and otherwise the first kernel waits for it. The header is made for the flags of a
+    kernel, hence with one.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    source = """
+        #include <torch/csrc/inductor/cpp_prefix.h>
+        extern "C" void kernel(float* x) { at::vec::Vectorized<float>(1.0f).store(x); }
+    """
+
+    def make() -> None:
+        with contextlib.suppress(Exception):  # whatever is wrong, the first kernel says it
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+
+    if not any(folder.glob("*.gch")):
+        threading.Thread(target=make, name="make_header", daemon=True).start()
+
+
 def prepare_compiler(device: torch.device) -> dict[str, Any]:
     """Set up torch's compiler; returns what the log says of its settings.
 
@@ -3142,6 +3173,8 @@ def prepare_compiler(device: torch.device) -> dict[str, Any]:
     # What the processor says it has is not tried out by test programs, which takes seconds.
     if device.type == "cpu" and hasattr(inductor.cpp, "vec_isa_ok"):
         inductor.cpp.vec_isa_ok = settings["vec_isa_ok"] = True
+    if settings.get("precompiled_header"):
+        make_header(headers)
     return settings
 
 
@@ -3170,8 +3203,10 @@ class Trainer:
         self.untie_step = untie_step(track, self.period)
         self.stage_starts = {*stage_begins(schedule), self.untie_step}  # steps before which the model changes
         self.longest = max(stage.document_cut for stage in schedule.stages)
+        tokens = ONE_GRAPH_TOKENS if self.one_graph else PASS_TOKENS
         self.rows_per_pass = {
-            stage.batch: rows_per_pass(track, run, comm.world_size, stage.batch) for stage in schedule.stages
+            stage.batch: rows_per_pass(track, run, comm.world_size, stage.batch, tokens)
+            for stage in schedule.stages
         }
         self.num_steps = total_steps(schedule)
         row_tokens = sum(stages_until(schedule, step)[-1].batch for step in range(self.num_steps))
@@ -3219,6 +3254,9 @@ class Trainer:
         if not run.threads and before.get("world_size") == self.comm.world_size:
             torch.set_num_threads(before["threads"])
             self.environment["threads"] = before["threads"]
+        earlier = before.get("waiting", waiting())
+        if earlier != waiting():  # OpenMP has read it by now; results do not depend on it
+            self.progress.say(f"threads wait as in {waiting()}, those of the run before as in {earlier}")
         self.history = on_rank_0(self.comm, lambda: history_file(self))
         if run.compile != "auto":
             self.compiled, why = run.compile, "asked for"
@@ -3236,6 +3274,7 @@ class Trainer:
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
+        self.one_graph = self.compiled == "whole" and self.device.type == "cpu"  # for any number of rows
 
     def look_for_compiler(self) -> str:
         """Why nothing can be compiled here; "" where it can or is not wanted. Refusal if it was asked for."""
@@ -3295,6 +3334,9 @@ class Trainer:
         for rows in zip(*(x.split(size) for x in batch)):
             inputs, targets, offsets = (x.to(self.device, non_blocking=True) for x in rows)
             self.comm.calls += 1  # a sign of life for `watch`
+            if self.one_graph and len(inputs) > 1:  # torch takes a size of 1 for a constant
+                for x in (inputs, targets, offsets):
+                    torch._dynamo.mark_dynamic(x, 0)
             losses = self.model(inputs, targets, offsets, self.stage.windows, self.longest, len(weights) - 1)
             losses.backward(weights)
             total += losses[0].detach()
@@ -3534,7 +3576,7 @@ class Trainer:
     def mode(self) -> dict[str, Any]:
         """How the run computes, which a run that goes on keeps."""
         mode = {"compiled": self.compiled, "threads": torch.get_num_threads()}
-        return {**mode, "world_size": self.comm.world_size}
+        return {**mode, "world_size": self.comm.world_size, "waiting": waiting()}
 
     def save(self) -> None:
         """Collective: rank 0 writes a checkpoint, the others wait for it."""
@@ -3574,6 +3616,8 @@ class Trainer:
         if self.compiled != "none":
             torch.compiler.set_stance("fail_on_recompile")
         gc.collect()
+        gc.freeze()  # none of what is there by now will be garbage
+        gc.enable()
         val, stopping = {}, False
         if self.done == self.num_steps:  # a run that was killed between its last checkpoint and its end
             val = self.validate(evaluation.windows)
@@ -4150,6 +4194,7 @@ def main(argv: Sequence[str], work: Callable[[Trainer], Any] = lambda trainer: t
         if in_use:
             if not run.resume:
                 raise ValueError("--evaluate and --sample need --resume PATH, a checkpoint")
+            gc.enable()
             return evaluate_checkpoint(run, device) if run.evaluate else sample_checkpoint(run, device)
         # the run
         job = start_processes(run, device, rank, world_size) if os.environ.get("WORLD_SIZE") else None

@@ -162,13 +162,19 @@ def train(argv: list[str], main: Callable[[list[str]], Any] = train_gpt.main) ->
     return outcome
 
 
+def no_traceback(*said: str) -> None:
+    """What every test of bad input says of all that a program printed."""
+    assert not any("Traceback" in text for text in said), said
+
+
 def refusal(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     """The one sentence with which a command line is refused, without the program's name."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train(argv)
     assert stop.value.code not in (0, None)
-    error = capsys.readouterr().err
+    output, error = capsys.readouterr()
+    no_traceback(output, error)
     assert error.startswith("train_gpt.py: ") and error.endswith("\n") and error.count("\n") == 1, error
     return error.removeprefix("train_gpt.py: ").strip()
 
@@ -178,7 +184,7 @@ def one_sentence(status: int | None, said: str, begins: str) -> str:
 
     Returns it without the name.
     """
-    assert "Traceback" not in said, said
+    no_traceback(said)
     assert status not in (0, None) and said.startswith(begins) and said.endswith("\n"), (status, said)
     assert said.count("\n") == 1, said
     return said.removeprefix(begins).strip()

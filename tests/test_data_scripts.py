@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import fineweb
 import shakespeare
 import shards
-from helpers import ROOT, one_sentence
+from helpers import ROOT, no_traceback, one_sentence
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -726,7 +726,8 @@ def test_every_refusal_is_one_sentence(tmp_path: Path, name: str) -> None:
     before = contents(tmp_path)
     done = run_script(script, *words, DATA_DIR=str(tmp_path))
     assert says in one_sentence(done.returncode, done.stderr, f"data/{script}: ")
-    assert "Traceback" not in done.stdout and contents(tmp_path) == before
+    no_traceback(done.stdout)
+    assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["taken"]
 
 

@@ -59,7 +59,7 @@ def bytes_near(content: bytes) -> st.SearchStrategy[bytes]:
     return changes.map(apply)
 
 
-def one_sentence(error: ValueError, name: str) -> None:
+def short_and_named(error: ValueError, name: str) -> None:
     assert name in str(error) and "\n" not in str(error) and len(str(error)) < 600, error
 
 
@@ -93,7 +93,7 @@ def test_changed_shards_are_refused_or_read_as_what_they_hold(
     try:
         checked = train_gpt.check_data(track, folder)
     except ValueError as error:
-        one_sentence(error, str(folder) if "epochs" not in str(error) else "train")
+        short_and_named(error, str(folder) if "epochs" not in str(error) else "train")
         return
     assert checked["documents"] > 0
     if name != "manifest.json":
@@ -129,7 +129,7 @@ def test_a_changed_checkpoint_is_refused_by_name(
     try:
         found = train_gpt.load_checkpoint(path, {})
     except ValueError as error:
-        one_sentence(error, str(path))
+        short_and_named(error, str(path))
         return
     assert sign or changed == content
     assert isinstance(found["step"], int)
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_name(
     train_gpt.save_checkpoint(path, {**content, "format": value})
     with pytest.raises(ValueError) as error:
         train_gpt.load_checkpoint(path, {})
-    one_sentence(error.value, str(path))
+    short_and_named(error.value, str(path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_changed_log_is_refused_by_name_or_goes_on_in_whole_lines(
     try:
         log.open(2)
     except ValueError as error:
-        one_sentence(error, str(path))
+        short_and_named(error, str(path))
         return
     finally:
         if log.file:
@@ -198,7 +198,7 @@ def test_the_records_read_a_changed_log_or_refuse_it_by_name(
     try:
         run = logs.read_log(path)
     except ValueError as error:
-        one_sentence(error, str(path))
+        short_and_named(error, str(path))
         return
     assert run.header["event"] == "header"
 

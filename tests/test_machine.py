@@ -14,7 +14,7 @@ import pytest
 import launch
 import on_gpu
 import train_gpt
-from helpers import ROOT, finish, options, refusal, start, train, train_with
+from helpers import ROOT, finish, no_traceback, options, refusal, start, train, train_with
 from lib import runner, threads
 
 pytestmark = pytest.mark.usefixtures("data_dir")
@@ -238,6 +238,7 @@ def test_a_system_without_fcntl_is_refused_in_words(tmp_path: Path, script: str,
     code = WITHOUT.format(root=str(ROOT)) + "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(ROOT / script), "--track", "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    no_traceback(done.stdout, done.stderr)
     assert done.returncode == 1 and done.stdout == ""
     *before, refused = done.stderr.splitlines()
     assert refused == f"{name}: this needs Linux or macOS; on Windows use WSL"

@@ -9,12 +9,13 @@ import pytest
 import on_gpu
 import train_gpt
 from helpers import options
+from lib import made_up
 
 
 def test_made_up_tokens_are_enough_for_what_is_run(tmp_path):
     short = {name.replace(".", "__"): value for name, value in on_gpu.SHORT_RUN.items()}
     track, _ = train_gpt.parse_command_line(options(**short))
-    on_gpu.make_tokens(tmp_path, track)
+    made_up.make_tokens(tmp_path, track, on_gpu.STEPS)
     checked = train_gpt.check_data(track, tmp_path)
     assert len(checked["digests"]) == 2 and checked["documents"] > 1
     tokens = train_gpt.read_shard(tmp_path / "train_000001.bin")

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_gpt
-from helpers import ROOT, events, make_corpus, options
+from helpers import ROOT, events, make_corpus, options, train
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,11 @@ def test_a_resumed_run_keeps_its_mode(tmp_path: Path) -> None:
     times.write_text(json.dumps({"whole": [0.0, 0.0]}))
     (path,) = (tmp_path / "logs").glob("*/step_000020.pt")
     found = train_gpt.load_checkpoint(path, {})
+    waiting = found["mode"].pop("waiting")
     assert found["mode"] == {"compiled": "none", "threads": 1, "world_size": 1} and "mode" not in found["key"]
+    assert "3000" in waiting
     header, said = run(tmp_path, *words, "--resume", str(path))
+    assert "threads wait as" not in said
     assert "compiled" not in said and header["compiled"] == "none"
 
 
@@ -87,10 +91,12 @@ def test_a_resumed_run_goes_on_uncompiled_where_the_compiler_is_gone(
     content = train_gpt.load_checkpoint(path, {})
     content["mode"]["compiled"] = "whole"
     earlier = tmp_path / "earlier.pt"
+    content["mode"]["waiting"] = "OMP_WAIT_POLICY=active"
     train_gpt.save_checkpoint(earlier, {key: value for key, value in content.items() if key != "format"})
     monkeypatch.setenv("CXX", "/nothing/g++")
     _, said = run(tmp_path, *words, "--resume", str(earlier))
     assert "not compiled: there is no compiler /nothing/g++" in said
+    assert "the run before as in OMP_WAIT_POLICY=active" in said
 
 
 def test_an_uncompiled_run_does_without_the_compiler(tmp_path: Path) -> None:
@@ -103,17 +109,74 @@ def test_an_uncompiled_run_does_without_the_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_compiled_run_has_one_graph_for_passes_of_any_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced only: what inductor makes of it does not matter here."""
+    make_corpus(tmp_path / "data")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, **rest: compiler(part, backend="eager", **rest))
+    torch._dynamo.reset()
+    before = train_gpt.compiled_so_far()[0]
+    stages = "((0,(8,16)),(0.3,(8,16),2),(0.6,(8,16),3))"
+    words = options(out=tmp_path / "logs", compile="whole", schedule__stages=stages)
+    done = train([*words, "--data.rows", "2", "--model.tied", "0"])
+    assert done.final["compiles_in_timed_region"] == 0
+    header = events(next((tmp_path / "logs").glob("*.jsonl")))[0]
+    assert header["micro_rows"] == [2, 4, 6] and header["graphs"] - before == 1
+
+
+def test_garbage_is_looked_for_in_training_not_before(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "data")
+    words = [*options(compile="none"), "--out", str(tmp_path / "logs")]
+    code = f"""
+import gc, runpy, sys, train_gpt
+sys.argv = ["train_gpt.py", *{words!r}]
+seen, start = [], train_gpt.time.monotonic
+def profile(frame, event, arg):
+    if event == "call" and frame.f_code.co_name in ("warm_up", "advance"):
+        seen.append((frame.f_code.co_name, gc.isenabled()))
+sys.setprofile(profile)
+runpy.run_path({str(ROOT / "train_gpt.py")!r}, run_name="__main__")
+assert {{*seen}} == {{("warm_up", False), ("advance", True)}}, {{*seen}}
+"""
+    places = {"DATA_DIR": str(tmp_path / "data"), "CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=places, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_header_of_kernels_is_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread, for the flags that kernels have, and not where it is already."""
+    from torch._inductor import codecache
+
+    asked = []
+    load = staticmethod(lambda types, source: asked.append((types, source, threading.current_thread())))
+    monkeypatch.setattr(codecache.CppPythonBindingsCodeCache, "load_pybinding", load)
+    for header in ((), ("x.h.gch",)):
+        for name in header:
+            (tmp_path / name).touch()
+        train_gpt.make_header(tmp_path)
+        for thread in {*threading.enumerate()} - {threading.main_thread()}:
+            thread.join(5) if thread.name.startswith("make_header") else None
+    ((types, source, thread),) = asked
+    assert types == ["float*"] and "cpp_prefix.h" in source and thread is not threading.main_thread()
+
+
 def test_private_names_of_torch_are_there() -> None:
     """A start is slower without them, not wrong: `prepare_compiler` leaves out what does not exist."""
     from torch._functorch import config as functorch
     from torch._inductor import codecache
     from torch._inductor import config as inductor
+    from torch._inductor.codegen.cpp import CppKernel
 
     assert hasattr(functorch, "autograd_cache_allow_custom_autograd_functions")
     assert hasattr(inductor.cpp, "vec_isa_ok")
     assert inductor.cpp_cache_precompile_headers
     header = inspect.getsource(codecache._precompile_header)
     assert "_HEADER_DIR" in header and "_HEADER_LOCK_DIR" in header
+    assert "4096" in inspect.getsource(CppKernel.need_use_acc_helper)  # ONE_GRAPH_TOKENS
     assert codecache.CppPythonBindingsCodeCache._get_uncompiled_header("cpu")  # that of the kernels
     add = torch.optim.Optimizer.add_param_group
     assert inspect.unwrap(add) is not add

@@ -10,6 +10,7 @@ the first process that failed, 130 after an interrupt.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -201,4 +202,5 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # as in train_gpt.py, which asks for it again before the clock
     sys.exit(main(sys.argv[1:]))

@@ -24,13 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import shards  # noqa: E402
+sys.path[:0] = [str(ROOT)]
 import train_gpt  # noqa: E402
+from lib import made_up  # noqa: E402
 
 SECONDS = 520
 STEPS = 12
@@ -40,26 +39,6 @@ SHORT_RUN = {
     "evaluation.every": 1000,
     "evaluation.log_every": 1,
 }
-
-
-def make_tokens(folder: Path, track: train_gpt.Track) -> None:
-    """Shards of tokens drawn by Zipf's law; the median document is a fifth of the cut (FineWeb's
-    has 403), the tail is long."""
-    data, rng, files = track.data, np.random.default_rng(0), {}
-    cut, batch = (
-        max(getattr(stage, name) for stage in track.schedule.stages) for name in ("document_cut", "batch")
-    )
-    need = {
-        "train_000001.bin": 3 * STEPS * data.rows * batch * data.row_tokens,
-        "val_000000.bin": 2 * track.evaluation.tokens,
-    }
-    for name, count in need.items():
-        rank = (data.vocab_size ** rng.random(count)).astype(np.uint16) - 1
-        tokens = np.where(rank == data.document_start, 0, rank).astype(np.uint16)
-        starts = np.cumsum(rng.lognormal(np.log(cut / 5), 1.0, count // 8).astype(int) + 8)
-        tokens[np.concatenate([[0], starts[starts < count]])] = data.document_start
-        files[name] = shards.write_shard(folder / name, tokens)
-    shards.write_manifest(folder, data.corpus, data.vocab_size, data.document_start, files)
 
 
 def file_name(name: str, ending: str) -> str:
@@ -175,7 +154,7 @@ def main() -> None:
     folder = Path(os.environ.get("DATA_DIR", ROOT / "data"))
     if not (folder / track.data.corpus / "manifest.json").exists():
         os.environ["DATA_DIR"] = str(out / "data")
-        make_tokens(out / "data" / track.data.corpus, track)
+        made_up.make_tokens(out / "data" / track.data.corpus, track, STEPS)
     measurements = Measurements(out, SECONDS)
     measure(measurements, options)
     measurements.save()

@@ -24,9 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lib import threads
+from lib.floors import visible_pairs
 
 if __name__ == "__main__":
     os.environ.update(threads.waiting())
@@ -62,13 +61,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, clock: train_gpt.Clock) -
     product = seconds_of(lambda: a @ b, clock)
     copy = seconds_of(lambda: target.copy_(source), clock)
     return 2 * size**3 / product, 2 * count / copy
-
-
-def visible_pairs(offsets: np.ndarray, window: int) -> int:
-    """Pairs (query, key) that attention looks at in rows with document `offsets` (B, M + 1)."""
-    lengths = np.diff(offsets).ravel().astype(np.int64)
-    inside = np.minimum(lengths, window + 1)  # a query at position p sees min(p, window) + 1 keys
-    return int((inside * (inside + 1) // 2 + (lengths - inside) * (window + 1)).sum())
 
 
 def optimizer_work(optimizer: train_gpt.MuonEq) -> tuple[float, float]:
