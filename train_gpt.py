@@ -189,7 +189,8 @@ class Settings:
                 raise ValueError(f"{f.name} takes {takes}, not {value!r}: {f.metadata['meaning']}") from None
             except OverflowError:
                 raise ValueError(f"{f.name} takes numbers below 1e30, not {value!r}") from None
-            values = np.atleast_1d(value) if minimum > -math.inf else ()  # the numbers of a tuple, each
+            # of a tuple each number
+            values = np.atleast_1d(value) if minimum > -math.inf else ()
             if any(x < minimum for x in values):
                 raise ValueError(f"{f.name} is at least {minimum}, not {value}")
             if any(x >= f.metadata["below"] for x in values):
@@ -1350,23 +1351,8 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
-LARGEST_SQUARED = 1e18  # of a gradient for Adam: the square of a larger one overflows, and nothing would move
-
-
-def largest(x: Tensor) -> Tensor:
-    """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
-    # abs().amax() and the norm of order inf take a CPU several times as long
-    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """1 / p for each `size`, p the power of two above it, or 1 where it is between 1e-9 and 1e9.
-
-    A matrix times that of its largest value is exact, and squares and their sums stay in the range of fp32.
-    """
-    in_range = (size > 2.0**-30) & (size < 2.0**30)
-    size = size.clamp_min(torch.finfo(size.dtype).tiny)
-    return (torch.frexp(size).mantissa / size).masked_fill_(in_range, 1.0)
+# Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
+LARGEST_SQUARED = 1e18
 
 
 class Polynomial(NamedTuple):
@@ -1459,8 +1445,36 @@ class Comm:
         return found
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
+    # abs().amax() and the norm of order inf take a CPU several times as long
+    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+
+
+def with_gradient(grad: Tensor, sums: Tensor) -> Tensor:
+    """Which matrices of `grad` (K, m, n) are not zero: (K, 1, 1). `sums` are the sums of their numbers."""
+    alive = sums != 0
+    # a sum of zero says nothing; asking a GPU would take longer than looking
+    if grad.is_cuda or not alive.all():
+        alive |= largest(grad) != 0
+    return alive
+
+
+def power_of_two(x: Tensor, alive: Tensor) -> Tensor | float:
+    """A factor for each matrix of x (K, m, n) with which squares of its numbers neither overflow nor vanish.
+
+    The product is exact. It is 1 for the usual sizes, and 0 for what is not `alive`.
+    """
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    in_range = (norm > 2.0**-30) & (norm < 2.0**30)
+    if not x.is_cuda and (alive & in_range).all():
+        return 1.0
+    size = largest(x).clamp_min(torch.finfo(x.dtype).tiny)
+    return (torch.frexp(size).mantissa / size).masked_fill_(in_range, 1.0) * alive
+
+
 def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """`value` for each matrix that is `alive` (K, 1, 1), which has a gradient, another for the rest."""
+    """`value` for each matrix that is `alive` (K, 1, 1), another for the rest."""
     return torch.full_like(alive, otherwise, dtype=dtype).masked_fill_(alive, value)
 
 
@@ -1558,7 +1572,8 @@ class Unit:
         self.names = [member.name for member in members]
         self.params = [member.param for member in members]
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
-        self.precision = torch.promote_types(self.dtype, torch.float32)  # of gradients, state and arithmetic
+        # of gradients, state and arithmetic
+        self.precision = torch.promote_types(self.dtype, torch.float32)
         self.matrix = group["kind"] == "matrix"
         # the stack and this rank's chunk of it
         self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
@@ -1737,7 +1752,8 @@ class Unit:
         for old, new in zip(master.split(size), now.split(size)):
             # of integers this takes a CPU a tenth of the time that a comparison takes
             different = old.to(self.dtype).view(bits) ^ new.view(bits)
-            if now.is_cuda or different.max() or different.min():  # a GPU would have to be waited for
+            # a GPU would have to be waited for
+            if now.is_cuda or different.max() or different.min():
                 old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
@@ -1763,19 +1779,20 @@ class Unit:
         """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
         group, mu, (m, n) = self.group, self.group["momentum"], self.tail
         # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
-        alive = largest(grad) != 0  # (C, 1, 1)
+        alive = with_gradient(grad, self.sums[self.part])  # (C, 1, 1)
         momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
         momentum.add_(grad, alpha=(1 - mu) * scale)
         if group["nesterov"]:
             update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale)
         else:
-            update = momentum.clone()
+            update = momentum
         # a size at which nothing overflows; a function gets the momentum as it is
         method, bound = group["orthogonalize"], group["norm_bound"]
-        size = largest(update)
         own = callable(ORTHOGONALIZERS.get(method, method))
-        update.mul_(alive if own else power_of_two(size) * alive)
-        alive |= size == 0  # before its first gradient it decays, as a matrix in training does
+        power = alive if own else power_of_two(update, alive)
+        if isinstance(power, Tensor):
+            alive = alive | (largest(momentum) == 0)  # before its first gradient a matrix decays
+            update = update * power
         # balance, then orthogonalise
         mode = group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
@@ -2076,7 +2093,9 @@ class MuonEq(torch.optim.Optimizer):
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            finite = chunk.sum().isfinite()  # one pass; a largest absolute value takes a CPU 40 times as long
+            # of each matrix; a largest absolute value takes a CPU 40 times as long
+            unit.sums = chunk.sum((-2, -1), keepdim=True) if unit.matrix else chunk.sum()
+            finite = unit.sums.isfinite().all()
             unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.step_count))
             gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
             unit.tokens = 0
@@ -2091,7 +2110,8 @@ class MuonEq(torch.optim.Optimizer):
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
         for unit in self.units:
-            unit.group = group = self.param_groups[unit.group_number]  # somebody may have put a new one there
+            # somebody may have put a new group there
+            unit.group = group = self.param_groups[unit.group_number]
             words = [value for value in group.values() if isinstance(value, str) or callable(value)]
             if words != unit.words:
                 check_values(group)
@@ -2114,7 +2134,8 @@ class MuonEq(torch.optim.Optimizer):
 
         Infinity where all were finite.
         """
-        return torch.stack([unit.bad_since for unit in self.units]) if self.units else torch.zeros(0)
+        since = [unit.bad_since for unit in self.units]
+        return torch.stack(since) if since else torch.zeros(0)
 
     # ---- state
 
@@ -2165,7 +2186,7 @@ class MuonEq(torch.optim.Optimizer):
         # their state, gathered from all ranks
         state: dict[str | int, dict] = {}
         for unit in self.units:
-            # the owners know best: a rank without a part of a parameter may not know that it was updated
+            # a rank that owns no part of a parameter may not know that it was updated
             updates = self.comm.all_reduce(unit.updates.to(unit.device, copy=True), dist.ReduceOp.MAX)
             for name, count in zip(unit.names, updates.tolist()):
                 state[keys[name]] = {"updates": count}
@@ -2180,7 +2201,7 @@ class MuonEq(torch.optim.Optimizer):
         # the settings of their groups
         groups = []
         for group, names in zip(self.param_groups, self._names()):
-            kept = {key: value for key, value in group.items() if key != "params" and not callable(value)}
+            kept = {k: v for k, v in group.items() if k != "params" and not callable(v)}
             groups.append({**copied(kept), "params": [keys[name] for name in names]})
         content = {"step": self.step_count, "state": state, "param_groups": groups}
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -2228,7 +2249,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.updates.copy_(torch.tensor([int(entry["updates"]) for entry in saved]))
             unit.tokens = 0
         for name, entry in state.items():
-            foreign = {key: value for key, value in entry.items() if key not in ("updates", *Unit.STATE)}
+            foreign = {k: v for k, v in entry.items() if k not in ("updates", *Unit.STATE)}
             self.state[self.named[name]].update(copy.deepcopy(foreign))
         # torch.distributed.checkpoint drops what it does not know
         steps = [int(unit.updates.max()) * unit.group["every"] for unit in self.units]
@@ -2282,7 +2303,8 @@ class MuonEq(torch.optim.Optimizer):
             if saved is None or saved.get("kind", group["kind"]) != group["kind"]:
                 wanted = f"{group['kind']} group of the parameters {', '.join(names)}"
                 raise ValueError(f"the state has no {wanted}")
-            settings.append({**group, **copied({**saved, "params": None}), "params": group["params"]})
+            saved = copied({**saved, "params": None})
+            settings.append({**group, **saved, "params": group["params"]})
             check_values(settings[-1])
         return settings
 

@@ -202,9 +202,10 @@ class Monitor:
                 row[GRADIENT] = square_sum(grad[part]) * scale**2
         return pending
 
-    def power_of_two(self, size: Tensor) -> Tensor:
-        self.power = self.originals[4](size)
-        return self.power
+    def power_of_two(self, x: Tensor, alive: Tensor) -> Tensor | float:
+        power = self.originals[4](x, alive)
+        self.power = torch.as_tensor(power).expand(len(x), 1, 1)
+        return power
 
     def orthogonalize(self, x: Tensor, *args: Any) -> Tensor:
         y = self.originals[2](x, *args)
@@ -216,7 +217,7 @@ class Monitor:
                     row = self.found[self.rows[name]]
                     row[ENTERING], row[LEAVING] = singular_range(x[at]), singular_range(y[at])
                     if self.unit.group["equilibrate"] == "none":  # in the size of the momentum
-                        row[ENTERING] /= self.power[at].item()
+                        row[ENTERING] /= self.power[at].item() or 1.0
                 begin += count
         return y
 
