@@ -941,24 +941,29 @@ def match_rows(
     return rows
 
 
-class Lookup(torch.autograd.Function):
-    """Rows of a table (R, D) by an index (...) -> (..., D). The backward is one scatter_add.
+class Table(NamedTuple):
+    """An embedding table as a forward pass takes it."""
 
-    It adds in fp32. inductor's own backward of F.embedding is slow.
+    rows: Tensor  # (R, D): the parameter, detached, so that autograd makes no gradient of its size
+    sums: Tensor | None  # (R, D) fp32: its `.grad`, to which the backward adds; None: nothing is trained
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table (R, D) by an index (...) -> (..., D). The backward adds to `sums` (R, D), in fp32.
+
+    A gradient of its own would have the size of the table, for the few rows that a pass reads.
     """
 
     @staticmethod
-    def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(table, index)
-        return F.embedding(index, table)
+    def forward(ctx, rows: Tensor, sums: Tensor | None, index: Tensor) -> Tensor:
+        ctx.save_for_backward(sums, index)
+        return F.embedding(index, rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, index = ctx.saved_tensors
-        grad = grad.float().flatten(0, -2)  # (n, D)
-        places = index.reshape(-1, 1).long().expand_as(grad)
-        table_grad = torch.zeros_like(table, dtype=grad.dtype).scatter_add(0, places, grad)
-        return table_grad.to(table.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+        sums, index = ctx.saved_tensors
+        sums.index_add_(0, index.flatten(), grad.flatten(0, -2).to(sums.dtype))
+        return None, None, None
 
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
@@ -1160,20 +1165,42 @@ class GPT(nn.Module):
         The first is of the targets themselves, the others of those 1, 2, ... places on in the row.
         `windows` are (short, long), `longest` bounds the length of a document.
         """
-        return self.body(inputs, targets, offsets, self.window_sizes(windows), longest, ahead)
+        sizes = self.window_sizes(windows)
+        return self.body(inputs, targets, offsets, sizes, longest, ahead, self.tables())
 
     def window_sizes(self, windows: tuple[int, int]) -> Sequence:
         """(short, long) as attention takes them: numbers, or `window_size` tensors where it is fused."""
         return [window_size(w) for w in windows] if self.fused else windows
 
+    def tables(self) -> list[Table]:
+        """The tables of tokens, n-grams and value embeddings. In training each has a `.grad`, zeros at first.
+
+        Graphs take them as arguments: none could be traced that meets a parameter of low precision beside an
+        fp32 gradient.
+        """
+        # while they are tied, the table is that of the head; `embed` takes over when they part
+        tables = []
+        for p in (self.lm_head if self.tied else self.embed, self.ngram_embed, self.value_embed):
+            rows, sums = p.detach(), None
+            if torch.is_grad_enabled() and p.requires_grad:
+                rows.requires_grad_()
+                if p.grad is None:
+                    p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+                # `data`: autograd, which adds to the same tensor for the head, does not mind the order
+                sums = p.grad.data
+            tables.append(Table(rows, sums))
+        return tables
+
     def body(
-        self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int
-    ) -> Tensor:
+        self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int,
+        tables: Sequence[Table],
+    ) -> Tensor:  # fmt: skip
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
             # Keep the inputs of each part and compute the rest again; nothing in it is random.
             call = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
-        x = self.stream(inputs, offsets, windows, longest, call).flatten(0, 1)  # (B T, D)
+        x = self.stream(inputs, offsets, windows, longest, tables, call).flatten(0, 1)  # (B T, D)
         shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
         all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
         at_once = self.LOGITS_AT_ONCE[int(self.low_memory)]  # dynamo of torch 2.11 takes no bool as an index
@@ -1181,11 +1208,12 @@ class GPT(nn.Module):
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
     def stream(
-        self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, call: Callable = call_directly
-    ) -> Tensor:
+        self, inputs: Tensor, offsets: Tensor, windows: Sequence, longest: int, tables: Sequence[Table],
+        call: Callable = call_directly,
+    ) -> Tensor:  # fmt: skip
         """Activations (B, T, D) of tokens (B, T) before the last norm. `call` calls a block.
 
-        `windows` are those of `window_sizes`.
+        `windows` are those of `window_sizes`, `tables` those of the method.
         """
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
@@ -1194,11 +1222,11 @@ class GPT(nn.Module):
         mlps = self.mlp.to(dtype).view(mlp_shape).unbind(0)  # (2, D, hidden) each
         residuals = self.residual.to(dtype).unbind(0)  # (2,) each
         skip_weights = torch.sigmoid(self.skip).to(dtype).unbind(0)
-        tables = dict(c.value_tables)
+        value_table = dict(c.value_tables)
         read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
         outputs = {}  # of the blocks in `read_later`; none has the number -1
 
-        x, values = self.embedding(inputs, offsets)  # (B, T, D), (tables, B, T, D)
+        x, values = self.embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
         values = values.unbind(0)
         x0 = x.view_as(x)  # another tensor: for a block whose x is x0 dynamo would make one more graph
         for i in range(c.layers):
@@ -1211,7 +1239,7 @@ class GPT(nn.Module):
             if i in attention_weights:
                 attention = AttentionArgs(
                     *attention_weights[i],
-                    value=values[tables[i]] if i in tables else None,
+                    value=values[value_table[i]] if i in value_table else None,
                     layout=layouts[i in c.long_blocks, i in c.paired],
                     key_offset=i in c.key_offset,
                     paired=i in c.paired,
@@ -1252,24 +1280,25 @@ class GPT(nn.Module):
             weights[i] = (*others, xsa if i in c.xsa else None)
         return weights
 
-    def embedding(self, inputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def embedding(
+        self, inputs: Tensor, offsets: Tensor, embed: Table, ngram_embed: Table, value_embed: Table
+    ) -> tuple[Tensor, Tensor]:
         """First activations (B, T, D) and value embeddings (tables, B, T, D) of tokens (B, T)."""
         c, dtype = self.config, self.dtype
         starts = document_starts(offsets, inputs.size(1))
-        # while they are tied, the table is that of the head; `embed` takes over when they part
-        x = Lookup.apply(self.lm_head if self.tied else self.embed, inputs).to(dtype)
+        x = Lookup.apply(*embed, inputs).to(dtype)
         # the last tokens, and what followed them before
         if c.ngrams or c.matches:
-            x = x + self.ngrams(inputs, starts).to(dtype)
+            x = x + self.ngrams(inputs, starts, ngram_embed).to(dtype)
         # smear: a gated part of the token before, in its document (#34)
         gate = torch.sigmoid(F.linear(x[..., : c.gate_inputs], self.smear_gate.to(dtype)))
         weight = ~starts[..., None] * self.smear * gate
         x = norm(x + weight.to(dtype) * x.roll(1, 1))
         # value embeddings: all tables at once; each begins padded_vocab rows after the one before
-        first_rows = torch.arange(0, len(self.value_embed), c.padded_vocab, device=inputs.device)
-        return x, Lookup.apply(self.value_embed, inputs + first_rows[:, None, None]).to(dtype)
+        first_rows = torch.arange(0, len(value_embed.rows), c.padded_vocab, device=inputs.device)
+        return x, Lookup.apply(*value_embed, inputs + first_rows[:, None, None]).to(dtype)
 
-    def ngrams(self, inputs: Tensor, starts: Tensor) -> Tensor:
+    def ngrams(self, inputs: Tensor, starts: Tensor, table: Table) -> Tensor:
         """What the last tokens are and what followed them before: sums of rows (B, T, D) of `ngram_embed`."""
         c = self.config
         # keys of the last 1, 2, ... tokens
@@ -1286,7 +1315,7 @@ class GPT(nn.Module):
         behind = sum(count for _, count in c.ngrams)
         # one look-up for all; n-grams that share a row by chance differ in their signs (#83)
         rows = torch.stack([*rows, *(row + behind for row in matched)], -1)  # (B, T, tables)
-        found = Lookup.apply(self.ngram_embed, rows)  # (B, T, tables, D)
+        found = Lookup.apply(*table, rows)  # (B, T, tables, D)
         of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
         if c.ngrams and c.ngram_signs:
             of_ngrams = of_ngrams * F.embedding(torch.stack(second_hashes, -1) % c.ngram_signs, self.signs)
@@ -4007,7 +4036,7 @@ def continuation(
         T = min(len(tokens), longest)
         inputs = torch.tensor([tokens[-T:]], dtype=torch.int32, device=device)
         offsets = torch.tensor([[0, T]], dtype=torch.int32, device=device)
-        x = model.stream(inputs, offsets, windows, T)
+        x = model.stream(inputs, offsets, windows, T, model.tables())
         logits = model.logits(x[0, -1:])[0, : track.data.vocab_size].cpu()
         chances = (logits / max(temperature, 1e-6)).softmax(0)
         tokens.append(int(chances.multinomial(1, generator=generator)))

@@ -185,7 +185,7 @@ class Monitor:
 
         with (torch.compiler.set_stance("force_eager"), put(train_gpt, attend=attend),
               put(model, fused=False, make_layout=train_gpt.blocked_layout)):  # fmt: skip
-            model.stream(inputs, offsets, self.windows, self.trainer.longest, run)
+            model.stream(inputs, offsets, self.windows, self.trainer.longest, model.tables(), run)
 
     def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         with self.timed():

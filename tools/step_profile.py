@@ -143,9 +143,9 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
     call = backward(model.loss, leaf(at_once, D), targets.flatten()[:at_once, None])
     found["head and loss"] = (call, passes * (n // at_once), work * at_once / n, bytes_moved * at_once / n)
     tables = len(c.ngrams) + 1 + len(model.value_embed) // c.padded_vocab
-    dense = sum(p.nbytes for p in (model.embed, model.ngram_embed, model.value_embed))
-    call = backward(model.embedding, inputs, offsets)
-    found["embeddings"] = (call, passes, 0, 4 * n * D * tables * size + dense)
+    call = backward(model.embedding, inputs, offsets, *model.tables())
+    # the gradients are read and written in fp32
+    found["embeddings"] = (call, passes, 0, n * D * tables * (4 * size + 8))
     return {name: part for name, part in found.items() if part[1]}
 
 
