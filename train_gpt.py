@@ -1299,7 +1299,7 @@ class GPT(nn.Module):
         return x, Lookup.apply(*value_embed, inputs + first_rows[:, None, None]).to(dtype)
 
     def ngrams(self, inputs: Tensor, starts: Tensor, table: Table) -> Tensor:
-        """What the last tokens are and what followed them before: sums of rows (B, T, D) of `ngram_embed`."""
+        """What the last tokens are and what followed them before: sums of rows of the `table`, (B, T, D)."""
         c = self.config
         # keys of the last 1, 2, ... tokens
         document = starts.cumsum(1)  # (B, T), its number in the row

@@ -477,7 +477,7 @@ def test_nothing_in_the_graph_of_a_pass_is_read_at_a_bool(low):
     model, batch = build(MODELS["short"]), batch_of(ROWS)
     model.LOGITS_AT_ONCE, model.low_memory = Strict(model.LOGITS_AT_ONCE), low
     inputs, targets, offsets = batch
-    assert model.body(inputs, targets, offsets, Strict((3, 7)), 21, 0).isfinite().all()
+    assert model.body(inputs, targets, offsets, Strict((3, 7)), 21, 0, model.tables()).isfinite().all()
 
 
 def test_parameters_in_low_precision_change_no_bit_of_the_first_loss():
