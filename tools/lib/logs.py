@@ -55,7 +55,7 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def text_of(value: Any) -> str:
     """A setting as the command line of train_gpt.py reads it: lists of a log are tuples there."""
     if isinstance(value, list):
-        return "(" + "".join(f"{text_of(v)}," for v in value) + ")"
+        return "(" + "".join(f"{v!r}," if isinstance(v, str) else f"{text_of(v)}," for v in value) + ")"
     return str(value)
 
 
