@@ -30,7 +30,7 @@ SMALL = {
     "track": "tiny", "compile": "none", "dtype": "float32", "threads": 1, "device": "cpu",
     "show": "false",
     "data.rows": 12, "data.row_tokens": 64, "data.epochs": 2,
-    "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2,
+    "model.padded_vocab": 264, "model.width": 32, "model.heads": 2, "model.layers": 2, "model.mlp_ratio": 4,
     "model.attention_free": "()", "model.long_blocks": "(1,)", "model.value_tables": "((0, 0), (1, 1))",
     "model.skips": "((0, 1),)", "model.backout": 0, "model.ngrams": "((2, 40), (3, 64))",
     "model.matches": "(2, 3)", "model.ngram_fold": 3, "model.ngram_signs": 5,
