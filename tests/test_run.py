@@ -313,10 +313,10 @@ def test_the_text_is_what_the_weights_say(
 
     monkeypatch.setattr(train_gpt.Trainer, "last_page", last_page)
     torch._dynamo.reset()
-    train(options(out=tmp_path, show="true", checkpoint_every=3, **COMPILED))
+    train(options(out=tmp_path, show="true", checkpoint_every=4, **COMPILED))
     assert len(graphs) == 2 and graphs[0] == graphs[1] and graphs[0][0] >= 2
     text = capsys.readouterr().out.partition("the model writes:\n")[2].rpartition("log ")[0]
-    (path,) = tmp_path.glob("*/step_000003.pt")
+    (path,) = tmp_path.glob("*/step_000004.pt")
     use = ["--track", "tiny", "--device", "cpu", "--threads", "1", "--resume", str(path)]
     sample = train_gpt.main(
         [*use, "--sample", train_gpt.PROMPT, "--sample_tokens", "20", "--temperature", "0.8"]
