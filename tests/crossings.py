@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import re
@@ -691,7 +693,7 @@ def with_schedulefree(first, last, folder):
 WRAPPERS = {
     "Lookahead": dict(k=3),
     "OrthoGrad": {},
-    "TRAC": {},
+    "TRAC": dict(s_prev=0.5),  # from 1e-8, its default, nothing moves in eight steps
     "ScheduleFreeWrapper": {},
 }
 for name in WRAPPERS:
@@ -737,9 +739,7 @@ def with_restarts(first, last, folder):
 
 
 class Pretended(types.ModuleType):
-    """A module with whatever is asked of it: timm's models want torchvision, its schedulers do not."""
-
-    __path__ = ()
+    """A module with whatever is asked of it."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -747,10 +747,22 @@ class Pretended(types.ModuleType):
         return type(name, (), {"__init__": lambda self, *a, **k: None})
 
 
+class PretendedTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """timm's models want torchvision, its schedulers and optimizers do not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return Pretended(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
 def import_timm():
-    for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models",
-                 ".models.feature_extraction"):  # fmt: skip
-        sys.modules.setdefault("torchvision" + name, Pretended("torchvision" + name))
+    sys.meta_path.append(PretendedTorchvision())
     import timm.optim
     import timm.scheduler  # noqa: F401
 
