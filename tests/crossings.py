@@ -738,13 +738,22 @@ def with_restarts(first, last, folder):
     return loop(first, last, folder, schedule=schedule)
 
 
+class Anything(type):
+    """A class with whatever attribute is asked of it."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class Pretended(types.ModuleType):
-    """A module with whatever is asked of it."""
+    """A module with whatever class is asked of it."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *a, **k: None})
+        return Anything(name, (), {"__init__": lambda self, *a, **k: None})
 
 
 class PretendedTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
