@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import re
@@ -691,7 +693,7 @@ def with_schedulefree(first, last, folder):
 WRAPPERS = {
     "Lookahead": dict(k=3),
     "OrthoGrad": {},
-    "TRAC": {},
+    "TRAC": dict(s_prev=0.5),  # from 1e-8, its default, nothing moves in eight steps
     "ScheduleFreeWrapper": {},
 }
 for name in WRAPPERS:
@@ -736,21 +738,40 @@ def with_restarts(first, last, folder):
     return loop(first, last, folder, schedule=schedule)
 
 
-class Pretended(types.ModuleType):
-    """A module with whatever is asked of it: timm's models want torchvision, its schedulers do not."""
+class Anything(type):
+    """A class with whatever attribute is asked of it."""
 
-    __path__ = ()
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+class Pretended(types.ModuleType):
+    """A module with whatever class is asked of it."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *a, **k: None})
+        return Anything(name, (), {"__init__": lambda self, *a, **k: None})
+
+
+class PretendedTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """timm's models want torchvision, its schedulers and optimizers do not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return Pretended(spec.name)
+
+    def exec_module(self, module):
+        pass
 
 
 def import_timm():
-    for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models",
-                 ".models.feature_extraction"):  # fmt: skip
-        sys.modules.setdefault("torchvision" + name, Pretended("torchvision" + name))
+    sys.meta_path.append(PretendedTorchvision())
     import timm.optim
     import timm.scheduler  # noqa: F401
 
