@@ -269,7 +269,12 @@ def fake_ranks(train_gpt: Any, ranks: int, log: list[tuple[str, str, int, float]
     def init_process_group(backend: str, **_: Any) -> None:
         join("fake", store=FakeStore(), rank=0, world_size=ranks)
 
+    def all_gather_object(found: list, x: Any, **_: Any) -> None:
+        """All ranks are like this one."""
+        found[:] = [x] * len(found)
+
     dist.init_process_group = init_process_group
+    dist.all_gather_object = all_gather_object
     dist.rendezvous = lambda *_, **__: iter([(dist.HashStore(), 0, ranks)])
     dist.get_default_backend_for_device = lambda _: "fake"
     train_gpt.on_rank_0 = lambda _, work: work()
