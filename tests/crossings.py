@@ -684,7 +684,7 @@ def with_schedulefree(first, last, folder):
         opt.zero_grad()
         backward(model, step)
         opt.step()
-    if last < STEPS:  # as its documentation asks; the way there and back rounds
+    if last < STEPS:  # as its documentation asks before weights are saved
         opt.eval()
     save(folder, model=model, opt=opt)
     return list(model.parameters())
