@@ -1515,7 +1515,8 @@ class Unit:
     parameters in fp64.
     """
 
-    SLICE = {"matrix": 2**19, "adam": 2**17}  # numbers that a CPU updates at a time: they stay in its cache
+    # numbers that a CPU updates at a time: a core keeps them and what is made of them in its cache
+    SLICE = {"matrix": 2**19, "adam": 2**17}
     STATE = ("momentum", "second_moment", "exp_avg", "exp_avg_sq", "master")  # the tensors of `state`
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
@@ -1619,7 +1620,8 @@ class Unit:
             parts = full[: self.size].unbind()
         else:
             parts = [part.view(p.shape) for _, p, part in self.unstack(full)]
-        torch._foreach_copy_(self.params, parts)  # with a thousand small ones, each call counts
+        # one call for all
+        torch._foreach_copy_(self.params, parts)
 
     def shape_of(self, p: Tensor, state: Tensor) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
@@ -1641,7 +1643,9 @@ class Unit:
 
     def check_gradients(self, grads: list[Tensor | None]) -> None:
         """ValueError for what cannot be updated."""
-        dtypes, layouts = {p.dtype for p in self.params}, {grad.layout for grad in grads if grad is not None}
+        # mostly nothing is wrong
+        dtypes = {p.dtype for p in self.params}
+        layouts = {grad.layout for grad in grads if grad is not None}
         if dtypes == {self.dtype} and layouts <= {torch.strided}:
             return
         for name, p, grad in zip(self.names, self.params, grads):
@@ -1670,6 +1674,7 @@ class Unit:
         What is skipped belongs to its neighbours' run, so that the rest is computed in the same places.
         """
         counts = self.updates.tolist()
+        # mostly one span
         if not skipped and len(set(counts)) == 1:
             return [(0, self.chunk, counts[0])]
         spans: list[tuple[int, int, int]] = []
