@@ -1649,7 +1649,8 @@ class Unit:
     parameters in fp64.
     """
 
-    SLICE = {"matrix": 2**22, "adam": 2**17}  # numbers that a CPU updates at a time: they stay in its cache
+    # numbers that a CPU updates at a time: a core keeps them and what is made of them in its cache
+    SLICE = {"matrix": 2**19, "adam": 2**17}
     STATE = ("momentum", "second_moment", "exp_avg", "exp_avg_sq", "master")  # the tensors of `state`
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
@@ -1715,12 +1716,16 @@ class Unit:
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The padded stack of one tensor per parameter, or of one state of each; of a direct unit a view."""
-        leading = [t.ndim - len(self.tail) for t in tensors]
         # (m, n) or (K, m, n) -> (K, m, n), state (K, m, 1) likewise; for Adam any shape -> (S,)
-        parts = [t.detach().reshape(-1, *t.shape[k:]) for t, k in zip(tensors, leading)]
+        first = tensors[0]
+        entry = first.shape[first.ndim - len(self.tail) :]
         if self.direct:
-            return parts[0]
-        return torch.cat([*parts, parts[0].new_zeros(self.padding, *parts[0].shape[1:])])
+            return first.detach().reshape(-1, *entry)
+        # matrices of one kind are joined as they are: with a thousand small ones, each call counts
+        if not self.matrix or any(t.ndim != first.ndim for t in tensors):
+            tensors = [t.reshape(-1, *entry) for t in tensors]
+        zeros = first.new_zeros(self.padding, *entry).reshape(-1, *tensors[0].shape[1:])
+        return torch.cat([*tensors, zeros]).detach().reshape(-1, *entry)
 
     def views(self) -> list[dict[str, Tensor]]:
         """What this rank holds of the state of each parameter, as `optimizer.state` shows it.
@@ -1740,6 +1745,18 @@ class Unit:
     def unstack(self, full: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(name, parameter, its part) of a stack or stacked state (N C, ...), without the padding."""
         return list(zip(self.names, self.params, full[: self.size].split(self.counts)))
+
+    def receive(self, full: Tensor) -> None:
+        """Write the new weights of a stack (N C, *tail) to the parameters."""
+        if self.direct:
+            return
+        shapes = {p.shape for p in self.params}
+        if shapes == {self.tail}:
+            parts = full[: self.size].unbind()
+        else:
+            parts = [part.view(p.shape) for _, p, part in self.unstack(full)]
+        # one call for all
+        torch._foreach_copy_(self.params, parts)
 
     def shape_of(self, p: Tensor, state: Tensor) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
@@ -1761,6 +1778,11 @@ class Unit:
 
     def check_gradients(self, grads: list[Tensor | None]) -> None:
         """ValueError for what cannot be updated."""
+        # mostly nothing is wrong
+        dtypes = {p.dtype for p in self.params}
+        layouts = {grad.layout for grad in grads if grad is not None}
+        if dtypes == {self.dtype} and layouts <= {torch.strided}:
+            return
         for name, p, grad in zip(self.names, self.params, grads):
             if p.dtype != self.dtype:
                 raise ValueError(
@@ -1786,8 +1808,12 @@ class Unit:
 
         What is skipped belongs to its neighbours' run, so that the rest is computed in the same places.
         """
+        counts = self.updates.tolist()
+        # mostly one span
+        if not skipped and len(set(counts)) == 1:
+            return [(0, self.chunk, counts[0])]
         spans: list[tuple[int, int, int]] = []
-        for i, (part, updates) in enumerate(zip(self.parts, self.updates.tolist())):
+        for i, (part, updates) in enumerate(zip(self.parts, counts)):
             if i in skipped or part.start == part.stop:
                 continue
             begin = spans[-1][1] if spans else 0
@@ -2194,9 +2220,7 @@ class MuonEq(torch.optim.Optimizer):
         # gather: what was sent lives in these tuples until it has arrived
         for unit, full, _, work in gathering:
             work.wait()
-            if not unit.direct:
-                for _, p, part in unit.unstack(full):
-                    p.copy_(part.view(p.shape))
+            unit.receive(full)
 
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
