@@ -2319,6 +2319,8 @@ class MuonEq(torch.optim.Optimizer):
             kept = {k: v for k, v in group.items() if k != "params" and not callable(v)}
             groups.append({**copied(kept), "params": [keys[name] for name in names]})
         content = {"step": self.step_count, "state": state, "param_groups": groups}
+        if others := self._state_of_no_parameter():
+            content["others"] = copy.deepcopy(others)
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed
@@ -2332,6 +2334,10 @@ class MuonEq(torch.optim.Optimizer):
     def _foreign_state(self, p: Tensor) -> dict[str, Any]:
         """What others have put into `optimizer.state` of a parameter."""
         return {k: v for k, v in self.state.get(p, {}).items() if k not in ("updates", *Unit.STATE)}
+
+    def _state_of_no_parameter(self) -> dict[Any, Any]:
+        """What wrappers such as TRAC keep in `optimizer.state` under a name of their own."""
+        return {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -2366,6 +2372,7 @@ class MuonEq(torch.optim.Optimizer):
         for name, entry in state.items():
             foreign = {k: v for k, v in entry.items() if k not in ("updates", *Unit.STATE)}
             self.state[self.named[name]].update(copy.deepcopy(foreign))
+        self.state.update(copy.deepcopy(content.get("others", {})))
         # torch.distributed.checkpoint drops what it does not know
         steps = [int(unit.updates.max()) * unit.group["every"] for unit in self.units]
         self.step_count = content.get("step", max(steps, default=0))
@@ -2428,6 +2435,7 @@ class MuonEq(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: each rank its own chunks, for as many processes."""
         foreign = {p: state for p in self.named.values() if (state := self._foreign_state(p))}
+        foreign |= self._state_of_no_parameter()
         own = ("grads", "comm", "step_count", "units", "named")
         return {**super().__getstate__(), "state": foreign, **{name: getattr(self, name) for name in own}}
 

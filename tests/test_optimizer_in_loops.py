@@ -306,6 +306,20 @@ def test_state_shows_what_the_optimizer_holds_and_keeps_what_others_add():
     assert opt.state[weight]["updates"] == 3 and second.state[other[0].weight]["updates"] == 2
 
 
+def test_state_of_no_parameter_is_kept():
+    """Wrappers such as TRAC keep one entry for the whole optimizer, under a name of their own."""
+    opt = MuonEq(groups_of(net()))
+    opt.state["trac"] = {"s": torch.ones(3)}
+    resumed = MuonEq(groups_of(net()))
+    resumed.load_state_dict(opt.state_dict())
+    for other in (resumed, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert torch.equal(other.state["trac"]["s"], torch.ones(3))
+
+
+def test_private_functions_of_torch_are_there():
+    assert callable(torch._foreach_copy_) and callable(torch._fused_adamw_)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("named", [False, True])
 def test_distributed_checkpoint_names_the_state_and_resumes(named, flatten):
