@@ -25,10 +25,10 @@ MUON = options(
 )  # fmt: skip
 # Moonlight (2502.16982): updates of AdamW's RMS, decay 0.1 on all parameters, which have one
 # learning rate there. Here lr * decay of the others is that of a matrix with lr 0.01, at their
-# learning rates on `tiny` (0.6, 0.25, 0.016, 0.04)
+# learning rates on `tiny` in November 2026, when the comparisons were made (0.6, 1, 0.008, 0.04)
 MOONLIGHT = MUON + options(
     matrix__scale="match_rms_adamw", matrix__weight_decay=0.1, embed__weight_decay=0.0017,
-    tables__weight_decay=0.004, head__weight_decay=0.0625, scalar__weight_decay=0.025,
+    tables__weight_decay=0.001, head__weight_decay=0.125, scalar__weight_decay=0.025,
 )  # fmt: skip
 
 PRESETS = {
