@@ -3,6 +3,7 @@ run may end."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,7 +310,8 @@ def test_torch_is_imported_once_and_by_one_process(tmp_path: Path, data_dir: Pat
     done = subprocess.run(argv, env=environment, cwd=data_dir, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, process, second, *_ = done.stderr.splitlines()
-    assert (first, second) == ("run.sh: loading torch", "run.sh: loading torch, 0.1 s")
+    assert first == "run.sh: loading torch"
+    assert re.fullmatch(r"run.sh: loading torch, \d\.\d s", second)  # 0.1, or later on a busy machine
     assert [line for line in done.stderr.splitlines() if line.isdigit()] == [process]
 
 
