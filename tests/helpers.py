@@ -55,8 +55,8 @@ SMALL = {
 
 STEPS = int(SMALL["schedule.steps"] + SMALL["schedule.extension"])
 TOLERANCE = 1e-6  # relative, of every loss; the same maths in another order of additions
-# Relative, in the norm of each parameter after 20 steps: rounding may change the sign of a gradient near zero,
-# and Adam goes as far for it as for any other. Seeds differ: 2e-6 to 2e-4, while losses agree to 4e-7.
+# Relative, in the norm of each parameter after 20 steps. Rounding may turn a gradient near zero around,
+# and Adam goes as far for it as for any other: by seed 2e-6 to 2e-4, where losses agree to 4e-7.
 PARAMETERS = 3e-4
 
 
