@@ -91,6 +91,7 @@ def test_followers_of_matches_by_hand(length):
     """Tokens of a small alphabet, so that nearly everything was seen before; documents of all lengths."""
     rows = [[1, 2, 60, 37], [100], [33, 33, 34], [1] * 100]
     inputs, _, offsets = batch_of(rows, vocab=3)
+    inputs[1] = 2  # one document of one token, a hundred times
     document = document_starts(offsets, 100).cumsum(1)
     found = match_rows(inputs, ngram_keys(inputs, document, 7), document, (2, length), 64)[1]
     for tokens, number, row in zip(inputs.tolist(), document.tolist(), found.tolist()):
