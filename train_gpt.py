@@ -963,9 +963,12 @@ class Lookup(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, ...]:
         sums, index = ctx.saved_tensors
         grad = grad.flatten(0, -2).to(sums.dtype)  # (n, D)
-        # inductor calls torch's kernel for it; with index_add_, which it writes itself, a compiled step of
-        # `tiny` takes 1.4 times as long
-        sums.scatter_add_(0, index.reshape(-1, 1).long().expand_as(grad), grad)
+        # inductor writes a kernel for the first: in place on a GPU, and too slow on a CPU, where a step of
+        # `tiny` takes 1.4 times as long with it; the second is torch's own kernel there
+        if sums.is_cuda:
+            sums.index_add_(0, index.flatten(), grad)
+        else:
+            sums.scatter_add_(0, index.reshape(-1, 1).long().expand_as(grad), grad)
         return None, None, None
 
 
