@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from .tables import title
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.dates import ConciseDateFormatter  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 SIZE = 100  # dots per inch
@@ -177,37 +175,31 @@ def leading(a: Path, b: Path, loss: str, span: int, out: Path) -> None:
 
 
 def history(results: Sequence[dict[str, Any]], titles: dict[str, str], out: Path) -> None:
-    """Training time of a track's records against the date of their first run, one line for each machine."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    lines: dict[str, list[tuple]] = defaultdict(list)
-    for result in results:
-        when = datetime.datetime.strptime(result["first_run"], "%Y%m%d-%H%M%S")
+    """Training time of a track's records, the first one on top: a bar for each, a colour for each machine."""
+    rows = []
+    for result in sorted(results, key=lambda result: result["first_run"]):
         for device, seconds in result["train_time_s"].items():
-            lines[f"{result['world_size']} x {device}"].append(
-                (when, seconds["median"], titles[result["name"]])
-            )
-    spread = max(s for points in lines.values() for _, s, _ in points)
-    spread /= min(s for points in lines.values() for _, s, _ in points)
-    for device, points in lines.items():
-        times, seconds, names = zip(*points)
-        axis.step(times, seconds, where="post", marker="o", label=device)
-        for number, (x, y, name) in enumerate(points, 1):
-            late = x > times[0] + (times[-1] - times[0]) / 2  # its text goes to the left
-            # there the text of the one before stands
-            near = number > 1 and seconds[number - 2] / y < spread**0.05
-            below = late or near
-            axis.annotate(f"{number}: {wrapped(name, 40)}, {y:.1f} s", (x, y),
-                          (-8 if late else 8, -5 if below else 4), textcoords="offset points", fontsize=9,
-                          ha="right" if late else "left", va="top" if below else "bottom",
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
-    axis.set(ylabel="training time to the target (s), median", xlabel="first run (UTC)", yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
-    axis.xaxis.set_major_formatter(ConciseDateFormatter(axis.xaxis.get_major_locator()))
-    axis.margins(x=0.1, y=0.15)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=9)
+            name = wrapped(titles[result["name"]], 44)
+            rows.append((f"{result['world_size']} x {device}", name, seconds["median"]))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
+    counts: dict[str, int] = defaultdict(int)  # of the records of a machine, which have numbers of their own
+    labels = []
+    for place, (device, name, seconds) in enumerate(rows):
+        first = counts[device] == 0
+        counts[device] += 1
+        labels.append(f"{counts[device]}: {name}")
+        colour = f"C{list(counts).index(device)}"
+        axis.barh(place, seconds, color=colour, height=0.6, label=device if first else None)
+        axis.annotate(f"{seconds:.1f} s", (seconds, place), (4, 0), textcoords="offset points", va="center")
+    axis.set_yticks(range(len(rows)), labels, fontsize=9)
+    axis.invert_yaxis()
+    axis.set(xlabel="training time to the target (s), median", xscale="log")
+    axis.set_xlim(min(seconds for *_, seconds in rows) / 2, 2 * max(seconds for *_, seconds in rows))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=9, loc="lower right")
     figure.suptitle(
         f"Records of the track {results[0]['track']}: time to {results[0]['target']} nats per token",
         fontsize=11,
