@@ -1054,17 +1054,8 @@ class GPT(nn.Module):
         self.fused = half_precision and supports(place, "flash")  # attention
         self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
         self.low_memory = False
-        self.tied = False
+        self.tied = False  # whether the head is the embedding too, at this step
         self.make_layout = blocked_layout
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding too, at this step; then `embed` is frozen."""
-        return not self.embed.requires_grad
-
-    @tied.setter
-    def tied(self, tied: bool) -> None:
-        self.embed.requires_grad_(not tied)
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
         """The banks. Shapes with numbers are those of the track `short`: 11 blocks, 10 with attention."""
@@ -3692,7 +3683,7 @@ class Trainer:
         alone = self.comm.world_size == 1
         self.progress.now("optimizer" if alone else "optimizer, once all processes are here", 1.0)
         for p in self.model.parameters():  # without a gradient nothing would be done
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.requires_grad else None
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         for _ in range(self.period):
             self.optimizer.step(tokens=1)
         self.model.zero_grad()
