@@ -115,6 +115,7 @@ class Stage(NamedTuple):
     lr: float = 1.0  # factor on the learning rates above their floor
     # For the targets 2, 3, ... tokens ahead: (first, last) weight of their loss, linear in between (#53).
     ahead: tuple[tuple[float, float], ...] = ()
+    candidates: int = 0  # classes of the training softmax of a row, see `sample_classes`; 0: all (#92)
 
 
 Numbers = tuple[int, ...]
@@ -535,6 +536,7 @@ TRACKS = {"tiny": TINY, "short": SHORT, "medium": MEDIUM}
 
 # The shard format of llm.c: 256 int32 (magic number, version, token count, zeros), then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+SWEEP_STRIDE = 20_011  # between classes that follow each other in a sweep, or a little more (#92)
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -588,6 +590,43 @@ def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, mos
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
 
 
+class SampledBatch(NamedTuple):
+    inputs: Tensor  # (B, T) int32
+    targets: Tensor  # (B, T) int64, places among the row's classes, -1 where nothing is predicted
+    offsets: Tensor  # (B, M + 1) int32, as in `Batch`
+    classes: Tensor  # (B, P) int64: of the softmax of each row, in rising order
+
+
+def sample_classes(targets: np.ndarray, count: int, vocab: int, number: int) -> np.ndarray:
+    """The `count` classes, of `vocab`, that the softmax of a row has in training, in rising order.
+
+    They are the row's targets and, to fill up, a window of a sweep over all classes, another window for each
+    row `number`. Of more targets than `count` the rarest are left out. Record #92 has a set for all rows of
+    a GPU; this one follows from a row and its number, and is the same for any number of processes.
+    """
+    found, times = np.unique(targets[targets >= 0], return_counts=True)
+    kept = found[np.argsort(-times, kind="stable")[:count]]
+    # steps of a size without a common divisor visit each class once before any comes again
+    stride = next(size for size in itertools.count(SWEEP_STRIDE) if math.gcd(size, vocab) == 1)
+    swept = (number * count + np.arange(count)) * stride % vocab
+    others = swept[~np.isin(swept, kept)][: count - len(kept)]
+    return np.sort(np.concatenate([kept, others]))
+
+
+def with_sampled_classes(batch: Batch, count: int, vocab: int, first: int) -> Batch | SampledBatch:
+    """The batch with `count` sampled classes for each row, whose numbers begin at `first`; 0: as it is."""
+    if not count:
+        return batch
+    targets = batch.targets.numpy()
+    classes = [sample_classes(row, count, vocab, number) for number, row in enumerate(targets, first)]
+    places = []
+    for row, some in zip(targets, classes):
+        place = np.searchsorted(some, row).clip(max=count - 1)
+        places.append(np.where(some[place] == row, place, -1))
+    places, classes = (torch.from_numpy(np.stack(x)) for x in (places, classes))
+    return SampledBatch(batch.inputs, places, batch.offsets, classes)
+
+
 class Packer:
     """Walks through the documents in shard order and packs them into rows of T + 1 tokens.
 
@@ -636,7 +675,7 @@ class Packer:
 
 
 class StepData(NamedTuple):
-    batch: Batch  # this rank's R / N rows
+    batch: Batch | SampledBatch  # this rank's R / N rows
     tokens: int  # of all R rows
     targets: int  # of all R rows
     position: tuple[int, int, int]  # of the packer after this step
@@ -658,9 +697,11 @@ def training_steps(
         share = len(rows) // world_size
         mine = rows[rank * share : (rank + 1) * share]
         local = [(np.concatenate(row), [len(document) for document in row]) for row in mine]
-        batch = make_batch(local, data, documents)
+        first = step * len(rows) + rank * share  # number of this rank's first row
+        whole = make_batch(local, data, documents)
+        batch = with_sampled_classes(whole, stage.candidates, track.model.padded_vocab, first)
         if torch.cuda.is_initialized():
-            batch = Batch(*(x.pin_memory() for x in batch))
+            batch = type(batch)(*(x.pin_memory() for x in batch))
         tokens = len(rows) * data.row_tokens
         # The first document of a row begins at its first token, which is never a target.
         starts = sum(len(row) - 1 for row in rows)
@@ -1155,15 +1196,17 @@ class GPT(nn.Module):
 
     def forward(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
-        ahead: int = 0,
+        ahead: int = 0, classes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
 
         The first is of the targets themselves, the others of those 1, 2, ... places on in the row.
-        `windows` are (short, long), `longest` bounds the length of a document.
+        `windows` are (short, long), `longest` bounds the length of a document. With `classes` (B, P) a row
+        has no others, and the targets are places among them.
         """
         sizes = self.window_sizes(windows)
-        return self.body(inputs, targets, offsets, sizes, longest, ahead, self.tables())
+        head = None if classes is None else self.table(self.lm_head)
+        return self.body(inputs, targets, offsets, sizes, longest, ahead, self.tables(), head, classes)
 
     def window_sizes(self, windows: tuple[int, int]) -> Sequence:
         """(short, long) as attention takes them: numbers, or `window_size` tensors where it is fused."""
@@ -1176,32 +1219,40 @@ class GPT(nn.Module):
         fp32 gradient.
         """
         # while they are tied, the table is that of the head; `embed` takes over when they part
-        tables = []
-        for p in (self.lm_head if self.tied else self.embed, self.ngram_embed, self.value_embed):
-            rows, sums = p.detach(), None
-            if torch.is_grad_enabled() and p.requires_grad:
-                rows.requires_grad_()
-                if p.grad is None:
-                    p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
-                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-                # `data`: autograd, which adds to the same tensor for the head, does not mind the order
-                sums = p.grad.data
-            tables.append(Table(rows, sums))
-        return tables
+        embed = self.lm_head if self.tied else self.embed
+        return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
+
+    def table(self, p: nn.Parameter) -> Table:
+        rows, sums = p.detach(), None
+        if torch.is_grad_enabled() and p.requires_grad:
+            rows.requires_grad_()
+            if p.grad is None:
+                p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            # `data`: autograd, which adds to the same tensor for the head, does not mind the order
+            sums = p.grad.data
+        return Table(rows, sums)
 
     def body(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int,
-        tables: Sequence[Table],
+        tables: Sequence[Table], head: Table | None = None, classes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
             # Keep the inputs of each part and compute the rest again; nothing in it is random.
             call = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
-        x = self.stream(inputs, offsets, windows, longest, tables, call).flatten(0, 1)  # (B T, D)
+        x = self.stream(inputs, offsets, windows, longest, tables, call)  # (B, T, D)
         shifted = [F.pad(targets[:, k:], (0, k), value=-1) for k in range(1 + ahead)]
-        all_targets = torch.stack(shifted, -1).flatten(0, 1)  # (B T, 1 + ahead)
+        all_targets = torch.stack(shifted, -1)  # (B, T, 1 + ahead)
         at_once = self.LOGITS_AT_ONCE[int(self.low_memory)]  # dynamo of torch 2.11 takes no bool as an index
-        parts = zip(x.split(at_once), all_targets.split(at_once))
+        if classes is None:
+            parts = [*zip(x.flatten(0, 1).split(at_once), all_targets.flatten(0, 1).split(at_once))]
+        else:  # each row by itself, with the rows of the head that are its classes
+            parts = []
+            for row, of_row, some in zip(x.unbind(0), all_targets.unbind(0), classes.unbind(0)):
+                rows_of_head = Lookup.apply(*head, some)  # (P, D)
+                for part in zip(row.split(at_once), of_row.split(at_once)):
+                    parts.append((*part, rows_of_head))
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
     def stream(
@@ -1373,24 +1424,29 @@ class GPT(nn.Module):
             weight = 2 * weight * torch.sigmoid(F.linear(gate_input, args.value_gate))[..., None]
         return v + weight * args.value.view_as(v)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(n, V) fp32 of activations (n, D), with the rows that pad the vocabulary. Validation has no FP8."""
+    def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        """(n, V) fp32 of activations (n, D), with the rows that pad the vocabulary. Validation has no FP8.
+
+        (n, P) with a `head` (P, D) of its own.
+        """
         A, B, C = self.config.softcap
-        x = norm(x)
+        x, head = norm(x), self.lm_head if head is None else head
         if self.fp8 and torch.is_grad_enabled():
-            logits = FP8Linear.apply(x, self.lm_head, self.config.fp8_head)
+            logits = FP8Linear.apply(x, head, self.config.fp8_head)
         else:
-            logits = F.linear(x, self.lm_head.to(self.dtype))
+            logits = F.linear(x, head.to(self.dtype))
         return A * torch.sigmoid((logits.float() + B) / C)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
+
+        A `head` (P, D) stands for `lm_head` where only P classes are sampled, which training alone does.
 
         This is the training loss AND the validation loss, on which the claim of a record rests. A term that
         only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
-        z = self.logits(x)  # (n, V)
+        z = self.logits(x, head)  # (n, V)
         # A sum over classes picks the logit of the target: the backward of a gather would first write
         # zeros of the size of z.
         classes = torch.arange(z.size(1), device=z.device)
@@ -3504,7 +3560,8 @@ class Trainer:
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
         # for any number of rows
-        self.one_graph = self.compiled == "whole" and self.device.type == "cpu"
+        sampled = any(stage.candidates for stage in self.track.schedule.stages)  # row by row
+        self.one_graph = self.compiled == "whole" and self.device.type == "cpu" and not sampled
 
     def look_for_compiler(self) -> str:
         """Why nothing can be compiled here; "" where it can or is not wanted. Refusal if it was asked for."""
@@ -3561,18 +3618,21 @@ class Trainer:
         self.model.tied = step < self.untie_step
         self.optimizer.resting = ("embed",) if self.model.tied else ()  # the head is the embedding too
 
-    def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
+    def forward_backward(self, batch: Batch | SampledBatch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total = torch.zeros((), device=self.device)
         weights = torch.tensor(weights).to(self.device, non_blocking=True)
         size = self.rows_per_pass[self.stage.batch]
         for rows in zip(*(x.split(size) for x in batch)):
-            inputs, targets, offsets = (x.to(self.device, non_blocking=True) for x in rows)
+            inputs, targets, offsets, *classes = (x.to(self.device, non_blocking=True) for x in rows)
             self.comm.calls += 1  # a sign of life for `watch`
             if self.one_graph and len(inputs) > 1:  # torch takes a size of 1 for a constant
                 for x in (inputs, targets, offsets):
                     torch._dynamo.mark_dynamic(x, 0)
-            losses = self.model(inputs, targets, offsets, self.stage.windows, self.longest, len(weights) - 1)
+            ahead = len(weights) - 1
+            losses = self.model(
+                inputs, targets, offsets, self.stage.windows, self.longest, ahead, *classes
+            )
             losses.backward(weights)
             total += losses[0].detach()
         return total
@@ -3651,7 +3711,7 @@ class Trainer:
         for step in sorted(step for step in self.stage_starts if step < self.num_steps):
             stage, tied = stages_until(schedule, step)[-1], step < self.untie_step
             rows, targets = self.rows_per_pass[stage.batch], len(loss_weights(schedule, step))
-            passes.setdefault((rows, stage.windows, targets, tied), step)
+            passes.setdefault((rows, stage.windows, targets, tied, stage.candidates), step)
             validations[stage.windows, tied] = None
         validations[self.track.evaluation.windows, tied] = None
         return list(passes.values()), list(validations)
@@ -3707,7 +3767,9 @@ class Trainer:
             self.progress.now(f"{what} {number + 1} of {total}", number / total)
             self.set_stage(step)
             rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
-            batch = make_batch(rows, data, self.checked["documents"])
+            whole = make_batch(rows, data, self.checked["documents"])
+            classes = self.stage.candidates, self.track.model.padded_vocab
+            batch = with_sampled_classes(whole, *classes, first=0)
             self.forward_backward(batch, loss_weights(schedule, step))
             # a graph cannot be traced beside fp32 gradients of bf16 parameters
             self.model.zero_grad()
@@ -4297,6 +4359,10 @@ def schedule_rules(track: Track, run: Run) -> list[tuple[bool, str]]:
         (begins[:1] == [0] and begins == sorted({*begins}), "schedule.stages begin at 0 and in rising order"),
         (all(stage.batch >= 1 and stage.document_cut >= 1 for stage in stages),
          "batch and document cut are at least 1"),
+        (all(0 <= stage.candidates <= track.model.padded_vocab for stage in stages),
+         "candidates are 0 to padded_vocab"),
+        (not track.model.fp8_head or all(stage.candidates % 16 == 0 for stage in stages),
+         "a head in FP8 needs candidates that are a multiple of 16"),
         (min(map(min, windows)) >= 1, "attention windows are at least 1 token"),
         (0 < track.average.span <= 1, "average.span is above 0 and at most 1"),
         (abs(run.seed) < 2**63, "the seed has 64 bits"),
