@@ -1248,11 +1248,9 @@ class GPT(nn.Module):
         if classes is None:
             parts = [*zip(x.flatten(0, 1).split(at_once), all_targets.flatten(0, 1).split(at_once))]
         else:  # each row by itself, with the rows of the head that are its classes
-            parts = []
-            for row, of_row, some in zip(x.unbind(0), all_targets.unbind(0), classes.unbind(0)):
-                rows_of_head = Lookup.apply(*head, some)  # (P, D)
-                for part in zip(row.split(at_once), of_row.split(at_once)):
-                    parts.append((*part, rows_of_head))
+            heads, parts = Lookup.apply(*head, classes), []  # (B, P, D)
+            for row, of_row, own_head in zip(x.unbind(0), all_targets.unbind(0), heads.unbind(0)):
+                parts += [(*part, own_head) for part in zip(row.split(at_once), of_row.split(at_once))]
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
     def stream(

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_gpt import (
+    Batch,
     Data,
     Evaluation,
+    Model,
     Packer,
     Schedule,
     Track,
@@ -22,8 +25,10 @@ from train_gpt import (
     make_batch,
     read_documents,
     read_shard,
+    sample_classes,
     training_steps,
     validation_rows,
+    with_sampled_classes,
 )
 
 START = 50256  # needs all 16 bits
@@ -170,6 +175,51 @@ def test_resume_from_every_position(tmp_path, rank, world_size):
         assert len(following) == len(steps) - i - 1
         for a, b in zip(following, steps[i + 1 :]):
             assert all(x.equal(y) for x, y in zip(a.batch, b.batch)) and a[1:] == b[1:]
+
+
+def test_sampled_classes_of_a_row_by_hand():
+    """Its targets in places of rising classes, then the sweep: 20,011 and 10 have no common divisor."""
+    batch = Batch(torch.zeros(2, 4), torch.tensor([[7, 7, -1, 3], [1, 9, 1, 9]]), torch.zeros(2, 2))
+    sampled = with_sampled_classes(batch, 4, 10, first=5)
+    # row 5 begins at 20 * 20,011 mod 10 = 0 and goes on with 1, 2, 3; row 6 with 4, 5, 6, 7
+    assert sampled.classes.tolist() == [[0, 1, 3, 7], [1, 4, 5, 9]]
+    assert sampled.targets.tolist() == [[3, 3, -1, 2], [0, 3, 0, 3]]
+    # more targets than classes: the rarest is left out; none: as it is
+    assert with_sampled_classes(batch, 1, 10, first=5).classes.tolist() == [[7], [1]]
+    assert with_sampled_classes(batch, 1, 10, first=5).targets.tolist() == [[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert with_sampled_classes(batch, 0, 10, first=5) is batch
+    every = with_sampled_classes(batch, 10, 10, first=5)
+    assert every.classes.tolist() == 2 * [[*range(10)]] and every.targets.equal(batch.targets)
+
+
+@pytest.mark.parametrize("vocab", (50_304, 3 * 20_011))
+def test_a_sweep_visits_all_classes_equally_often(vocab):
+    """Without targets, a fifth of the vocabulary for each row, the starts of the windows move on."""
+    counts = np.zeros(vocab, int)
+    for number in range(100):
+        classes = sample_classes(np.full(8, -1), vocab // 5 + 1, vocab, number)
+        assert len(np.unique(classes)) == vocab // 5 + 1
+        counts[classes] += 1
+    assert counts.max() - counts.min() <= 1 and counts.min() >= 20
+
+
+@pytest.mark.parametrize("world_size", (2, 8))
+def test_sampled_classes_do_not_depend_on_the_processes(tmp_path, world_size):
+    data, _, _, paths = example(tmp_path)
+    track = Track(data, Model(padded_vocab=50_304), schedule=Schedule(
+        steps=2, stages=[(0, (8, 8), 1, 20, 1.0, (), 40), (1, (8, 8), 2, 20, 1.0, (), 64)]))  # fmt: skip
+
+    def first_steps(rank, world_size):
+        steps = training_steps(Packer(paths, data), track, 17, rank, world_size)
+        return [next(steps).batch for _ in range(3)]
+
+    alone, ranks = first_steps(0, 1), [first_steps(rank, world_size) for rank in range(world_size)]
+    sets = []
+    for whole, *parts in zip(alone, *ranks):
+        for name in ("targets", "classes"):
+            assert getattr(whole, name).equal(torch.cat([getattr(part, name) for part in parts]))
+        sets += map(tuple, whole.classes.tolist())
+    assert [len(some) for some in sets] == [40] * 16 + [64] * 16 and len({*sets}) == len(sets)
 
 
 def test_one_step_is_prepared_ahead(tmp_path):

@@ -11,6 +11,7 @@ from train_gpt import (
     GPT,
     MLP_MATRICES,
     TRACKS,
+    Batch,
     FP8Linear,
     Lookup,
     Model,
@@ -22,6 +23,7 @@ from train_gpt import (
     ngram_keys,
     rotary_frequencies,
     supports,
+    with_sampled_classes,
 )
 
 SHORT = TRACKS["short"]
@@ -264,6 +266,45 @@ def test_loss_and_gradients_against_the_reference(name, windows, weights):
         wanted = torch.zeros_like(p[key]) if p[key].grad is None else p[key].grad
         error = (found.double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
         assert error < 1e-4, (key, float(error))
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_a_softmax_over_all_classes_as_a_sample_is_the_full_one(tied):
+    """Losses and gradients to the bit, but for the sum over rows that the head's gradient is."""
+    full, sampled = build(SMALL, spread=0.05), build(SMALL, spread=0.05)
+    full.tied = sampled.tied = tied
+    batch = with_sampled_classes(Batch(*batch_of(ROWS)), 64, 64, first=0)
+    losses = [
+        model(*batch[:3], (3, 7), 21, 1, *classes) for model, *classes in ((full,), (sampled, batch.classes))
+    ]
+    for loss in losses:
+        loss.backward(torch.tensor([1.0, 0.5]))
+    assert losses[1].tolist() == pytest.approx(losses[0].tolist(), rel=1e-7)
+    wanted = gradients(full)
+    for key, found in gradients(sampled).items():
+        assert (found - wanted[key]).norm() <= 1e-6 * wanted[key].norm(), key
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_sampled_softmax_against_the_full_logits(tied):
+    """In float64: a softmax over the row's classes of the logits that validation has, other classes gone."""
+    model = build(SMALL, spread=0.05)
+    model.tied = tied
+    plain = Batch(*batch_of(ROWS, vocab=20))
+    batch = with_sampled_classes(plain, 24, 64, first=3)
+    loss = model(*batch[:3], (3, 7), 21, 0, batch.classes)
+    loss.backward()
+    with torch.no_grad():
+        logits = model.logits(model.stream(*plain[::2], (3, 7), 21, model.tables()).flatten(0, 1)).double()
+    expected, logits = 0.0, logits.view(3, 21, 64)
+    for row, targets, classes in zip(logits, plain.targets.tolist(), batch.classes.tolist()):
+        for z, target in zip(row, targets):
+            expected -= float(z[target] - z[classes].logsumexp(0)) if target >= 0 else 0.0
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    # no gradient for a class that no row has; while they are tied the inputs are rows of the head too
+    read = {*batch.classes.flatten().tolist()} | ({*plain.inputs.flatten().tolist()} if tied else set())
+    moved = {place for place, grad in enumerate(model.lm_head.grad) if grad.any()}
+    assert moved == read < {*range(64)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -386,7 +386,7 @@ def test_graphs_are_made_beside_parameters_of_low_precision(
     """Their gradients are fp32, which a graph that is traced meanwhile would not take."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     settings = dict(dtype="bfloat16", model__low_precision="('mlp', 'embed', 'ngram_embed', 'value_embed')",
-                    schedule__stages="((0, (64, 64)), (0.5, (32, 32), 2))")  # fmt: skip
+                    schedule__stages="((0, (64, 64), 1, 4096, 1.0, (), 48), (0.5, (32, 32), 2))")  # fmt: skip
     outcome = train(options(out=tmp_path, **COMPILED | settings))
     assert outcome.lines[0]["graphs"] >= 3 and outcome.final["compiles_in_timed_region"] == 0
 
