@@ -573,28 +573,11 @@ class Batch(NamedTuple):
     offsets: Tensor  # (B, M + 1) int32: 0, ends of the documents, then T repeated
 
 
-def make_batch(rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, most: int) -> Batch:
-    """Rows of (T + 1 tokens, lengths of their documents) as tensors.
-
-    Token -1 pads a row. `most` is M, the largest number of documents in a row.
-    """
-    tokens = np.stack([row for row, _ in rows]).astype(np.int64)  # (B, T + 1)
-    inputs = tokens[:, :-1].clip(min=0).astype(np.int32)  # (B, T)
-    targets = tokens[:, 1:].copy()  # (B, T)
-    if not data.predict_start:
-        targets[targets == data.document_start] = -1
-    # A zero in front, and zeros for documents that are not there: offsets are running sums.
-    padded = np.stack([np.pad(lengths, (1, most - len(lengths))) for _, lengths in rows])  # (B, M + 1)
-    # The last token of a row is a target only, so the last document may be one token shorter.
-    offsets = padded.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
-
-
 class SampledBatch(NamedTuple):
     inputs: Tensor  # (B, T) int32
-    targets: Tensor  # (B, T) int64, places among the row's classes, -1 where nothing is predicted
+    targets: Tensor  # (B, T) int64: places among the classes of the row, -1 where nothing is predicted
     offsets: Tensor  # (B, M + 1) int32, as in `Batch`
-    classes: Tensor  # (B, P) int64: of the softmax of each row, in rising order
+    classes: Tensor  # (B, P) int64, in rising order: those that the softmax of the row has
 
 
 def sample_classes(targets: np.ndarray, count: int, vocab: int, number: int) -> np.ndarray:
@@ -613,18 +596,32 @@ def sample_classes(targets: np.ndarray, count: int, vocab: int, number: int) -> 
     return np.sort(np.concatenate([kept, others]))
 
 
-def with_sampled_classes(batch: Batch, count: int, vocab: int, first: int) -> Batch | SampledBatch:
-    """The batch with `count` sampled classes for each row, whose numbers begin at `first`; 0: as it is."""
-    if not count:
-        return batch
-    targets = batch.targets.numpy()
-    classes = [sample_classes(row, count, vocab, number) for number, row in enumerate(targets, first)]
-    places = []
-    for row, some in zip(targets, classes):
-        place = np.searchsorted(some, row).clip(max=count - 1)
-        places.append(np.where(some[place] == row, place, -1))
-    places, classes = (torch.from_numpy(np.stack(x)) for x in (places, classes))
-    return SampledBatch(batch.inputs, places, batch.offsets, classes)
+def make_batch(
+    rows: Sequence[tuple[np.ndarray, Sequence[int]]], data: Data, most: int,
+    candidates: int = 0, vocab: int = 0, first: int = 0,
+) -> Batch | SampledBatch:  # fmt: skip
+    """Rows of (T + 1 tokens, lengths of their documents) as tensors.
+
+    Token -1 pads a row. `most` is M, the largest number of documents in a row. With so many `candidates` of
+    `vocab` classes each row has a sample of them; rows are numbered from `first`.
+    """
+    tokens = np.stack([row for row, _ in rows]).astype(np.int64)  # (B, T + 1)
+    inputs = tokens[:, :-1].clip(min=0).astype(np.int32)  # (B, T)
+    targets = tokens[:, 1:].copy()  # (B, T)
+    if not data.predict_start:
+        targets[targets == data.document_start] = -1
+    # A zero in front, and zeros for documents that are not there: offsets are running sums.
+    padded = np.stack([np.pad(lengths, (1, most - len(lengths))) for _, lengths in rows])  # (B, M + 1)
+    # The last token of a row is a target only, so the last document may be one token shorter.
+    offsets = padded.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
+    if not candidates:
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
+    classes, places = np.empty((len(rows), candidates), np.int64), np.empty_like(targets)
+    for number, row in enumerate(targets):
+        classes[number] = sample_classes(row, candidates, vocab, first + number)
+        place = np.searchsorted(classes[number], row).clip(max=candidates - 1)
+        places[number] = np.where(classes[number, place] == row, place, -1)
+    return SampledBatch(*(torch.from_numpy(x) for x in (inputs, places, offsets, classes)))
 
 
 class Packer:
@@ -698,8 +695,7 @@ def training_steps(
         mine = rows[rank * share : (rank + 1) * share]
         local = [(np.concatenate(row), [len(document) for document in row]) for row in mine]
         first = step * len(rows) + rank * share  # number of this rank's first row
-        whole = make_batch(local, data, documents)
-        batch = with_sampled_classes(whole, stage.candidates, track.model.padded_vocab, first)
+        batch = make_batch(local, data, documents, stage.candidates, track.model.padded_vocab, first)
         if torch.cuda.is_initialized():
             batch = type(batch)(*(x.pin_memory() for x in batch))
         tokens = len(rows) * data.row_tokens
@@ -3765,9 +3761,8 @@ class Trainer:
             self.progress.now(f"{what} {number + 1} of {total}", number / total)
             self.set_stage(step)
             rows = [(tokens, lengths)] * self.rows_per_pass[self.stage.batch]
-            whole = make_batch(rows, data, self.checked["documents"])
             classes = self.stage.candidates, self.track.model.padded_vocab
-            batch = with_sampled_classes(whole, *classes, first=0)
+            batch = make_batch(rows, data, self.checked["documents"], *classes)
             self.forward_backward(batch, loss_weights(schedule, step))
             # a graph cannot be traced beside fp32 gradients of bf16 parameters
             self.model.zero_grad()

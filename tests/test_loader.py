@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_gpt import (
-    Batch,
     Data,
     Evaluation,
     Model,
@@ -28,7 +27,6 @@ from train_gpt import (
     sample_classes,
     training_steps,
     validation_rows,
-    with_sampled_classes,
 )
 
 START = 50256  # needs all 16 bits
@@ -178,18 +176,20 @@ def test_resume_from_every_position(tmp_path, rank, world_size):
 
 
 def test_sampled_classes_of_a_row_by_hand():
-    """Its targets in places of rising classes, then the sweep: 20,011 and 10 have no common divisor."""
-    batch = Batch(torch.zeros(2, 4), torch.tensor([[7, 7, -1, 3], [1, 9, 1, 9]]), torch.zeros(2, 2))
-    sampled = with_sampled_classes(batch, 4, 10, first=5)
+    """Its targets as places among rising classes, then the sweep: 20,011 and 10 have no common divisor."""
+    data = Data(vocab_size=10, document_start=0, predict_start=False, row_tokens=4)
+    rows = [[8, 7, 7, 0, 3], [0, 1, 9, 1, 9]]
+
+    def sampled(count):
+        whole = [(np.array(row), [5]) for row in rows]
+        batch = make_batch(whole, data, 1, count, 10, 5)
+        return batch.classes.tolist(), batch.targets.tolist()
+
     # row 5 begins at 20 * 20,011 mod 10 = 0 and goes on with 1, 2, 3; row 6 with 4, 5, 6, 7
-    assert sampled.classes.tolist() == [[0, 1, 3, 7], [1, 4, 5, 9]]
-    assert sampled.targets.tolist() == [[3, 3, -1, 2], [0, 3, 0, 3]]
-    # more targets than classes: the rarest is left out; none: as it is
-    assert with_sampled_classes(batch, 1, 10, first=5).classes.tolist() == [[7], [1]]
-    assert with_sampled_classes(batch, 1, 10, first=5).targets.tolist() == [[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert with_sampled_classes(batch, 0, 10, first=5) is batch
-    every = with_sampled_classes(batch, 10, 10, first=5)
-    assert every.classes.tolist() == 2 * [[*range(10)]] and every.targets.equal(batch.targets)
+    assert sampled(4) == ([[0, 1, 3, 7], [1, 4, 5, 9]], [[3, 3, -1, 2], [0, 3, 0, 3]])
+    # more targets than classes: the rarest are left out
+    assert sampled(1) == ([[7], [1]], [[0, 0, -1, -1], [0, -1, 0, -1]])
+    assert sampled(10) == (2 * [[*range(10)]], [[7, 7, -1, 3], [1, 9, 1, 9]])
 
 
 @pytest.mark.parametrize("vocab", (50_304, 3 * 20_011))

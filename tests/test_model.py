@@ -4,6 +4,7 @@ flows where; its start."""
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ from train_gpt import (
     GPT,
     MLP_MATRICES,
     TRACKS,
-    Batch,
     FP8Linear,
     Lookup,
     Model,
@@ -22,8 +22,8 @@ from train_gpt import (
     match_rows,
     ngram_keys,
     rotary_frequencies,
+    sample_classes,
     supports,
-    with_sampled_classes,
 )
 
 SHORT = TRACKS["short"]
@@ -67,6 +67,14 @@ def batch_of(rows, seed=0, vocab=64, tails=2, masked=0.2):
         targets,
         torch.tensor([[sum(row[:i]) for i in range(M + 1)] for row in rows], dtype=torch.int32),
     )
+
+
+def sampled(targets, count, vocab=64):
+    """The classes of each row, and the targets as places among them."""
+    classes = [sample_classes(row, count, vocab, number) for number, row in enumerate(targets.numpy())]
+    places = [[some.tolist().index(t) if t >= 0 else -1 for t in row]
+              for some, row in zip(classes, targets.tolist())]  # fmt: skip
+    return torch.tensor(np.stack(classes)), torch.tensor(places)
 
 
 def gradients(model):
@@ -271,17 +279,20 @@ def test_loss_and_gradients_against_the_reference(name, windows, weights):
 @pytest.mark.parametrize("tied", (False, True))
 def test_a_softmax_over_all_classes_as_a_sample_is_the_full_one(tied):
     """Losses and gradients to the bit, but for the sum over rows that the head's gradient is."""
-    full, sampled = build(SMALL, spread=0.05), build(SMALL, spread=0.05)
-    full.tied = sampled.tied = tied
-    batch = with_sampled_classes(Batch(*batch_of(ROWS)), 64, 64, first=0)
+    full, some = build(SMALL, spread=0.05), build(SMALL, spread=0.05)
+    full.tied = some.tied = tied
+    inputs, targets, offsets = batch_of(ROWS)
+    classes, places = sampled(targets, 64)
+    assert places.equal(targets)
     losses = [
-        model(*batch[:3], (3, 7), 21, 1, *classes) for model, *classes in ((full,), (sampled, batch.classes))
+        full(inputs, targets, offsets, (3, 7), 21, 1),
+        some(inputs, places, offsets, (3, 7), 21, 1, classes),
     ]
     for loss in losses:
         loss.backward(torch.tensor([1.0, 0.5]))
     assert losses[1].tolist() == pytest.approx(losses[0].tolist(), rel=1e-7)
     wanted = gradients(full)
-    for key, found in gradients(sampled).items():
+    for key, found in gradients(some).items():
         assert (found - wanted[key]).norm() <= 1e-6 * wanted[key].norm(), key
 
 
@@ -290,19 +301,19 @@ def test_sampled_softmax_against_the_full_logits(tied):
     """In float64: a softmax over the row's classes of the logits that validation has, other classes gone."""
     model = build(SMALL, spread=0.05)
     model.tied = tied
-    plain = Batch(*batch_of(ROWS, vocab=20))
-    batch = with_sampled_classes(plain, 24, 64, first=3)
-    loss = model(*batch[:3], (3, 7), 21, 0, batch.classes)
+    inputs, targets, offsets = batch_of(ROWS, vocab=20)
+    classes, places = sampled(targets, 24)
+    loss = model(inputs, places, offsets, (3, 7), 21, 0, classes)
     loss.backward()
     with torch.no_grad():
-        logits = model.logits(model.stream(*plain[::2], (3, 7), 21, model.tables()).flatten(0, 1)).double()
-    expected, logits = 0.0, logits.view(3, 21, 64)
-    for row, targets, classes in zip(logits, plain.targets.tolist(), batch.classes.tolist()):
-        for z, target in zip(row, targets):
-            expected -= float(z[target] - z[classes].logsumexp(0)) if target >= 0 else 0.0
+        logits = model.logits(model.stream(inputs, offsets, (3, 7), 21, model.tables()).flatten(0, 1))
+    expected, logits = 0.0, logits.double().view(3, 21, 64)
+    for row, wanted, some in zip(logits, targets.tolist(), classes.tolist()):
+        for z, target in zip(row, wanted):
+            expected -= float(z[target] - z[some].logsumexp(0)) if target >= 0 else 0.0
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     # no gradient for a class that no row has; while they are tied the inputs are rows of the head too
-    read = {*batch.classes.flatten().tolist()} | ({*plain.inputs.flatten().tolist()} if tied else set())
+    read = {*classes.flatten().tolist()} | ({*inputs.flatten().tolist()} if tied else set())
     moved = {place for place, grad in enumerate(model.lm_head.grad) if grad.any()}
     assert moved == read < {*range(64)}
 
