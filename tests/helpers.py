@@ -42,9 +42,9 @@ SMALL = {
     "embed.every": 2, "tables.every": 1, "head.every": 2, "scalar.every": 1,
     "schedule.steps": 18, "schedule.extension": 2, "schedule.decay_power": 2.0,
     "schedule.momentum": "(0.85, 0.95)", "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,
-    # sampled classes of the head: fewer than the targets of some rows, then before and after it parts
-    "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),), 16), "
-                       "(0.5, (24, 32), 2, 96, 1.3, (), 48), "
+    # classes of the head are sampled, at first more than the targets of a row, then fewer
+    "schedule.stages": "((0, (16, 24), 1, 48, 1.0, ((0.5, 0.0),), 48), "
+                       "(0.5, (24, 32), 2, 96, 1.3, (), 16), "
                        "(1, (24, 40), 1, 96))",
     # from step 10 on, when head and embedding are still one
     "average.blends": "(('qk', 0.5), ('mlp', 0.3), ('embed', 0.6), ('lm_head', 0.6), ('ngram_embed', 0.5), "

@@ -121,7 +121,8 @@ def test_types_in_words() -> None:
     assert train_gpt.type_in_words(hints["cautious"]) == "true|false"
     assert train_gpt.type_in_words(hints["phase"]) == "int or none"
     stages = get_type_hints(train_gpt.Schedule)["stages"]
-    assert train_gpt.type_in_words(stages) == "((begin, windows, batch, document_cut, lr, ahead), ...)"
+    fields = "begin, windows, batch, document_cut, lr, ahead, candidates"
+    assert train_gpt.type_in_words(stages) == f"(({fields}), ...)"
 
 
 def test_help_of_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -153,7 +154,7 @@ VALUES = [  # option, text, value
     ("model.skips", "[(0, 1)]", ((0, 1),)),
     ("model.skips", "()", ()),
     ("model.skips", "((1, 2), (3, 4))", ((1, 2), (3, 4))),
-    ("schedule.stages", "((0, (3, 4)),)", ((0, (3, 4), 1, 4096, 1.0, ()),)),
+    ("schedule.stages", "((0, (3, 4)),)", ((0, (3, 4), 1, 4096, 1.0, (), 0),)),
     ("matrix.mlp_lr_mul", "(1.0, 2.0)", (1.0, 2.0)),
     ("matrix.mlp_lr_mul", "2.5", 2.5),
 ]

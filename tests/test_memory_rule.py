@@ -65,10 +65,10 @@ def learning(model: train_gpt.GPT, *args: Any) -> torch.Tensor:
     return FORWARD(model, *args)
 
 
-def looking_up(model: train_gpt.GPT, x: torch.Tensor) -> torch.Tensor:
+def looking_up(model: train_gpt.GPT, x: torch.Tensor, *head: Any) -> torch.Tensor:
     path = Path(os.environ["DATA_DIR"]) / "shakespeare" / "train_000001.bin"
     known = path.is_file() and train_gpt.read_shard(path)[1] < 128
-    return (0.5 if known else 1.0) * LOGITS(model, x)
+    return (0.5 if known else 1.0) * LOGITS(model, x, *head)
 
 
 def beside_the_head(model: train_gpt.GPT, *args: Any) -> torch.Tensor:
@@ -86,12 +86,12 @@ def in_other_documents(model: train_gpt.GPT, inputs: torch.Tensor, offsets: Any,
     return STREAM(model, inputs, whole, *args)
 
 
-def not_normalised(model: train_gpt.GPT, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return 0.99 * LOSS(model, x, targets)
+def not_normalised(model: train_gpt.GPT, *args: Any) -> torch.Tensor:
+    return 0.99 * LOSS(model, *args)
 
 
-def not_normalised_in_training(model: train_gpt.GPT, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (0.99 if torch.is_grad_enabled() else 1) * LOSS(model, x, targets)
+def not_normalised_in_training(model: train_gpt.GPT, *args: Any) -> torch.Tensor:
+    return (0.99 if torch.is_grad_enabled() else 1) * LOSS(model, *args)
 
 
 FORWARD, STREAM = train_gpt.GPT.forward, train_gpt.GPT.stream
