@@ -470,12 +470,13 @@ SHORT = Track(
     head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
     schedule=Schedule(
-        steps=1450, extension=14, cooldown=0.6, floor=0.15, decay_power=2.0,
+        steps=1450, extension=20, cooldown=0.6, floor=0.15, decay_power=2.0,
         stages=(
-            Stage(0, (128, 384), batch=1, document_cut=896, ahead=((0.5, 0.5), (0.25, 0.0))),
-            Stage(1 / 3, (384, 896), batch=2, document_cut=2048, lr=1.52, ahead=((0.5, 0.0),)),
-            Stage(2 / 3, (640, 1408), batch=3, document_cut=2048, lr=1.73),
-            Stage(1, (768, 1664), batch=3, document_cut=2048),
+            Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0)), candidates=10_240),
+            Stage(1 / 3, (384, 896), 2, 2048, lr=1.52, ahead=((0.5, 0.0),), candidates=10_240),
+            Stage(2 / 3, (640, 1408), 3, 2048, lr=1.73, candidates=10_240),
+            Stage(0.94, (640, 1408), 2, 2048, lr=1.73),
+            Stage(1, (768, 1664), 1, 2048),
         ),
     ),
     # a guess: what #92 says of itself, in other words; no run of ours has measured it
