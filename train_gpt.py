@@ -579,14 +579,19 @@ class SampledBatch(NamedTuple):
     targets: Tensor  # (B, T) int64: places among the classes of the row, -1 where nothing is predicted
     offsets: Tensor  # (B, M + 1) int32, as in `Batch`
     classes: Tensor  # (B, P) int64, in rising order: those that the softmax of the row has
+    log_counts: Tensor  # (B, P) fp32: log of the number of classes that each of them stands for
 
 
-def sample_classes(targets: np.ndarray, count: int, vocab: int, number: int) -> np.ndarray:
-    """The `count` classes, of `vocab`, that the softmax of a row has in training, in rising order.
+def sample_classes(
+    targets: np.ndarray, count: int, vocab: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` classes, of `vocab`, that the softmax of a row has in training, and their log counts.
 
-    They are the row's targets and, to fill up, a window of a sweep over all classes, another window for each
-    row `number`. Of more targets than `count` the rarest are left out. Record #92 has a set for all rows of
-    a GPU; this one follows from a row and its number, and is the same for any number of processes.
+    They are the row's targets, which stand for themselves, and, to fill up, a window of a sweep over all
+    classes, another window for each row `number`: these stand for all other classes, so that the sum of the
+    exponentials is right in the mean (1412.2007). Of more targets than `count` the rarest are left out.
+    Record #92 has a set for all rows of a GPU, and no counts; this one follows from a row and its number, and
+    is the same for any number of processes.
     """
     found, times = np.unique(targets[targets >= 0], return_counts=True)
     kept = found[np.argsort(-times, kind="stable")[:count]]
@@ -594,7 +599,11 @@ def sample_classes(targets: np.ndarray, count: int, vocab: int, number: int) -> 
     stride = next(size for size in itertools.count(SWEEP_STRIDE) if math.gcd(size, vocab) == 1)
     swept = (number * count + np.arange(count)) * stride % vocab
     others = swept[~np.isin(swept, kept)][: count - len(kept)]
-    return np.sort(np.concatenate([kept, others]))
+    log_counts = np.zeros(count, np.float32)
+    log_counts[len(kept) :] = math.log((vocab - len(kept)) / max(1, len(others)))
+    classes = np.concatenate([kept, others])
+    order = classes.argsort()
+    return classes[order], log_counts[order]
 
 
 def make_batch(
@@ -617,12 +626,12 @@ def make_batch(
     offsets = padded.cumsum(1).clip(max=targets.shape[1]).astype(np.int32)
     if not candidates:
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(offsets))
-    classes, places = np.empty((len(rows), candidates), np.int64), np.empty_like(targets)
-    for number, row in enumerate(targets):
-        classes[number] = sample_classes(row, candidates, vocab, first + number)
-        place = np.searchsorted(classes[number], row).clip(max=candidates - 1)
-        places[number] = np.where(classes[number, place] == row, place, -1)
-    return SampledBatch(*(torch.from_numpy(x) for x in (inputs, places, offsets, classes)))
+    samples = [sample_classes(row, candidates, vocab, number) for number, row in enumerate(targets, first)]
+    classes, log_counts = map(np.stack, zip(*samples))  # (B, P)
+    for row, some in zip(targets, classes):
+        place = np.searchsorted(some, row).clip(max=candidates - 1)
+        row[:] = np.where(some[place] == row, place, -1)
+    return SampledBatch(*(torch.from_numpy(x) for x in (inputs, targets, offsets, classes, log_counts)))
 
 
 class Packer:
@@ -1193,17 +1202,18 @@ class GPT(nn.Module):
 
     def forward(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: tuple[int, int], longest: int,
-        ahead: int = 0, classes: Tensor | None = None,
+        ahead: int = 0, classes: Tensor | None = None, log_counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Summed cross entropies in nats, fp32 (1 + ahead,), over the targets >= 0 of (B, T) rows.
 
         The first is of the targets themselves, the others of those 1, 2, ... places on in the row.
         `windows` are (short, long), `longest` bounds the length of a document. With `classes` (B, P) a row
-        has no others, and the targets are places among them.
+        has no others, the targets are places among them, and `log_counts` (B, P) weigh them.
         """
         sizes = self.window_sizes(windows)
         head = None if classes is None else self.table(self.lm_head)
-        return self.body(inputs, targets, offsets, sizes, longest, ahead, self.tables(), head, classes)
+        sample = head, classes, log_counts
+        return self.body(inputs, targets, offsets, sizes, longest, ahead, self.tables(), *sample)
 
     def window_sizes(self, windows: tuple[int, int]) -> Sequence:
         """(short, long) as attention takes them: numbers, or `window_size` tensors where it is fused."""
@@ -1233,6 +1243,7 @@ class GPT(nn.Module):
     def body(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int,
         tables: Sequence[Table], head: Table | None = None, classes: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
@@ -1246,8 +1257,8 @@ class GPT(nn.Module):
             parts = [*zip(x.flatten(0, 1).split(at_once), all_targets.flatten(0, 1).split(at_once))]
         else:  # each row by itself, with the rows of the head that are its classes
             heads, parts = Lookup.apply(*head, classes), []  # (B, P, D)
-            for row, of_row, own_head in zip(x.unbind(0), all_targets.unbind(0), heads.unbind(0)):
-                parts += [(*part, own_head) for part in zip(row.split(at_once), of_row.split(at_once))]
+            for row, of_row, *sample in zip(x, all_targets, heads, log_counts):
+                parts += [(*part, *sample) for part in zip(row.split(at_once), of_row.split(at_once))]
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
 
     def stream(
@@ -1432,10 +1443,13 @@ class GPT(nn.Module):
             logits = F.linear(x, head.to(self.dtype))
         return A * torch.sigmoid((logits.float() + B) / C)
 
-    def loss(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
+    def loss(
+        self, x: Tensor, targets: Tensor, head: Tensor | None = None, log_counts: Tensor | None = None
+    ) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
 
-        A `head` (P, D) stands for `lm_head` where only P classes are sampled, which training alone does.
+        Where training samples P classes, a `head` (P, D) stands for `lm_head`, and each class counts as many
+        times in the softmax as `log_counts` (P,) say; targets count once.
 
         This is the training loss AND the validation loss, on which the claim of a record rests. A term that
         only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
@@ -1448,6 +1462,8 @@ class GPT(nn.Module):
         target_logits = []
         for target in targets.unbind(1):
             target_logits.append(torch.where(classes == target[:, None], z, 0.0).sum(1))
+        if log_counts is not None:
+            z = z + log_counts
         losses = z.logsumexp(-1, True) - torch.stack(target_logits, 1)  # (n, K)
         return (losses * (targets >= 0)).sum(0)
 

@@ -183,13 +183,16 @@ def test_sampled_classes_of_a_row_by_hand():
     def sampled(count):
         whole = [(np.array(row), [5]) for row in rows]
         batch = make_batch(whole, data, 1, count, 10, 5)
-        return batch.classes.tolist(), batch.targets.tolist()
+        return batch.classes.tolist(), batch.targets.tolist(), batch.log_counts.exp().tolist()
 
-    # row 5 begins at 20 * 20,011 mod 10 = 0 and goes on with 1, 2, 3; row 6 with 4, 5, 6, 7
-    assert sampled(4) == ([[0, 1, 3, 7], [1, 4, 5, 9]], [[3, 3, -1, 2], [0, 3, 0, 3]])
+    # row 5 begins at 20 * 20,011 mod 10 = 0 and goes on with 1, 2, 3; row 6 with 4, 5, 6, 7; each of the
+    # two that are no targets stands for four
+    classes, targets, counts = sampled(4)
+    assert (classes, targets) == ([[0, 1, 3, 7], [1, 4, 5, 9]], [[3, 3, -1, 2], [0, 3, 0, 3]])
+    assert counts == [pytest.approx(row) for row in ([4, 4, 1, 1], [1, 4, 4, 1])]
     # more targets than classes: the rarest are left out
-    assert sampled(1) == ([[7], [1]], [[0, 0, -1, -1], [0, -1, 0, -1]])
-    assert sampled(10) == (2 * [[*range(10)]], [[7, 7, -1, 3], [1, 9, 1, 9]])
+    assert sampled(1) == ([[7], [1]], [[0, 0, -1, -1], [0, -1, 0, -1]], [[1], [1]])
+    assert sampled(10) == (2 * [[*range(10)]], [[7, 7, -1, 3], [1, 9, 1, 9]], 2 * [[1] * 10])
 
 
 @pytest.mark.parametrize("vocab", (50_304, 3 * 20_011))
@@ -197,7 +200,7 @@ def test_a_sweep_visits_all_classes_equally_often(vocab):
     """Without targets, a fifth of the vocabulary for each row, the starts of the windows move on."""
     counts = np.zeros(vocab, int)
     for number in range(100):
-        classes = sample_classes(np.full(8, -1), vocab // 5 + 1, vocab, number)
+        classes, _ = sample_classes(np.full(8, -1), vocab // 5 + 1, vocab, number)
         assert len(np.unique(classes)) == vocab // 5 + 1
         counts[classes] += 1
     assert counts.max() - counts.min() <= 1 and counts.min() >= 20

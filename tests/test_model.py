@@ -70,11 +70,12 @@ def batch_of(rows, seed=0, vocab=64, tails=2, masked=0.2):
 
 
 def sampled(targets, count, vocab=64):
-    """The classes of each row, and the targets as places among them."""
-    classes = [sample_classes(row, count, vocab, number) for number, row in enumerate(targets.numpy())]
-    places = [[some.tolist().index(t) if t >= 0 else -1 for t in row]
-              for some, row in zip(classes, targets.tolist())]  # fmt: skip
-    return torch.tensor(np.stack(classes)), torch.tensor(places)
+    """The targets as places among the classes of each row, these, and their log counts."""
+    samples = [sample_classes(row, count, vocab, number) for number, row in enumerate(targets.numpy())]
+    classes, log_counts = (torch.tensor(np.stack(x)) for x in zip(*samples))
+    places = [[some.index(t) if t >= 0 else -1 for t in row]
+              for some, row in zip(classes.tolist(), targets.tolist())]  # fmt: skip
+    return torch.tensor(places), classes, log_counts
 
 
 def gradients(model):
@@ -282,11 +283,11 @@ def test_a_softmax_over_all_classes_as_a_sample_is_the_full_one(tied):
     full, some = build(SMALL, spread=0.05), build(SMALL, spread=0.05)
     full.tied = some.tied = tied
     inputs, targets, offsets = batch_of(ROWS)
-    classes, places = sampled(targets, 64)
+    places, *sample = sampled(targets, 64)
     assert places.equal(targets)
     losses = [
         full(inputs, targets, offsets, (3, 7), 21, 1),
-        some(inputs, places, offsets, (3, 7), 21, 1, classes),
+        some(inputs, places, offsets, (3, 7), 21, 1, *sample),
     ]
     for loss in losses:
         loss.backward(torch.tensor([1.0, 0.5]))
@@ -298,19 +299,22 @@ def test_a_softmax_over_all_classes_as_a_sample_is_the_full_one(tied):
 
 @pytest.mark.parametrize("tied", (False, True))
 def test_sampled_softmax_against_the_full_logits(tied):
-    """In float64: a softmax over the row's classes of the logits that validation has, other classes gone."""
+    """In float64: a softmax over the row's classes of the logits that validation has, other classes gone,
+    those that are no targets so many times that all 64 are counted."""
     model = build(SMALL, spread=0.05)
     model.tied = tied
     inputs, targets, offsets = batch_of(ROWS, vocab=20)
-    classes, places = sampled(targets, 24)
-    loss = model(inputs, places, offsets, (3, 7), 21, 0, classes)
+    places, classes, log_counts = sampled(targets, 24)
+    loss = model(inputs, places, offsets, (3, 7), 21, 0, classes, log_counts)
     loss.backward()
     with torch.no_grad():
         logits = model.logits(model.stream(inputs, offsets, (3, 7), 21, model.tables()).flatten(0, 1))
     expected, logits = 0.0, logits.double().view(3, 21, 64)
     for row, wanted, some in zip(logits, targets.tolist(), classes.tolist()):
+        own = {target for target in wanted if target >= 0}
+        times = torch.tensor([1.0 if c in own else (64 - len(own)) / (24 - len(own)) for c in some]).double()
         for z, target in zip(row, wanted):
-            expected -= float(z[target] - z[some].logsumexp(0)) if target >= 0 else 0.0
+            expected += float((times * z[some].exp()).sum().log() - z[target]) if target >= 0 else 0.0
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     # no gradient for a class that no row has; while they are tied the inputs are rows of the head too
     read = {*classes.flatten().tolist()} | ({*inputs.flatten().tolist()} if tied else set())
