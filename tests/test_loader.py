@@ -217,12 +217,14 @@ def test_sampled_classes_do_not_depend_on_the_processes(tmp_path, world_size):
         return [next(steps).batch for _ in range(3)]
 
     alone, ranks = first_steps(0, 1), [first_steps(rank, world_size) for rank in range(world_size)]
-    sets = []
-    for whole, *parts in zip(alone, *ranks):
-        for name in ("targets", "classes"):
+    for step, (whole, *parts) in enumerate(zip(alone, *ranks)):
+        for name in ("targets", "classes", "log_counts"):
             assert getattr(whole, name).equal(torch.cat([getattr(part, name) for part in parts]))
-        sets += map(tuple, whole.classes.tolist())
-    assert [len(some) for some in sets] == [40] * 16 + [64] * 16 and len({*sets}) == len(sets)
+        # rows are numbered by step and place
+        for number, (places, classes) in enumerate(zip(whole.targets, whole.classes), len(whole.targets) * step):
+            targets = torch.where(places >= 0, classes[places], -1).numpy()
+            wanted, _ = sample_classes(targets, (40, 40, 64)[step], 50_304, number)
+            assert classes.tolist() == wanted.tolist()
 
 
 def test_one_step_is_prepared_ahead(tmp_path):
