@@ -221,7 +221,8 @@ def test_sampled_classes_do_not_depend_on_the_processes(tmp_path, world_size):
         for name in ("targets", "classes", "log_counts"):
             assert getattr(whole, name).equal(torch.cat([getattr(part, name) for part in parts]))
         # rows are numbered by step and place
-        for number, (places, classes) in enumerate(zip(whole.targets, whole.classes), len(whole.targets) * step):
+        first = step * len(whole.targets)
+        for number, (places, classes) in enumerate(zip(whole.targets, whole.classes), first):
             targets = torch.where(places >= 0, classes[places], -1).numpy()
             wanted, _ = sample_classes(targets, (40, 40, 64)[step], 50_304, number)
             assert classes.tolist() == wanted.tolist()
