@@ -270,10 +270,10 @@ class Muon(Settings):
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: Literal["none", "row", "col", "rowcol"] = field(
-        "row", "MuonEq before orthogonalising"
+    equilibrate: Literal["none", "row", "col", "rowcol", "both"] = field(
+        "row", "MuonEq; both: also after orthogonalising"
     )
-    equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
+    equilibrate_exponent: float = field(-0.5, "power of the sums of squares, not of both")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express, newton_schulz, another of ORTHOGONALIZERS")
     norm_bound: Literal["frobenius", "spc"] = field(
@@ -1576,6 +1576,51 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     return u
 
 
+def balance_factors(
+    u: Tensor, norms: Sequence[Tensor], power: Tensor | float, alive: Tensor
+) -> list[Tensor]:
+    """The two-sided balance: factors (K, m, 1) of the rows and (K, 1, n) of the columns of u (K, m, n).
+
+    With the energy e of a row or column and e' the geometric mean of all rows or columns, the factors are
+    B^-1/2 and A^-1/2, where B and A are (e / e')^0.25 within [1/2, 2]; `balance_again` has the rest:
+
+        D = B^-1/2 polar(B^-1/2 U A^-1/2) A^-1/2, in the size of the polar factor
+
+    (the public speedrun's IsoMuon with the energy of the momentum in place of the noise of the gradient).
+    An energy is the running mean, decay 0.95, of the sums of squares of the momentum: u without `power`.
+    `norms`, (K, m, 1) and (K, 1, n), are their roots, updated in place where `alive` is true. A correction
+    of the mean's first steps would be the same for all rows, so that e / e' is without it what it is with it.
+
+    A row or column that has always been zero does not count in e', and stays zero.
+    """
+    factors = []
+    for norm, dim in zip(norms, (-1, -2)):
+        now = torch.linalg.vector_norm(u, dim=dim, keepdim=True)
+        # roots, because squares could overflow; where `power` is 0, so is u
+        now = torch.where(now > 0, now / power, now)
+        kept = norm * where_alive(alive, 0.95**0.5, 1.0, norm.dtype)
+        norm.copy_(torch.hypot(kept, now * 0.05**0.5))
+        # logarithms to base 2 beside the largest: a power of two in all norms changes no bit
+        mantissa, exponent = torch.frexp(norm)
+        logs = mantissa.log2() + (exponent - exponent.amax((-2, -1), keepdim=True))
+        logs = logs.masked_fill_(norm == 0, 0.0)
+        count = (norm != 0).sum((-2, -1), keepdim=True)
+        mean = logs.sum((-2, -1), keepdim=True) / count.clamp_min(1)
+        # (norm^2)^(0.25 * -1/2), within the roots of [1/2, 2]
+        factors.append(torch.exp2((mean - logs) / 4).clamp(0.5**0.5, 2**0.5))
+    return factors
+
+
+def balance_again(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The polar factor x (K, m, n) scaled on both sides in fp32, with the Frobenius norm that it had."""
+    rows, columns = factors
+    x = x.to(rows.dtype)
+    balanced = x * rows * columns
+    before = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    after = torch.linalg.vector_norm(balanced, dim=(-2, -1), keepdim=True)
+    return balanced * (before / after.clamp_min(TINY_NUMBER))
+
+
 def orthogonalize(
     x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
     work_dtype: torch.dtype = torch.bfloat16,
@@ -1648,7 +1693,9 @@ class Unit:
 
     # numbers that a CPU updates at a time: a core keeps them and what is made of them in its cache
     SLICE = {"matrix": 2**19, "adam": 2**17}
-    STATE = ("momentum", "second_moment", "exp_avg", "exp_avg_sq", "master")  # the tensors of `state`
+    STATE = (  # the tensors of `state`
+        "momentum", "second_moment", "row_norm", "col_norm", "exp_avg", "exp_avg_sq", "master",
+    )  # fmt: skip
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
         self.group, self.comm = group, comm
@@ -1695,6 +1742,9 @@ class Unit:
             (m, n), axis = self.tail, self.group["normuon_axis"]
             by_row = axis == "row" or (axis == "auto" and m >= n)
             shapes["second_moment"] = (self.chunk, m, 1) if by_row else (self.chunk, 1, n)
+        if self.group.get("equilibrate") == "both":
+            m, n = self.tail
+            shapes |= {"row_norm": (self.chunk, m, 1), "col_norm": (self.chunk, 1, n)}
         if self.dtype != self.precision:
             shapes["master"] = (self.chunk, *self.tail)
         return shapes
@@ -1907,8 +1957,14 @@ class Unit:
         mode = group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
             mode = "row"
-        update = equilibrate(update, mode, group["equilibrate_exponent"])
+        if mode == "both":
+            factors = balance_factors(update, [state["row_norm"], state["col_norm"]], power, alive)
+            update = update * factors[0] * factors[1]
+        else:
+            update = equilibrate(update, mode, group["equilibrate_exponent"])
         update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
+        if mode == "both":
+            update = balance_again(update, factors)
         # the size of the update: by shape, and by row or column
         if group["scale"] == "spectral":
             factor = lr * math.sqrt(max(1.0, m / n))
@@ -2028,6 +2084,10 @@ class MuonEq(torch.optim.Optimizer):
     Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
     zero, an expert without tokens; before its first gradient it decays.
+
+    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by running
+    energies that are state (`balance_factors`). `normuon` takes the result for the orthogonal matrix: on its
+    own side it evens out what the second balance has done.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -2224,9 +2284,15 @@ class MuonEq(torch.optim.Optimizer):
         for unit in self.units:
             # somebody may have put a new group there
             unit.group = group = self.param_groups[unit.group_number]
-            words = [value for value in group.values() if isinstance(value, str) or callable(value)]
+            words = [x for x in group.values() if isinstance(x, (str, bool)) or callable(x)]
             if words != unit.words:
                 check_values(group)
+                if missing := [key for key in unit.state_shapes() if key not in unit.state]:
+                    need = " and ".join(missing)
+                    raise ValueError(
+                        f"equilibrate or normuon was changed to what needs the state {need}; "
+                        "that is made with the optimizer"
+                    )
                 unit.words = words
 
     def zero_grad(self, set_to_none: bool = True) -> None:
