@@ -2383,7 +2383,9 @@ class MuonEq(torch.optim.Optimizer):
             groups.append({**copied(kept), "params": [keys[name] for name in names]})
         content = {"step": self.step_count, "state": state, "param_groups": groups}
         if others := self._state_of_no_parameter():
-            content["others"] = copy.deepcopy(others)
+            # the wrapper looks for it where torch's optimizers have it
+            state.update(copy.deepcopy(others))
+            content["others"] = [*others]
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed
@@ -2416,6 +2418,8 @@ class MuonEq(torch.optim.Optimizer):
         if not isinstance(content.get("state"), dict):
             raise ValueError(f"a state_dict of MuonEq has 'step' and 'state'; this one has {[*content]}")
         state, groups = self._by_name(content)
+        kept = content.get("others", [])  # names of entries of the state, once the entries themselves
+        others = {key: state.pop(key) if key in state else kept[key] for key in kept}
         settings = self._settings_from(groups)
         self._check_state(state)
         factors = []
@@ -2435,7 +2439,8 @@ class MuonEq(torch.optim.Optimizer):
         for name, entry in state.items():
             foreign = {k: v for k, v in entry.items() if k not in ("updates", *Unit.STATE)}
             self.state[self.named[name]].update(copy.deepcopy(foreign))
-        self.state.update(copy.deepcopy(content.get("others", {})))
+        # copied, but for the parameters themselves, which may be keys
+        self.state.update(copy.deepcopy(others, {id(p): p for p in self.named.values()}))
         # torch.distributed.checkpoint drops what it does not know
         steps = [int(unit.updates.max()) * unit.group["every"] for unit in self.units]
         self.step_count = content.get("step", max(steps, default=0))

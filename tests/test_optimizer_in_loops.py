@@ -307,13 +307,23 @@ def test_state_shows_what_the_optimizer_holds_and_keeps_what_others_add():
 
 
 def test_state_of_no_parameter_is_kept():
-    """Wrappers such as TRAC keep one entry for the whole optimizer, under a name of their own."""
+    """Wrappers such as TRAC keep one entry for the whole optimizer, under a name of their own, and look for
+    it in the state; what they load there may have parameters for keys."""
     opt = MuonEq(groups_of(net()))
     opt.state["trac"] = {"s": torch.ones(3)}
-    resumed = MuonEq(groups_of(net()))
-    resumed.load_state_dict(opt.state_dict())
-    for other in (resumed, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+    saved = opt.state_dict()
+    former = opt.state_dict()
+    former["others"] = {"trac": former["state"].pop("trac")}
+    resumed, older = MuonEq(groups_of(net())), MuonEq(groups_of(net()))
+    resumed.load_state_dict(saved)
+    older.load_state_dict(former)
+    saved["state"]["trac"]["s"].zero_()
+    for other in (resumed, older, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         assert torch.equal(other.state["trac"]["s"], torch.ones(3))
+    p = resumed.named["0"]
+    saved["state"]["trac"][p] = torch.ones(3)
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state["trac"][p], torch.ones(3))
 
 
 def test_private_functions_of_torch_are_there():
