@@ -1923,8 +1923,7 @@ class Unit:
         group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            alive = torch.ones((), dtype=torch.bool, device=weights.device)
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
         # torch.tensor would wait for the device
         count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
@@ -1978,16 +1977,19 @@ class Unit:
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape, of what is `alive`.
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor | None = None) -> None:
+        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
 
-        Cautious: only where update and weight `agree` in sign (2510.12402).
+        Of matrices only those that are `alive`; cautious: only where update and weight `agree` in sign
+        (2510.12402).
         """
         amount = float(self.group["lr"]) * self.group["weight_decay"]
         if amount and self.group["cautious"]:
-            weights.sub_(amount * weights * (agree(update * weights, 0) & alive))
+            where = agree(update * weights, 0)
+            weights.sub_(amount * weights * (where if alive is None else where & alive))
         elif amount:
-            weights.mul_(where_alive(alive, 1 - amount, 1.0, weights.dtype))
+            kept = 1 - amount
+            weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
