@@ -271,10 +271,10 @@ class Muon(Settings):
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    equilibrate: Literal["none", "row", "col", "rowcol"] = field(
-        "row", "MuonEq before orthogonalising"
+    equilibrate: Literal["none", "row", "col", "rowcol", "both"] = field(
+        "row", "MuonEq; both: also after orthogonalising"
     )
-    equilibrate_exponent: float = field(-0.5, "power of the sums of squares")
+    equilibrate_exponent: float = field(-0.5, "power of the sums of squares, not of both")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express, newton_schulz, another of ORTHOGONALIZERS")
     norm_bound: Literal["frobenius", "spc"] = field(
@@ -1624,8 +1624,11 @@ def power_of_two(x: Tensor, alive: Tensor) -> Tensor | float:
     return (torch.frexp(size).mantissa / size).masked_fill_(in_range, 1.0) * alive
 
 
-def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """`value` for each matrix that is `alive` (K, 1, 1), another for the rest."""
+def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtype) -> Tensor | float:
+    """`value` for each matrix that is `alive` (K, 1, 1), another for the rest; a number where all are."""
+    # a CPU multiplies by a number in two thirds of the time that a tensor takes it
+    if not alive.is_cuda and alive.all():
+        return value
     return torch.full_like(alive, otherwise, dtype=dtype).masked_fill_(alive, value)
 
 
@@ -1641,6 +1644,51 @@ def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
         floor = 1e-8 * x.mean((-2, -1), keepdim=True) + TINY_NUMBER
         u = u * (x + floor).pow(exponent)
     return u
+
+
+def balance_factors(
+    u: Tensor, norms: Sequence[Tensor], power: Tensor | float, alive: Tensor
+) -> list[Tensor]:
+    """The two-sided balance: factors (K, m, 1) of the rows and (K, 1, n) of the columns of u (K, m, n).
+
+    With the energy e of a row or column and e' the geometric mean of all rows or columns, the factors are
+    B^-1/2 and A^-1/2, where B and A are (e / e')^0.25 within [1/2, 2]; `balance_again` has the rest:
+
+        D = B^-1/2 polar(B^-1/2 U A^-1/2) A^-1/2, in the size of the polar factor
+
+    (the public speedrun's IsoMuon with the energy of the momentum in place of the noise of the gradient).
+    An energy is the running mean, decay 0.95, of the sums of squares of the momentum: u without `power`.
+    `norms`, (K, m, 1) and (K, 1, n), are their roots, updated in place where `alive` is true. A correction
+    of the mean's first steps would be the same for all rows, so that e / e' is without it what it is with it.
+
+    A row or column that has always been zero does not count in e', and stays zero.
+    """
+    factors = []
+    for norm, dim in zip(norms, (-1, -2)):
+        now = torch.linalg.vector_norm(u, dim=dim, keepdim=True)
+        # roots, because squares could overflow; where `power` is 0, so is u
+        now = torch.where(now > 0, now / power, now)
+        kept = norm * where_alive(alive, 0.95**0.5, 1.0, norm.dtype)
+        norm.copy_(torch.hypot(kept, now * 0.05**0.5))
+        # logarithms to base 2 beside the largest: a power of two in all norms changes no bit
+        mantissa, exponent = torch.frexp(norm)
+        logs = mantissa.log2() + (exponent - exponent.amax((-2, -1), keepdim=True))
+        logs = logs.masked_fill_(norm == 0, 0.0)
+        count = (norm != 0).sum((-2, -1), keepdim=True)
+        mean = logs.sum((-2, -1), keepdim=True) / count.clamp_min(1)
+        # (norm^2)^(0.25 * -1/2), within the roots of [1/2, 2]
+        factors.append(torch.exp2((mean - logs) / 4).clamp(0.5**0.5, 2**0.5))
+    return factors
+
+
+def balance_again(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The polar factor x (K, m, n) scaled on both sides in fp32, with the Frobenius norm that it had."""
+    rows, columns = factors
+    x = x.to(rows.dtype)
+    balanced = x * rows * columns
+    before = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    after = torch.linalg.vector_norm(balanced, dim=(-2, -1), keepdim=True)
+    return balanced * (before / after.clamp_min(TINY_NUMBER))
 
 
 def orthogonalize(
@@ -1660,7 +1708,8 @@ def orthogonalize(
     missing = max(0, steps - len(method.first))
     triples = (*method.first, *[method.then] * missing)[-steps:]
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(TINY_NUMBER)
-    x = (x / (size if norm_bound == "spc" else size * method.margin)).to(work_dtype)
+    divisor = size if norm_bound == "spc" else size * method.margin
+    x = torch.div(x, divisor, out=torch.empty_like(x, dtype=work_dtype))
     wide = x.size(-2) <= x.size(-1)
     single = len(x) == 1  # a CPU is slow with a batch of one matrix
     x = x[0] if single else x
@@ -1715,7 +1764,9 @@ class Unit:
 
     # numbers that a CPU updates at a time: a core keeps them and what is made of them in its cache
     SLICE = {"matrix": 2**19, "adam": 2**17}
-    STATE = ("momentum", "second_moment", "exp_avg", "exp_avg_sq", "master")  # the tensors of `state`
+    STATE = (  # the tensors of `state`
+        "momentum", "second_moment", "row_norm", "col_norm", "exp_avg", "exp_avg_sq", "master",
+    )  # fmt: skip
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
         self.group, self.comm = group, comm
@@ -1762,6 +1813,9 @@ class Unit:
             (m, n), axis = self.tail, self.group["normuon_axis"]
             by_row = axis == "row" or (axis == "auto" and m >= n)
             shapes["second_moment"] = (self.chunk, m, 1) if by_row else (self.chunk, 1, n)
+        if self.group.get("equilibrate") == "both":
+            m, n = self.tail
+            shapes |= {"row_norm": (self.chunk, m, 1), "col_norm": (self.chunk, 1, n)}
         if self.dtype != self.precision:
             shapes["master"] = (self.chunk, *self.tail)
         return shapes
@@ -1940,8 +1994,7 @@ class Unit:
         group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            alive = torch.ones((), dtype=torch.bool, device=weights.device)
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
         # torch.tensor would wait for the device
         count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
@@ -1974,8 +2027,14 @@ class Unit:
         mode = group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
             mode = "row"
-        update = equilibrate(update, mode, group["equilibrate_exponent"])
+        if mode == "both":
+            factors = balance_factors(update, [state["row_norm"], state["col_norm"]], power, alive)
+            update = update * factors[0] * factors[1]
+        else:
+            update = equilibrate(update, mode, group["equilibrate_exponent"])
         update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
+        if mode == "both":
+            update = balance_again(update, factors)
         # the size of the update: by shape, and by row or column
         if group["scale"] == "spectral":
             factor = lr * math.sqrt(max(1.0, m / n))
@@ -1989,16 +2048,19 @@ class Unit:
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape, of what is `alive`.
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor | None = None) -> None:
+        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
 
-        Cautious: only where update and weight `agree` in sign (2510.12402).
+        Of matrices only those that are `alive`; cautious: only where update and weight `agree` in sign
+        (2510.12402).
         """
         amount = float(self.group["lr"]) * self.group["weight_decay"]
         if amount and self.group["cautious"]:
-            weights.sub_(amount * weights * (agree(update * weights, 0) & alive))
+            where = agree(update * weights, 0)
+            weights.sub_(amount * weights * (where if alive is None else where & alive))
         elif amount:
-            weights.mul_(where_alive(alive, 1 - amount, 1.0, weights.dtype))
+            kept = 1 - amount
+            weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2095,6 +2157,10 @@ class MuonEq(torch.optim.Optimizer):
     Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
     zero, an expert without tokens; before its first gradient it decays.
+
+    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by running
+    energies that are state (`balance_factors`). `normuon` takes the result for the orthogonal matrix: on its
+    own side it evens out what the second balance has done.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -2291,9 +2357,15 @@ class MuonEq(torch.optim.Optimizer):
         for unit in self.units:
             # somebody may have put a new group there
             unit.group = group = self.param_groups[unit.group_number]
-            words = [value for value in group.values() if isinstance(value, str) or callable(value)]
+            words = [x for x in group.values() if isinstance(x, (str, bool)) or callable(x)]
             if words != unit.words:
                 check_values(group)
+                if missing := [key for key in unit.state_shapes() if key not in unit.state]:
+                    need = " and ".join(missing)
+                    raise ValueError(
+                        f"equilibrate or normuon was changed to what needs the state {need}; "
+                        "that is made with the optimizer"
+                    )
                 unit.words = words
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -2384,7 +2456,9 @@ class MuonEq(torch.optim.Optimizer):
             groups.append({**copied(kept), "params": [keys[name] for name in names]})
         content = {"step": self.step_count, "state": state, "param_groups": groups}
         if others := self._state_of_no_parameter():
-            content["others"] = copy.deepcopy(others)
+            # the wrapper looks for it where torch's optimizers have it
+            state.update(copy.deepcopy(others))
+            content["others"] = [*others]
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed
@@ -2417,6 +2491,8 @@ class MuonEq(torch.optim.Optimizer):
         if not isinstance(content.get("state"), dict):
             raise ValueError(f"a state_dict of MuonEq has 'step' and 'state'; this one has {[*content]}")
         state, groups = self._by_name(content)
+        kept = content.get("others", [])  # names of entries of the state, once the entries themselves
+        others = {key: state.pop(key) if key in state else kept[key] for key in kept}
         settings = self._settings_from(groups)
         self._check_state(state)
         factors = []
@@ -2436,7 +2512,8 @@ class MuonEq(torch.optim.Optimizer):
         for name, entry in state.items():
             foreign = {k: v for k, v in entry.items() if k not in ("updates", *Unit.STATE)}
             self.state[self.named[name]].update(copy.deepcopy(foreign))
-        self.state.update(copy.deepcopy(content.get("others", {})))
+        # copied, but for the parameters themselves, which may be keys
+        self.state.update(copy.deepcopy(others, {id(p): p for p in self.named.values()}))
         # torch.distributed.checkpoint drops what it does not know
         steps = [int(unit.updates.max()) * unit.group["every"] for unit in self.units]
         self.step_count = content.get("step", max(steps, default=0))

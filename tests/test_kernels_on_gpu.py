@@ -107,7 +107,9 @@ def test_fp8_head_against_float64(n):
         assert (found.cpu().double() - wanted).norm() / wanted.norm() < 0.08
 
 
-@pytest.mark.parametrize("fields", [dict(normuon=True), dict(equilibrate="rowcol"), dict(norm_bound="spc")])
+@pytest.mark.parametrize("fields", [
+    dict(normuon=True), dict(equilibrate="rowcol"), dict(equilibrate="both"), dict(norm_bound="spc"),
+])  # fmt: skip
 def test_optimizer_step_of_the_cpu(fields):
     """The same update as on the CPU in fp32, banks and small parameters."""
     generator, updated = torch.Generator().manual_seed(0), []

@@ -19,7 +19,7 @@ import train_gpt
 from train_gpt import MuonEq
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (8, 8)}
-EQUILIBRATE = ("none", "row", "col", "rowcol")
+EQUILIBRATE = ("none", "row", "col", "rowcol", "both")
 
 MATRIX = dict(
     lr=0.1,
@@ -87,6 +87,20 @@ def equilibrated(u, mode, exponent):
     return out
 
 
+def two_sided(u, energies, t):
+    """IsoMuon with the energy of the momentum: B^-1/2 and A^-1/2, B and A = (energy / geometric mean)^0.25
+    within [1/2, 2]. `energies` are means of decay 0.95 of the sums of squares of rows and columns, updated
+    here, from which t updates are corrected for the zero that they began at; what is zero does not count.
+    """
+    roots = []
+    for energy, dim in zip(energies, (1, 0)):
+        energy.mul_(0.95).add_(0.05 * u.square().sum(dim, keepdim=True))
+        mean = energy / (1 - 0.95**t)
+        ratio = mean / mean[mean > 0].log().mean().exp()
+        roots.append(1 / ratio.pow(0.25).clamp(0.5, 2).sqrt())
+    return roots
+
+
 def shape_factor(rule, m, n):
     """Muon's sqrt(max(1, m/n)), or Moonlight's 0.2 sqrt(max(m, n)) (arXiv 2502.16982)."""
     return math.sqrt(max(1, m / n)) if rule == "spectral" else 0.2 * math.sqrt(max(m, n))
@@ -98,6 +112,7 @@ def matrix_reference(p, grads, **fields):
     f = MATRIX | fields
     p, (m, n) = p.double(), p.shape
     buf, second, out = torch.zeros_like(p), 0.0, []
+    energies = [torch.zeros(m, 1).double(), torch.zeros(1, n).double()]
     per_row = f["normuon_axis"] == "row" or (f["normuon_axis"] == "auto" and m >= n)
     for t, g in enumerate(grads, start=1):
         g = g.double()
@@ -105,7 +120,12 @@ def matrix_reference(p, grads, **fields):
         u = f["momentum"] * buf + (1 - f["momentum"]) * g if f["nesterov"] else buf
         switched = f["phase"] is not None and t >= f["phase"] and f["equilibrate"] == "rowcol"
         x = equilibrated(u, "row" if switched else f["equilibrate"], f["equilibrate_exponent"])
+        if f["equilibrate"] == "both":
+            left, right = two_sided(u, energies, t)
+            x = left * u * right
         o = orthogonalized(x, f["orthogonalize"], f["steps"], f["norm_bound"])
+        if f["equilibrate"] == "both":
+            o = (left * o * right) * (o.norm() / (left * o * right).norm())
         if f["normuon"]:
             second = f["beta2"] * second + (1 - f["beta2"]) * o.square().mean(
                 1 if per_row else 0, keepdim=True
@@ -492,6 +512,35 @@ def test_normuon_follows_the_published_formulas(axis, shape):
     p, grads = randn(*shape), gradients(shape, 4)
     fields = dict(normuon=True, normuon_axis=axis, beta2=0.8)
     close(trajectory("matrix", p, grads, **fields), matrix_reference(p, grads, **fields), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("normuon", [False, True])
+def test_the_two_sided_balance_remembers_and_is_clipped(normuon, shape):
+    """Energies that move over eight steps by more than the bounds; rows that are zero at first or always."""
+    grads = gradients(shape, 8)
+    for t, grad in enumerate(grads):
+        rows, columns = torch.logspace(-1.5, 1.5, shape[0]), torch.logspace(1 - t / 2, -1, shape[1])
+        grad *= 2.0**t * rows[:, None] * columns
+        grad[1 : 3 if t < 4 else 2] = 0
+    fields = dict(equilibrate="both", momentum=0.5, normuon=normuon)
+    expected = matrix_reference(randn(*shape), grads, **fields)
+    close(trajectory("matrix", randn(*shape), grads, **fields), expected)
+
+
+def test_the_two_sided_balance_has_published_numbers():
+    """Energies 1, 16 and 2^20 of rows, equal columns: B is 2^-2, clipped to 2^-1, ... by hand."""
+    seen = []
+    look = lambda x: seen.append(x) or torch.ones_like(x)  # noqa: E731
+    p = leaf(torch.zeros(3, 3))
+    opt = optimizer("matrix", [p], lr=1.0, equilibrate="both", nesterov=False, momentum=0, orthogonalize=look)
+    rows = torch.tensor([1.0, 4.0, 1024.0])[:, None] / 3**0.5
+    take(opt, [p], [rows.expand(3, 3)])
+    # the geometric mean of the energies is 2^8: ratios 2^-8, 2^-4 and 2^12, B = 1/4, 1/2 and 8
+    root = torch.tensor([0.5, 0.5, 2.0]).rsqrt()[:, None]
+    close([seen[0][0]], [rows * root])
+    balanced = root.expand(3, 3)
+    close([-p.detach()], [balanced * 3 / balanced.norm()])
 
 
 @pytest.mark.parametrize("shape, axis, expected", [
@@ -1297,3 +1346,18 @@ def test_refuses_what_it_would_silently_ignore():
     saved["state"]["0"]["second_moment"] = torch.zeros(4, 1)  # of another setting
     with pytest.raises(ValueError, match="optimizer state of 0"):
         opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("change, state", [
+    (dict(equilibrate="both"), "row_norm and col_norm"),
+    (dict(normuon=True), "second_moment"),
+])  # fmt: skip
+def test_a_setting_that_needs_a_state_is_chosen_with_the_optimizer(change, state):
+    p = leaf(randn(5, 12))
+    opt = optimizer("matrix", [p])
+    take(opt, [p], [randn(5, 12)])
+    opt.param_groups[0].update(change)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=f"changed to what needs the state {state}; that is made"):
+        take(opt, [p], [randn(5, 12)])
+    assert torch.equal(p, before)

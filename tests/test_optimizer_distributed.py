@@ -84,6 +84,10 @@ def fancy(group):
     )
 
 
+def two_sided(group):
+    return group | dict(equilibrate="both")
+
+
 CASES = {
     "list": Case((LIST,)),
     "bank": Case((BANK,)),
@@ -94,6 +98,7 @@ CASES = {
     "everything": Case(EVERYTHING, named=False),
     "mean": Case(EVERYTHING, grads="mean"),
     "fancy": Case(tuple(fancy(g) if g["kind"] == "matrix" else g for g in EVERYTHING)),
+    "both": Case((two_sided(LIST), two_sided(BANK), two_sided(SMALL))),
     "callable": Case((LIST | dict(orthogonalize=torch.sign), BANK | dict(orthogonalize=torch.sign))),
     "every": Case((LIST, LIST | dict(every=2), TABLES | dict(every=3), TABLES), steps=7),
     "every_mean": Case((LIST, BANK | dict(every=2), TABLES | dict(every=3)), grads="mean", steps=7),
@@ -112,7 +117,7 @@ CASES = {
 }
 RESUME = {
     "resume": Case(
-        (fancy(MIXED_SHAPES), fancy(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True
+        (fancy(MIXED_SHAPES), two_sided(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True
     ),
     "resume_mean": Case((fancy(MIXED_SHAPES), BANK, TABLES), grads="mean", named=False),
 }

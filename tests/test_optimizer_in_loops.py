@@ -34,11 +34,11 @@ def net(seed=0, dtype=torch.float32):
 
 
 def groups_of(model, named=False, order=1, **fields):
-    """A matrix group with NorMuon and an Adam group."""
+    """A matrix group with NorMuon and the two-sided balance, which have state, and an Adam group."""
     pairs = list(model.named_parameters())
     matrices = [pair if named else pair[1] for pair in pairs if pair[1].ndim == 2]
     vectors = [pair if named else pair[1] for pair in pairs if pair[1].ndim == 1]
-    matrix = dict(MATRIX, kind="matrix", params=matrices, normuon=True) | fields
+    matrix = dict(MATRIX, kind="matrix", params=matrices, normuon=True, equilibrate="both") | fields
     return [matrix, dict(ADAM, kind="adam", params=vectors)][::order]
 
 
@@ -209,7 +209,7 @@ def test_settings_go_with_the_state():
     train(model, first, 2)
     state = torch.load(io.BytesIO(saved(first)), weights_only=True)
     other = copy.deepcopy(model)
-    second = MuonEq(groups_of(other))
+    second = MuonEq(groups_of(other, equilibrate="row"))
     second.load_state_dict(state)
     for a, b in zip(first.param_groups, second.param_groups, strict=True):
         assert {**a, "params": 0} == {**b, "params": 0}
@@ -289,7 +289,7 @@ def test_state_shows_what_the_optimizer_holds_and_keeps_what_others_add():
     opt = MuonEq(groups_of(model))
     train(model, opt, 2)
     weight = model[0].weight
-    assert opt.state[weight].keys() == {"updates", "momentum", "second_moment"}
+    assert opt.state[weight].keys() == {"updates", "momentum", "second_moment", "row_norm", "col_norm"}
     assert opt.state[weight]["momentum"].shape == (6, 4) and opt.state[weight]["updates"] == 2
     for name, entry in opt.state_dict()["state"].items():
         shown = opt.state[opt.named[name]]
@@ -307,13 +307,23 @@ def test_state_shows_what_the_optimizer_holds_and_keeps_what_others_add():
 
 
 def test_state_of_no_parameter_is_kept():
-    """Wrappers such as TRAC keep one entry for the whole optimizer, under a name of their own."""
+    """Wrappers such as TRAC keep one entry for the whole optimizer, under a name of their own, and look for
+    it in the state; what they load there may have parameters for keys."""
     opt = MuonEq(groups_of(net()))
     opt.state["trac"] = {"s": torch.ones(3)}
-    resumed = MuonEq(groups_of(net()))
-    resumed.load_state_dict(opt.state_dict())
-    for other in (resumed, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+    saved = opt.state_dict()
+    former = opt.state_dict()
+    former["others"] = {"trac": former["state"].pop("trac")}
+    resumed, older = MuonEq(groups_of(net())), MuonEq(groups_of(net()))
+    resumed.load_state_dict(saved)
+    older.load_state_dict(former)
+    saved["state"]["trac"]["s"].zero_()
+    for other in (resumed, older, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         assert torch.equal(other.state["trac"]["s"], torch.ones(3))
+    p = resumed.named["0"]
+    saved["state"]["trac"][p] = torch.ones(3)
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state["trac"][p], torch.ones(3))
 
 
 def test_private_functions_of_torch_are_there():

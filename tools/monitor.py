@@ -221,13 +221,16 @@ class Monitor:
                 begin += count
         return y
 
-    def decay(self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor) -> None:
+    def decay(
+        self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor | None = None
+    ) -> None:
         """Called for each slice of a unit that is updated."""
         with self.timed():
             place = unit.own.start + unit.part.start
             for name, part in pieces(unit, place, len(weights)) if cautious(unit) else ():
-                agrees = agree(update[part] * weights[part], 0) & (alive[part] if alive.ndim else alive)
-                self.found[self.rows[name], DECAYED] += agrees.count_nonzero()
+                agrees = agree(update[part] * weights[part], 0)
+                decayed = agrees if alive is None else agrees & alive[part]
+                self.found[self.rows[name], DECAYED] += decayed.count_nonzero()
         self.originals[1](unit, weights, update, agree, alive)
 
     def report(self, step: int, active: Sequence[train_gpt.Unit]) -> None:
