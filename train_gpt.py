@@ -1787,7 +1787,7 @@ class Unit:
         return {key: value.shape for key, value in self.state.items() if key != "master"}
 
     def reduce(self, summed: bool) -> tuple[Tensor, Tensor, Any]:
-        """The stack of gradients, the owned chunk of it or of its sum over ranks, and the work to wait for."""
+        """The stack of gradients, the owned chunk of it or of the sum over ranks, the work to wait for."""
         full = self.gradients()
         if summed:
             return full, *self.comm.reduce_scatter(full)
@@ -2061,7 +2061,7 @@ class RowUnit(Unit):
         return masks.view(len(masks), self.comm.world_size, self.chunk).sum(2).tolist()
 
     def sum_over_ranks(self, grad: Tensor, arrived: Tensor) -> None:
-        """Add to `grad` (n, D), zeros, of the rows that this rank updates what all ranks have sent of them."""
+        """Add to `grad` (n, D), of the rows that this rank updates, what all ranks have sent of them."""
         # one rank after the other: each has sent a row at most once, so that the order of sums is fixed
         for places, part in zip(self.places.split(self.arriving), arrived.split(self.arriving)):
             grad.index_add_(0, places, part)

@@ -56,8 +56,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 @dataclass(frozen=True)
 class Case:
     """Groups given as dicts with `shapes` for `params`. `whole`: gradients are small integers, so sums
-    are exact. `few`: most table rows have no gradient, other ones on each rank. `absent`: (rank, parameter index) pairs without a gradient, rank -1 being the last one and
-    None every rank."""
+    are exact. `few`: most rows have no gradient, other ones on each rank. `absent`: (rank, parameter index)
+    pairs without a gradient, rank -1 being the last one and None every rank."""
 
     groups: tuple
     grads: str = "token_sum"
