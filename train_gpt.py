@@ -1856,6 +1856,10 @@ class Unit:
         # a largest absolute value takes a CPU 40 times as long
         return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
 
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The saved state of a parameter as this unit has it."""
+        return state
+
     def clear(self) -> bool:
         """Make the gradients zero in a way of its own; false: there is none."""
         return False
@@ -2131,6 +2135,13 @@ class RowUnit(Unit):
         p = self.params[0]
         if full.data_ptr() != p.data_ptr():
             p.copy_(full.view(p.shape))
+
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of Adam with moments of each number: the mean of the second one over a row."""
+        if "exp_avg" not in state or state["exp_avg_sq"].ndim < 2:
+            return state
+        kept = {key: value for key, value in state.items() if key != "exp_avg"}
+        return {**kept, "exp_avg_sq": state["exp_avg_sq"].mean(-1, keepdim=True)}
 
     def clear(self) -> bool:
         """Make the gradient zero where it was not, if that is known; whether this was done."""
@@ -2563,6 +2574,8 @@ class MuonEq(torch.optim.Optimizer):
             raise ValueError(f"a state_dict of MuonEq has 'step' and 'state'; this one has {[*content]}")
         state, groups = self._by_name(content)
         settings = self._settings_from(groups)
+        for unit in self.units:
+            state |= {name: unit.converted(state[name]) for name in unit.names if name in state}
         self._check_state(state)
         factors = []
         for group, names in zip(settings, self._names()):
@@ -2635,6 +2648,7 @@ class MuonEq(torch.optim.Optimizer):
                 wanted = f"{group['kind']} group of the parameters {', '.join(names)}"
                 raise ValueError(f"the state has no {wanted}")
             saved = copied({**saved, "params": None})
+            saved.pop("rowwise", None)  # the state has been made
             settings.append({**group, **saved, "params": group["params"]})
             check_values(settings[-1])
         return settings

@@ -782,6 +782,23 @@ def test_rowwise_bf16_tables_follow_an_fp32_master():
     assert torch.equal(master[read], high[read]) and torch.equal(low, high.bfloat16())
 
 
+def test_state_of_element_wise_adam_is_taken_over():
+    """As a checkpoint from before a track had row-wise tables has it: the mean of a row is as good."""
+    p, grads = randn(40, 6), table_gradients(3, 0.5)
+    a, b = leaf(p), leaf(p)
+    dense = optimizer("adam", [a], betas=(0.9, 0.95))
+    for g in grads:
+        take(dense, [a], [g])
+    rowwise = optimizer("adam", [b], betas=(0.0, 0.95), rowwise=True)
+    saved = dense.state_dict()
+    rowwise.load_state_dict({key: saved[key] for key in ("step", "state")})
+    found = rowwise.state_dict()["state"]["0"]
+    assert found.keys() == {"updates", "exp_avg_sq"} and found["updates"] == 3
+    close([found["exp_avg_sq"]], [saved["state"]["0"]["exp_avg_sq"].mean(1, keepdim=True)], atol=0)
+    with pytest.raises(ValueError, match="exp_avg"):
+        dense.load_state_dict(rowwise.state_dict())
+
+
 @pytest.mark.parametrize("size", [1e-15, 1e19, 1e25, 1e30])
 def test_rows_with_gradients_of_any_size_move(size):
     p, g = randn(7, 6), randn(7, 6, seed=1).sign()
