@@ -468,7 +468,8 @@ SHORT = Track(
     gate=MuonSection(kind="adam"),
     gate_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
     embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
-    tables=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
+    # a guess after #92, which no run of ours has measured; #89 has betas (0.75, 0.95) and is not row-wise
+    tables=Adam(lr=0.6, betas=(0, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True, rowwise=True),
     head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
     schedule=Schedule(
@@ -2037,17 +2038,19 @@ class RowUnit(Unit):
     def plan(self, read: Tensor, summed: bool) -> list[list[int]]:
         """Which rows go where, from the mask (R,) of this rank; the numbers that each rank sends to each."""
         N, rank = self.comm.world_size, self.comm.rank
-        # (ranks, N C): without sums all ranks have the same gradient
+        # (ranks, N C): 1 for a row that is read, 2 more where there is a gradient; without sums all have the same
         read = F.pad(read.byte(), (0, self.padding))
-        by_rank = read[None]
+        by_rank = (read + 2 * (not self.missing))[None]
         if summed:
-            by_rank = read.new_empty(N, len(read))
-            self.comm.all_gather(by_rank.view(-1), read).wait()
+            mine, by_rank = by_rank[0], read.new_empty(N, len(read))
+            self.comm.all_gather(by_rank.view(-1), mine).wait()
+        by_rank, exists = by_rank & 1, by_rank.amax(0) >> 1
         updated = by_rank.amax(0)
         if self.all_decay():
             updated[: self.size] = 1
         # the only numbers that the host needs, and waits for
-        counts = self.row_counts(torch.cat([by_rank, updated[None]]))
+        counts = self.row_counts(torch.cat([by_rank, updated[None], exists[None]]))
+        self.exists = any(counts.pop())
         self.updated_by = counts.pop()
         # rows of the stack: all that are updated, and those with a gradient here
         self.updated = torch.nonzero_static(updated, size=sum(self.updated_by))[:, 0]
@@ -2057,7 +2060,6 @@ class RowUnit(Unit):
         self.arriving = [sent[rank] for sent in counts]
         arriving = torch.nonzero_static(by_rank[:, self.own], size=sum(self.arriving))[:, 1]
         self.places = (updated[self.own].cumsum(0) - 1)[arriving]
-        self.nowhere = not any(map(sum, counts))
         return counts
 
     def row_counts(self, masks: Tensor) -> list[list[int]]:
@@ -2082,7 +2084,7 @@ class RowUnit(Unit):
         full = p.detach().reshape(self.size, -1)  # a copy where p is not contiguous
         own = full[self.own]
         self.arrived = None
-        if self.missing and (N == 1 or not p.requires_grad or self.nowhere):
+        if self.missing and (N == 1 or not p.requires_grad or not self.exists):
             return full, own, Comm.DONE
         self.updates += 1
         self.update_rows(own, grad, scale)

@@ -103,7 +103,7 @@ CASES = {
     "every": Case((LIST, LIST | dict(every=2), TABLES | dict(every=3), TABLES), steps=7),
     "every_mean": Case((LIST, BANK | dict(every=2), TABLES | dict(every=3)), grads="mean", steps=7),
     "resting": Case((TABLES, LARGE), resting="p5"),
-    "rows": Case((ROW_TABLES, TABLES), few=True),
+    "rows": Case((ROW_TABLES, LIST), few=True),
     "rows_that_all_decay": Case((ROW_TABLES | dict(cautious=False),), few=True),
     "rows_every_mean": Case((ROW_TABLES | dict(every=2),), grads="mean", few=True, steps=6),
     "rows_bf16": Case((ROW_TABLES,), dtypes=(BF16,), whole=True, few=True),
