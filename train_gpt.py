@@ -2038,7 +2038,7 @@ class RowUnit(Unit):
     def plan(self, read: Tensor, summed: bool) -> list[list[int]]:
         """Which rows go where, from the mask (R,) of this rank; the numbers that each rank sends to each."""
         N, rank = self.comm.world_size, self.comm.rank
-        # (ranks, N C): 1 for a row that is read, 2 more where there is a gradient; without sums all have the same
+        # (ranks, N C): 1 for a row that is read, 2 more where there is a gradient; without sums all are alike
         read = F.pad(read.byte(), (0, self.padding))
         by_rank = (read + 2 * (not self.missing))[None]
         if summed:
