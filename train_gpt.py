@@ -317,6 +317,9 @@ class Adam(Settings):
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay", 0)
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
+    rowwise: bool = field(
+        False, "tables: one second moment for a row, no first (beta 0); rows that were not read rest (#92)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,7 +469,8 @@ SHORT = Track(
     gate=MuonSection(kind="adam"),
     gate_adam=Adam(lr=0.008, betas=(0.9, 0.99), eps=1.5e-15),
     embed=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
-    tables=Adam(lr=0.6, betas=(0.75, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True),
+    # a guess after #92, which no run of ours has measured; #89 has betas (0.75, 0.95) and is not row-wise
+    tables=Adam(lr=0.6, betas=(0, 0.95), eps=1.5e-15, weight_decay=0.015, cautious=True, rowwise=True),
     head=Adam(lr=0.008, betas=(0.5, 0.95), eps=1.5e-15, weight_decay=0.006, cautious=True),
     scalar=Adam(lr=0.04, betas=(0.9, 0.99), eps=1.5e-15),
     schedule=Schedule(
@@ -993,6 +997,7 @@ class Table(NamedTuple):
 
     rows: Tensor  # (R, D): the parameter, detached, so that autograd makes no gradient of its size
     sums: Tensor | None  # (R, D) fp32: its `.grad`, to which the backward adds; None: nothing is trained
+    read: Tensor | None = None  # (R,) bool: the rows of `sums` to which something was added
 
 
 class Lookup(torch.autograd.Function):
@@ -1002,13 +1007,17 @@ class Lookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, sums: Tensor | None, index: Tensor) -> Tensor:
-        ctx.save_for_backward(sums, index)
+    def forward(
+        ctx, rows: Tensor, sums: Tensor | None, read: Tensor | None, index: Tensor
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(sums, read, index)
         return F.embedding(index, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, ...]:
-        sums, index = ctx.saved_tensors
+        sums, read, index = ctx.saved_tensors
+        if read is not None:
+            read.scatter_(0, index.flatten().long(), True)
         grad = grad.flatten(0, -2).to(sums.dtype)  # (n, D)
         # inductor writes a kernel for the first: in place on a GPU, and too slow on a CPU, where a step of
         # `tiny` takes 1.4 times as long with it; the second is torch's own kernel there
@@ -1016,7 +1025,7 @@ class Lookup(torch.autograd.Function):
             sums.index_add_(0, index.flatten(), grad)
         else:
             sums.scatter_add_(0, index.reshape(-1, 1).long().expand_as(grad), grad)
-        return None, None, None
+        return None, None, None, None
 
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
@@ -1230,15 +1239,18 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
-        rows, sums = p.detach(), None
+        rows, sums, read = p.detach(), None, None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
             if p.grad is None:
                 p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+                # for `RowUnit`; the head has a gradient in each row
+                if p is not self.lm_head:
+                    p.grad.rows_read = torch.zeros(len(p), dtype=torch.bool, device=p.device)
             # `data`: autograd, which adds to the same tensor for the head, does not mind the order
-            sums = p.grad.data
-        return Table(rows, sums)
+            sums, read = p.grad.data, getattr(p.grad, "rows_read", None)
+        return Table(rows, sums, read)
 
     def body(
         self, inputs: Tensor, targets: Tensor, offsets: Tensor, windows: Sequence, longest: int, ahead: int,
@@ -1581,6 +1593,15 @@ class Comm:
             return self.DONE
         return self._gather(full, chunk, group=self.group, async_op=True)
 
+    def all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Any]:
+        """Of `rows` (n, ...) the first `sent[0]` go to rank 0, the next ones to rank 1, and so on.
+
+        What comes, `received` rows from each rank, one after the other, and the work to wait for.
+        """
+        self.calls += 1
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        return found, dist.all_to_all_single(found, rows, received, sent, group=self.group, async_op=True)
+
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sum, or another reduction, over ranks, in place."""
         self.calls += 1
@@ -1779,7 +1800,7 @@ class Unit:
         self.precision = torch.promote_types(self.dtype, torch.float32)
         self.matrix = group["kind"] == "matrix"
         # the stack and this rank's chunk of it
-        self.tail = self.params[0].shape[-2:] if self.matrix else torch.Size()
+        self.tail = self.entry_shape()
         self.counts = [p.numel() // self.tail.numel() for p in self.params]  # entries of each parameter
         self.size = sum(self.counts)
         self.chunk = -(-self.size // comm.world_size)
@@ -1797,6 +1818,9 @@ class Unit:
         for key, shape in self.state_shapes().items():
             self.state[key] = torch.zeros(shape, dtype=self.precision, device=self.device)
         self.reset()
+
+    def entry_shape(self) -> torch.Size:
+        return self.params[0].shape[-2:] if self.matrix else torch.Size()
 
     def chunk_of_factors(self, factors: list[float]) -> float | Tensor:
         """The factors on the learning rate of this rank's matrices, (C, 1, 1); one number for equal ones."""
@@ -1878,11 +1902,18 @@ class Unit:
 
     def shape_of(self, p: Tensor, state: Tensor) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
-        return p.shape[:-2] + state.shape[1:] if self.matrix else p.shape
+        return p.shape[: p.ndim - len(self.tail)] + state.shape[1:]
 
     def moments(self) -> dict[str, torch.Size]:
         """The shapes of the state that does not follow from the parameters."""
         return {key: value.shape for key, value in self.state.items() if key != "master"}
+
+    def reduce(self, summed: bool) -> tuple[Tensor, Tensor, Any]:
+        """The stack of gradients, the owned chunk of it or of the sum over ranks, the work to wait for."""
+        full = self.gradients()
+        if summed:
+            return full, *self.comm.reduce_scatter(full)
+        return full, full[self.own], Comm.DONE
 
     def gradients(self) -> Tensor:
         """The stack of the gradients; zeros for those that are missing, which `missing` lists."""
@@ -1941,6 +1972,19 @@ class Unit:
         if spans:
             spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
         return spans
+
+    def sum(self, grad: Tensor) -> Tensor:
+        """A number for each matrix of the chunk, or for all of it, that is finite where its numbers are."""
+        # a largest absolute value takes a CPU 40 times as long
+        return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
+
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The saved state of a parameter as this unit has it."""
+        return state
+
+    def clear(self) -> bool:
+        """Make the gradients zero in a way of its own; false: there is none."""
+        return False
 
     def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Update the owned chunk with `grad` * scale and send it to all ranks.
@@ -2063,6 +2107,186 @@ class Unit:
             weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
 
 
+class RowUnit(Unit):
+    """A table (R, D) of an Adam group with `rowwise`: a row has one second moment, and no first one.
+
+    A row whose gradient is zero does not move. So a step computes with the others alone, and over ranks they
+    alone are sent: gradients to their owners, rank r having the rows [r C, (r + 1) C), and new weights to
+    all. Whoever makes a gradient may attach a mask (R,), `p.grad.rows_read`, of the rows that may be other
+    than zero; else they are looked for. Row-wise state: record #92, and torchrec's row-wise optimizers.
+    """
+
+    def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
+        if members[0].param.ndim < 2:
+            raise ValueError(f"parameter {members[0].name!r} has no rows; rowwise takes tables (R, D)")
+        super().__init__(group, members, comm)
+        self.mine: slice | Tensor | None = None  # the rows of this rank's gradient, until it is cleared
+
+    def entry_shape(self) -> torch.Size:
+        return self.params[0].shape[-1:]
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"exp_avg_sq": (self.chunk, 1)}
+        if self.dtype != self.precision:
+            shapes["master"] = (self.chunk, *self.tail)
+        return shapes
+
+    def all_decay(self) -> bool:
+        """Whether rows without a gradient move too: only cautious decay leaves them alone."""
+        return bool(self.group["weight_decay"]) and not self.group["cautious"]
+
+    def reduce(self, summed: bool) -> tuple[Tensor, Tensor, Any]:
+        """Rows of gradients: those sent, those this rank updates (or what arrives for them), the work."""
+        p, rank = self.params[0], self.comm.rank
+        self.check_gradients([p.grad])
+        self.missing = [] if p.requires_grad and p.grad is not None else [0]
+        grad = torch.zeros_like(p, dtype=self.precision) if self.missing else p.grad
+        read, grad = getattr(grad, "rows_read", None), grad.reshape(self.size, -1)
+        if self.comm.world_size == 1:
+            # all rows where most of them are read: a slice needs no copies
+            every = read is None or self.all_decay()
+            [[count]] = [[self.size]] if every else self.row_counts(read[None])
+            few = count < self.size / 2
+            self.rows = torch.nonzero_static(read, size=count)[:, 0] if few else slice(0, self.size)
+            self.mine = self.rows
+            rows = grad.index_select(0, self.rows) if few else grad
+            return grad, rows.to(self.precision), Comm.DONE
+        counts = self.plan(grad.ne(0).any(1) if read is None else read, summed)
+        if not summed:
+            return grad, grad[self.own].index_select(0, self.rows).to(self.precision), Comm.DONE
+        sent = grad.index_select(0, self.mine).to(self.precision)
+        arriving, work = self.comm.all_to_all(sent, counts[rank], self.arriving)
+        chunk = sent.new_zeros(len(self.rows), *self.tail)
+
+        def wait() -> None:
+            work.wait()
+            self.sum_over_ranks(chunk, arriving)
+
+        return sent, chunk, types.SimpleNamespace(wait=wait)
+
+    def plan(self, read: Tensor, summed: bool) -> list[list[int]]:
+        """Which rows go where, from the mask (R,) of this rank; the numbers that each rank sends to each."""
+        N, rank = self.comm.world_size, self.comm.rank
+        # (ranks, N C): 1 for a row that is read, 2 more where there is a gradient; without sums all are alike
+        read = F.pad(read.byte(), (0, self.padding))
+        by_rank = (read + 2 * (not self.missing))[None]
+        if summed:
+            mine, by_rank = by_rank[0], read.new_empty(N, len(read))
+            self.comm.all_gather(by_rank.view(-1), mine).wait()
+        by_rank, exists = by_rank & 1, by_rank.amax(0) >> 1
+        updated = by_rank.amax(0)
+        if self.all_decay():
+            updated[: self.size] = 1
+        # the only numbers that the host needs, and waits for
+        counts = self.row_counts(torch.cat([by_rank, updated[None], exists[None]]))
+        self.exists = any(counts.pop())
+        self.updated_by = counts.pop()
+        # rows of the stack: all that are updated, and those with a gradient here
+        self.updated = torch.nonzero_static(updated, size=sum(self.updated_by))[:, 0]
+        self.mine = torch.nonzero_static(read, size=sum(counts[rank if summed else 0]))[:, 0]
+        # rows of the chunk: those that are updated, and the place among them of each one that arrives
+        self.rows = torch.nonzero_static(updated[self.own], size=self.updated_by[rank])[:, 0]
+        self.arriving = [sent[rank] for sent in counts]
+        arriving = torch.nonzero_static(by_rank[:, self.own], size=sum(self.arriving))[:, 1]
+        self.places = (updated[self.own].cumsum(0) - 1)[arriving]
+        return counts
+
+    def row_counts(self, masks: Tensor) -> list[list[int]]:
+        """How many rows of each owner there are in masks (.., N C)."""
+        return masks.view(len(masks), self.comm.world_size, self.chunk).sum(2).tolist()
+
+    def sum_over_ranks(self, grad: Tensor, arrived: Tensor) -> None:
+        """Add to `grad` (n, D), of the rows that this rank updates, what all ranks have sent of them."""
+        # one rank after the other: each has sent a row at most once, so that the order of sums is fixed
+        for places, part in zip(self.places.split(self.arriving), arrived.split(self.arriving)):
+            grad.index_add_(0, places, part)
+
+    def sum(self, grad: Tensor) -> Tensor:
+        """As `Unit.sum`; on a CPU the norms of the rows, which the update needs, do."""
+        self.norms = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+        total = self.norms.sum()
+        return grad.sum() if grad.is_cuda or not total.isfinite() else total
+
+    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+        """As `Unit.update`, for the rows that have a gradient."""
+        p, N = self.params[0], self.comm.world_size
+        full = p.detach().reshape(self.size, -1)  # a copy where p is not contiguous
+        own = full[self.own]
+        self.arrived = None
+        if self.missing and (N == 1 or not p.requires_grad or not self.exists):
+            return full, own, Comm.DONE
+        self.updates += 1
+        self.update_rows(own, grad, scale)
+        if N == 1:
+            return full, own, Comm.DONE
+        # the new rows go to each rank
+        rows = own.index_select(0, self.rows)
+        sent = rows.repeat(N, 1)
+        self.arrived, work = self.comm.all_to_all(sent, [len(rows)] * N, self.updated_by)
+        return full, sent, work
+
+    def update_rows(self, own: Tensor, grad: Tensor, scale: float) -> None:
+        """Adam with beta1 = 0 and decoupled decay of the rows of the chunk `own` with gradients (n, D).
+
+        The second moment is the running mean of a row's mean square.
+        """
+        rows, group, beta2 = self.rows, self.group, self.group["betas"][1]
+        root = grad.size(1) ** 0.5
+        weights = own
+        if "master" in self.state:  # it follows weights that others changed
+            weights, now, master = self.state["master"], own[rows], self.state["master"][rows]
+            weights[rows] = torch.where(master.to(self.dtype) == now, master, now.to(self.precision))
+        # a larger gradient counts as this one, whose square is finite; norms are (n, 1)
+        if grad.is_cuda or not self.norms.isfinite().all():
+            grad = (grad * scale).clamp_(-LARGEST_SQUARED / root, LARGEST_SQUARED / root)
+            self.norms, scale = torch.linalg.vector_norm(grad, dim=1, keepdim=True), 1.0
+        # the second moment of all rows falls: the others have nothing to add
+        second_moment = self.state["exp_avg_sq"].mul_(beta2)
+        mean_square = (self.norms * (scale / root)).square_()
+        second_moment[rows] = (now := second_moment[rows].add_(mean_square, alpha=1 - beta2))
+        size = (now / (1 - beta2 ** int(self.updates))).sqrt_().add_(group["eps"]).clamp_min_(TINY_NUMBER)
+        if group["weight_decay"]:
+            before = weights[rows]
+            self.decay(before, grad, torch.gt)
+            weights[rows] = before
+        factor = -float(group["lr"]) * scale / size
+        if isinstance(rows, slice):
+            weights[rows].addcmul_(grad, factor)
+        else:
+            weights.index_add_(0, rows, grad * factor)
+        if "master" in self.state:
+            own[rows] = weights[rows].to(self.dtype)
+
+    def receive(self, full: Tensor) -> None:
+        """Write the rows that the ranks have updated."""
+        if self.arrived is not None:
+            full.index_copy_(0, self.updated, self.arrived)
+            self.arrived = None
+        p = self.params[0]
+        if full.data_ptr() != p.data_ptr():
+            p.copy_(full.view(p.shape))
+
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of Adam with moments of each number: the mean of the second one over a row."""
+        if "exp_avg" not in state or state["exp_avg_sq"].ndim < 2:
+            return state
+        kept = {key: value for key, value in state.items() if key != "exp_avg"}
+        return {**kept, "exp_avg_sq": state["exp_avg_sq"].mean(-1, keepdim=True)}
+
+    def clear(self) -> bool:
+        """Make the gradient zero where it was not, if that is known; whether this was done."""
+        grad = self.params[0].grad
+        if self.mine is None or not hasattr(grad, "rows_read"):
+            return False
+        if isinstance(self.mine, slice):
+            grad.zero_()
+        else:
+            grad.view(self.size, -1).index_fill_(0, self.mine, 0)
+        grad.rows_read.zero_()
+        self.mine = None
+        return True
+
+
 @dataclasses.dataclass(frozen=True)
 class MatrixGroup(Muon):
     """The fields of a group of kind "matrix"."""
@@ -2109,6 +2333,8 @@ def checked_group(group: dict) -> dict:
 def check_values(group: dict) -> None:
     """ValueError for a value that a field of the group does not take."""
     values = {f.name: group[f.name] for f in dataclasses.fields(GROUPS[group["kind"]])}
+    if group.get("rowwise") and group["betas"][0]:
+        raise ValueError(f"rowwise has no first moment: betas are (0, beta2), not {group['betas']}")
     for name, value in values.items():
         if isinstance(value, (Tensor, np.generic)) and math.prod(value.shape) == 1:
             values[name] = value.item()
@@ -2208,7 +2434,8 @@ class MuonEq(torch.optim.Optimizer):
         self.param_groups.append({**group, "params": list(named.values())})
         self.named |= named
         for stack in stacks:
-            unit = Unit(self.param_groups[-1], stack, self.comm)
+            kind = RowUnit if group.get("rowwise") else Unit
+            unit = kind(self.param_groups[-1], stack, self.comm)
             unit.group_number = len(self.param_groups) - 1
             self.units.append(unit)
             self._show_state(unit)
@@ -2266,7 +2493,7 @@ class MuonEq(torch.optim.Optimizer):
             if group["kind"] == "matrix":
                 together = p.shape[-2:]
             else:
-                together = name if p.numel() >= self.SMALL else None
+                together = name if p.numel() >= self.SMALL or group["rowwise"] else None
             if p.numel():
                 stacks[p.dtype, p.device, together].append(Member(name, p, factors[name]))
         return list(stacks.values())
@@ -2332,16 +2559,13 @@ class MuonEq(torch.optim.Optimizer):
         # reduce: the largest unit first; its sum is needed last
         reducing = []
         for unit in reversed(active):
-            full = unit.gradients()
-            chunk, work = self.comm.reduce_scatter(full) if summed else (full[unit.own], Comm.DONE)
-            reducing.append((unit, full, chunk, work))
+            reducing.append((unit, *unit.reduce(summed)))
 
         # update: the smallest unit first
         gathering = []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            # of each matrix; a largest absolute value takes a CPU 40 times as long
-            unit.sums = chunk.sum((-2, -1), keepdim=True) if unit.matrix else chunk.sum()
+            unit.sums = unit.sum(chunk)
             finite = unit.sums.isfinite().all()
             unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.step_count))
             gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
@@ -2374,7 +2598,7 @@ class MuonEq(torch.optim.Optimizer):
         With `set_to_none` false they become zeros.
         """
         for unit in self._active(self.step_count - 1):
-            for p in unit.params:
+            for p in () if unit.clear() else unit.params:
                 if set_to_none or p.grad is None:
                     p.grad = None
                 else:
@@ -2494,6 +2718,8 @@ class MuonEq(torch.optim.Optimizer):
         kept = content.get("others", [])  # names of entries of the state, once the entries themselves
         others = {key: state.pop(key) if key in state else kept[key] for key in kept}
         settings = self._settings_from(groups)
+        for unit in self.units:
+            state |= {name: unit.converted(state[name]) for name in unit.names if name in state}
         self._check_state(state)
         factors = []
         for group, names in zip(settings, self._names()):
@@ -2567,6 +2793,7 @@ class MuonEq(torch.optim.Optimizer):
                 wanted = f"{group['kind']} group of the parameters {', '.join(names)}"
                 raise ValueError(f"the state has no {wanted}")
             saved = copied({**saved, "params": None})
+            saved.pop("rowwise", None)  # the state has been made
             settings.append({**group, **saved, "params": group["params"]})
             check_values(settings[-1])
         return settings

@@ -39,6 +39,7 @@ SMALL = {
     "model.o_std": 0.5, "model.embed_std": 0.02, "model.head_std": 0.02,
     "matrix.lr": 0.03, "matrix.weight_decay": 0.1, "matrix.cautious": "true",
     "gate.lr": 0.03, "embed.lr": 0.02, "tables.lr": 0.3, "head.lr": 0.008, "scalar.lr": 0.02,
+    "tables.betas": "(0, 0.95)", "tables.rowwise": "true",
     "embed.every": 2, "tables.every": 1, "head.every": 2, "scalar.every": 1,
     "schedule.steps": 18, "schedule.extension": 2, "schedule.decay_power": 2.0,
     "schedule.momentum": "(0.85, 0.95)", "schedule.momentum_warmup": 6, "schedule.momentum_cooldown": 4,

@@ -455,13 +455,14 @@ def test_gradients_reach_every_parameter():
 def test_lookup_adds_up_gradients_in_fp32(dtype):
     """Thousands of small gradients of one row: bfloat16 sums would stop growing at 256 times their size."""
     table, sums = torch.randn(9, 4, dtype=dtype, requires_grad=True), torch.ones(9, 4)
+    read = torch.zeros(9, dtype=torch.bool)
     index = torch.tensor([[3, 5, 3], [0, 3, 8]], dtype=torch.int32).repeat(1, 1000)
-    found = Lookup.apply(table, sums, index)
+    found = Lookup.apply(table, sums, read, index)
     assert torch.equal(found, table[index.long()])
     found.backward(torch.full_like(found, 0.125))
     expected = torch.bincount(index.flatten(), minlength=9)[:, None].expand(9, 4) * 0.125
     torch.testing.assert_close(sums, 1 + expected, rtol=1e-6, atol=0)
-    assert table.grad is None
+    assert table.grad is None and read.nonzero().flatten().tolist() == [0, 3, 5, 8]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -748,6 +748,114 @@ def test_adam_with_tiny_gradients():
 
 
 # --------------------------------------------------------------------------------------------------
+# Row-wise Adam
+
+
+def rowwise_reference(p, grads, **fields):
+    """Float64 trajectory of a table (R, D), each row of which is updated whether it has a gradient or not.
+
+    Adam without a first moment; a row's second moment is that of the mean square of its gradient.
+    """
+    f = ADAM | dict(betas=(0.0, 0.9)) | fields
+    p, beta2, out = p.double(), f["betas"][1], []
+    second = torch.zeros(len(p), 1, dtype=torch.float64)
+    for t, g in enumerate(grads, start=1):
+        second = beta2 * second + (1 - beta2) * g.double().square().mean(1, keepdim=True)
+        update = g.double() / ((second / (1 - beta2**t)).sqrt() + f["eps"])
+        decayed = p * (update * p > 0) if f["cautious"] else p
+        p = p - f["lr"] * update - f["lr"] * f["weight_decay"] * decayed
+        out.append(p)
+    return out, second
+
+
+def table_gradients(count, share, rows=40, width=6):
+    """Gradients of a table in which so large a share of the rows are not zero, others each time."""
+    grads = []
+    for i in range(count):
+        read = torch.rand(rows, 1, generator=torch.Generator().manual_seed(i)) < share
+        grads.append(randn(rows, width, seed=50 + i) * read)
+    return grads
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("decay", [dict(), dict(weight_decay=0.9), dict(weight_decay=0.9, cautious=True)])
+def test_rowwise_adam_equals_the_update_of_every_row(decay, share, told):
+    """Few rows are updated alone, many with all; rows that were read once are often left alone for long."""
+    p, grads = randn(40, 6), table_gradients(12, share)
+    fields = dict(betas=(0.0, 0.9), rowwise=True, lr=0.05, **decay)
+    w = leaf(p)
+    opt, found = optimizer("adam", [w], **fields), []
+    for g in grads:
+        w.grad = g.clone()
+        if told:
+            w.grad.rows_read = g.ne(0).any(1)
+        opt.step()
+        opt.zero_grad()
+        assert w.grad is None if not told else not w.grad.any() and not w.grad.rows_read.any()
+        found.append(w.detach().clone())
+    expected, second = rowwise_reference(p, grads, **fields)
+    close(found, expected, atol=1e-6)
+    close([opt.state[w]["exp_avg_sq"]], [second], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_gradient_keep_their_bits(dtype):
+    w = leaf(randn(40, 6).to(dtype))
+    opt = optimizer("adam", [w], betas=(0.0, 0.9), rowwise=True, weight_decay=0.9, cautious=True)
+    before = w.detach().clone()
+    for g in table_gradients(2, 0.2):
+        take(opt, [w], [g.to(dtype)])
+    untouched = ~sum(g.ne(0).any(1) for g in table_gradients(2, 0.2)).bool()
+    assert untouched.any() and torch.equal(w[untouched], before[untouched])
+    assert (w != before).any(1).sum() == (~untouched).sum()
+
+
+def test_rowwise_bf16_tables_follow_an_fp32_master():
+    """As fp32 weights do, those that others changed included."""
+    low, high = leaf(randn(40, 6).bfloat16()), leaf(randn(40, 6).bfloat16().float())
+    fields = dict(betas=(0.0, 0.9), rowwise=True, lr=2.0**-10)
+    a, b = optimizer("adam", [low], **fields), optimizer("adam", [high], **fields)
+    for i, g in enumerate(table_gradients(20, 0.3)):
+        g = g.bfloat16()
+        for w, opt in ((low, a), (high, b)):
+            w.grad = g.clone() if w is low else g.float()
+            w.grad.rows_read = g.ne(0).any(1)
+            opt.step()
+            w.grad = None
+        if i == 9:
+            with torch.no_grad():
+                low[:7], high[:7] = 0.5, 0.5
+    read = table_gradients(20, 0.3)[19].ne(0).any(1)
+    master = a.state_dict()["state"]["0"]["master"]
+    assert torch.equal(master[read], high[read]) and torch.equal(low, high.bfloat16())
+
+
+def test_state_of_element_wise_adam_is_taken_over():
+    """As a checkpoint from before a track had row-wise tables has it: the mean of a row is as good."""
+    p, grads = randn(40, 6), table_gradients(3, 0.5)
+    a, b = leaf(p), leaf(p)
+    dense = optimizer("adam", [a], betas=(0.9, 0.95))
+    for g in grads:
+        take(dense, [a], [g])
+    rowwise = optimizer("adam", [b], betas=(0.0, 0.95), rowwise=True)
+    saved = dense.state_dict()
+    rowwise.load_state_dict({key: saved[key] for key in ("step", "state")})
+    found = rowwise.state_dict()["state"]["0"]
+    assert found.keys() == {"updates", "exp_avg_sq"} and found["updates"] == 3
+    close([found["exp_avg_sq"]], [saved["state"]["0"]["exp_avg_sq"].mean(1, keepdim=True)], atol=0)
+    with pytest.raises(ValueError, match="exp_avg"):
+        dense.load_state_dict(rowwise.state_dict())
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e19, 1e25, 1e30])
+def test_rows_with_gradients_of_any_size_move(size):
+    p, g = randn(7, 6), randn(7, 6, seed=1).sign()
+    found = trajectory("adam", p, [g * size] * 3, betas=(0.0, 0.9), rowwise=True, eps=1e-20)
+    close(found, rowwise_reference(p, [g] * 3)[0], atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
 # Gradients of any size
 
 
@@ -1272,6 +1380,8 @@ W, B = (4, 6), (3,)
     ([dict(kind="matrix", shapes=[W], lr=0.1, every=0)], "every"),
     ([dict(kind="matrix", shapes=[B], lr=0.1)], "1|shape|dim"),
     ([dict(kind="matrix", shapes=[(2, 2, 4, 6)], lr=0.1)], "4|shape|dim"),
+    ([dict(kind="adam", shapes=[W], lr=0.1, rowwise=True)], "betas are"),
+    ([dict(kind="adam", shapes=[B], lr=0.1, betas=(0, 0.9), rowwise=True)], "rows"),
     ([dict(kind="adam", shapes=[B, B], lr=0.1, names=("same", "same"))], "same"),
     ([dict(kind=k, shapes=[W], lr=0.1, names=("same",)) for k in ("matrix", "adam")], "same"),
 ])  # fmt: skip

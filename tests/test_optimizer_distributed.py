@@ -14,6 +14,7 @@ import multiprocessing
 import time
 import traceback
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
@@ -48,20 +49,22 @@ MATRIX = dict(
     every=1,
 )
 ADAM = dict(kind="adam", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, cautious=True, every=1)
+ROWWISE = ADAM | dict(betas=(0.0, 0.9), rowwise=True)
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Case:
     """Groups given as dicts with `shapes` for `params`. `whole`: gradients are small integers, so sums
-    are exact. `absent`: (rank, parameter index) pairs without a gradient, rank -1 being the last one and
-    None every rank."""
+    are exact. `few`: most rows have no gradient, other ones on each rank. `absent`: (rank, parameter index)
+    pairs without a gradient, rank -1 being the last one and None every rank."""
 
     groups: tuple
     grads: str = "token_sum"
     dtypes: tuple = (FP32,)
     steps: int = STEPS
     whole: bool = False
+    few: bool = False
     absent: tuple = ()
     resting: str = ""  # name of a parameter that rests before step 3
     named: bool = True
@@ -75,6 +78,8 @@ TABLES = ADAM | dict(shapes=[(7, 3), (5,), (), (2, 3, 4), (4099,)])
 MIXED_SHAPES = MATRIX | dict(shapes=[(4, 6), (6, 4), (3, 4, 6), (6, 4), (4, 6)], lr_mul=tuple(range(1, 8)))
 EVERYTHING = (LIST, BANK, SMALL, TABLES, MIXED_SHAPES)
 LARGE = ADAM | dict(shapes=[(16387,)])  # an odd number of elements
+# padded at some world sizes, fewer rows than ranks, no padding; rows of a bank
+ROW_TABLES = ROWWISE | dict(shapes=[(47, 3), (3, 5), (24, 4), (2, 11, 6)])
 EVEN = (MATRIX | dict(shapes=[(12, 4, 6)]), ADAM | dict(shapes=[(24, 768)]))  # no padding at any world size
 
 
@@ -103,6 +108,10 @@ CASES = {
     "every": Case((LIST, LIST | dict(every=2), TABLES | dict(every=3), TABLES), steps=7),
     "every_mean": Case((LIST, BANK | dict(every=2), TABLES | dict(every=3)), grads="mean", steps=7),
     "resting": Case((TABLES, LARGE), resting="p5"),
+    "rows": Case((ROW_TABLES, LIST), few=True),
+    "rows_that_all_decay": Case((ROW_TABLES | dict(cautious=False),), few=True),
+    "rows_every_mean": Case((ROW_TABLES | dict(every=2),), grads="mean", few=True, steps=6),
+    "rows_bf16": Case((ROW_TABLES,), dtypes=(BF16,), whole=True, few=True),
     "bf16": Case(EVERYTHING, dtypes=(BF16,), whole=True),
     "bf16_and_fp32": Case(EVERYTHING, dtypes=(BF16, FP32, FP32), whole=True),
     "bf16_mean": Case(EVERYTHING, grads="mean", dtypes=(BF16,), whole=True),
@@ -113,11 +122,15 @@ CASES = {
     "absent_bank_and_every": Case(
         (BANK | dict(every=2), TABLES | dict(every=2)), absent=((None, 0), (0, 1)), steps=4
     ),
+    "absent_rows": Case((ROW_TABLES,), few=True, absent=((None, 0), (0, 1), (-1, 2))),
     "absent_mean": Case((LIST, BANK, TABLES), grads="mean", absent=((None, 1), (None, 5), (None, 6))),
 }
 RESUME = {
     "resume": Case(
         (fancy(MIXED_SHAPES), two_sided(BANK), SMALL, TABLES | dict(every=2)), dtypes=(FP32, BF16), whole=True
+    ),
+    "resume_rows": Case(
+        (ROW_TABLES | dict(every=2), ROW_TABLES), dtypes=(FP32, BF16), whole=True, few=True
     ),
     "resume_mean": Case((fancy(MIXED_SHAPES), BANK, TABLES), grads="mean", named=False),
 }
@@ -145,6 +158,8 @@ def local_gradient(case, param, index, step, rank, world):
     share = ROWS // world
     rows = range(ROWS) if case.grads == "mean" else range(rank * share, (rank + 1) * share)
     each = [randn(param.shape, step, row, index) for row in rows]
+    if case.few:
+        each = [g * (randn((*g.shape[:-1], 1), step, row, index, 5) > 1.7) for g, row in zip(each, rows)]
     total = sum(g.mul(2).round().clamp(-8, 8) if case.whole else g for g in each)
     return (total / (64 if case.whole else tokens_of(step)) if case.grads == "mean" else total).to(
         param.dtype
@@ -196,6 +211,23 @@ def large_and_small(rank, world):
         p.grad = torch.full_like(p, 256.0 if rank == 0 else 1.0, dtype=p.grad_dtype)
     opt.step(tokens=10)
     return opt.state_dict()["state"]
+
+
+def sent(rank, world):
+    """What travels of a table in a step in which each rank reads row 5 and one of its own."""
+    table = torch.ones(600, 4).requires_grad_()
+    opt = MuonEq([ROWWISE | dict(params=[table])], grads="token_sum")
+    table.grad, seen, real = torch.zeros(600, 4), [], dist.all_to_all_single
+    table.grad[[5, 7 + rank]] = 1.0
+
+    def noting(received, rows, *args, **options):
+        seen.append(tuple(rows.shape))
+        return real(received, rows, *args, **options)
+
+    with mock.patch.object(dist, "all_to_all_single", noting):
+        opt.step(tokens=10)
+    moved = (table != 1).any(1).nonzero().flatten().tolist()
+    return dict(sent=seen, moved=moved)
 
 
 DIFFERENCES = {
@@ -275,7 +307,7 @@ def worker(rank, world, folder):
     """Runs every case and saves the result, or the traceback as a string."""
     torch.set_num_threads(1)
     jobs = {name: functools.partial(run, case) for name, case in CASES.items()}
-    jobs |= {job.__name__: job for job in (large_and_small, different_ranks, apart, broadcast)}
+    jobs |= {job.__name__: job for job in (large_and_small, sent, different_ranks, apart, broadcast)}
     for name, case in RESUME.items():
         if world == SAVED_AT:
             jobs[name] = functools.partial(run, case, last=SAVED_STEPS)
@@ -429,6 +461,15 @@ def test_bf16_weights_are_the_rounded_master(results, name, world):
         entry = run["state"]["state"][f"p{index}" if CASES[name].named else str(index)]
         assert ("master" in entry) == (weight.dtype == BF16)
         assert "master" not in entry or torch.equal(weight, entry["master"].to(BF16))
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_only_rows_with_a_gradient_are_sent(results, world):
+    """Of 600 rows a step reads 2 on each rank, one of them on all, and the first rank owns them."""
+    for rank, result in enumerate(results("sent", world)):
+        owned = 1 + world if rank == 0 else 0
+        assert result["sent"] == [(2, 4), (world * owned, 4)]
+        assert result["moved"] == [5, *range(7, 7 + world)]
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -70,6 +70,8 @@ def test_logs_of_november_are_read_under_the_names_of_today() -> None:
     new = {"average": [*today["average"]], "model": ["matches", "ngram_fold"]}  # had no forerunners
     for section, fields in new.items():
         today[section] = {name: value for name, value in today[section].items() if name not in fields}
+    for fields in today.values():
+        fields.pop("rowwise", None)  # had none either
     today = {section: fields for section, fields in today.items() if fields}
     assert now.keys() == today.keys()
     assert {section: fields.keys() for section, fields in now.items()} == {

@@ -148,6 +148,7 @@ class DryRun:
             size = str(options.gpus)
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         self.track, self.run_options = self.T.parse_command_line(options.others)
+        made_up.read_as_text_would(self.T, self.track.model)
         self.short = watched.short_schedule(self.track)
         os.environ.update(DATA_DIR=str(folder / "data"), CACHE_DIR=str(folder / "cache"))
         self.make_data()

@@ -115,6 +115,7 @@ class Monitor:
         self.warm_up = trainer.warm_up
         self.forward_backward = trainer.forward_backward
         self.step = trainer.optimizer.step
+        self.updates = {kind: kind.update for kind in (train_gpt.Unit, train_gpt.RowUnit)}
         self.originals = (
             train_gpt.Unit.update,
             train_gpt.Unit.decay,
@@ -160,7 +161,8 @@ class Monitor:
                 self.probe()
         unit = dict(update=lambda *args: self.update(*args), decay=lambda *args: self.decay(*args))
         functions = dict(orthogonalize=self.orthogonalize, power_of_two=self.power_of_two)
-        with put(train_gpt.Unit, **unit), put(train_gpt, **functions):
+        of_tables = put(train_gpt.RowUnit, update=unit["update"])
+        with put(train_gpt.Unit, **unit), of_tables, put(train_gpt, **functions):
             self.step(tokens=tokens)
         with self.timed():
             self.report(done, active)
@@ -192,14 +194,16 @@ class Monitor:
             self.unit = unit
             weights = unit.state.get("master", unit.stack(unit.params)[unit.own])
             change = self.buffer[: weights.numel()].view_as(weights).copy_(weights)
-        pending = self.originals[0](unit, grad, scale)
+        pending = self.updates[type(unit)](unit, grad, scale)
         with self.timed():
-            weights = unit.state.get("master", pending[1])
+            rowwise = isinstance(unit, train_gpt.RowUnit)  # whose gradient has the rows that are updated
+            now = unit.stack(unit.params)[unit.own] if rowwise else pending[1]
+            weights = unit.state.get("master", now)
             change.sub_(weights)
             for name, part in pieces(unit, unit.own.start, unit.chunk):
                 row = self.found[self.rows[name]]
                 row[WEIGHTS], row[UPDATE] = square_sum(weights[part]), square_sum(change[part])
-                row[GRADIENT] = square_sum(grad[part]) * scale**2
+                row[GRADIENT] = square_sum(grad if rowwise else grad[part]) * scale**2
         return pending
 
     def power_of_two(self, x: Tensor, alive: Tensor) -> Tensor | float:
@@ -226,7 +230,7 @@ class Monitor:
     ) -> None:
         """Called for each slice of a unit that is updated."""
         with self.timed():
-            place = unit.own.start + unit.part.start
+            place = unit.own.start + (0 if isinstance(unit, train_gpt.RowUnit) else unit.part.start)
             for name, part in pieces(unit, place, len(weights)) if cautious(unit) else ():
                 agrees = agree(update[part] * weights[part], 0)
                 decayed = agrees if alive is None else agrees & alive[part]

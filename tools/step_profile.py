@@ -150,8 +150,12 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
 
 
 def communication(trainer: train_gpt.Trainer) -> tuple[Callable[[], None], float]:
-    """All reductions and gathers of a step, one after the other, and the bytes that this rank sends."""
-    comm, units = trainer.comm, trainer.optimizer.units
+    """All reductions and gathers of a step, one after the other, and the bytes that this rank sends.
+
+    Those of row-wise tables are not among them: they depend on the rows that a step reads.
+    """
+    comm = trainer.comm
+    units = [unit for unit in trainer.optimizer.units if not isinstance(unit, train_gpt.RowUnit)]
     buffers = [torch.zeros(unit.chunk * comm.world_size, *unit.tail, device=unit.device) for unit in units]
 
     def call() -> None:

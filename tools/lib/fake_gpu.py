@@ -280,7 +280,8 @@ def fake_ranks(train_gpt: Any, ranks: int, log: list[tuple[str, str, int, float]
     train_gpt.on_rank_0 = lambda _, work: work()
     train_gpt.watch = lambda *_: None
     tensor_collectives = ("reduce_scatter_single", "reduce_scatter_tensor", "all_gather_single")
-    for name in (*tensor_collectives, "all_gather_into_tensor", "all_reduce", "broadcast"):
+    others = ("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast")
+    for name in (*tensor_collectives, *others):
         if hasattr(dist, name):
             setattr(dist, name, noting(name, getattr(dist, name), ranks, log))
 
