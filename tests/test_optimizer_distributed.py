@@ -252,6 +252,140 @@ def broadcast(rank, world):
 
 
 # --------------------------------------------------------------------------------------------------
+# FSDP2
+
+
+# name: (shape, kind); dimension 0 is divided as torch.chunk does, so that on 4 ranks w0 has 2, 2, 1 and no rows
+SHARDED = {
+    "w0": ((5, 6), "matrix"),
+    "w1": ((5, 6), "matrix"),
+    "w2": ((5, 6), "matrix"),
+    "even": ((12, 4), "matrix"),
+    "short": ((2, 7), "matrix"),
+    "row": ((1, 4), "matrix"),
+    "bank": ((7, 6, 4), "matrix"),
+    "small_bank": ((3, 6, 4), "matrix"),
+    "of_bank": ((6, 4), "matrix"),
+    "frozen": ((5, 6), "matrix"),
+    "bias": ((5,), "adam"),
+    "embed": ((9, 3), "adam"),
+    "gain": ((2,), "adam"),
+}
+SHARDED_STEPS, SHARDED_SAVED_AT = 20, 10
+
+
+class Linear(torch.nn.Module):
+    """Parameters whose gradients are given: the loss is the sum of their products."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        for index, (name, (shape, _)) in enumerate(SHARDED.items()):
+            p = torch.nn.Parameter(randn(shape, 78, index).to(dtype), requires_grad=name != "frozen")
+            self.register_parameter(name, p)
+
+    def forward(self, gradients):
+        return sum((getattr(self, name) * g).sum() for name, g in gradients.items())
+
+
+def given_gradients(step, rank, world, dtype):
+    """Those whose mean over ranks does not depend on their number. Some are missing, or zero."""
+    found = {}
+    for index, (name, (shape, _)) in enumerate(SHARDED.items()):
+        rows = range(rank, ROWS, world)
+        total = sum(randn(shape, step, row, index).mul(2).round().clamp(-8, 8) for row in rows)
+        found[name] = total * world / 64
+    # w1 has no gradient in some steps and w2 a zero one; an expert of the bank has none before step 4
+    if step % 5 == 1:
+        del found["w1"], found["embed"]
+    found["w2"] = found["w2"] * (step % 4 != 0)
+    if step < 4:
+        found["bank"][3] = 0
+    return {name: g.to(dtype) for name, g in found.items() if name != "frozen"}
+
+
+def sharded_optimizer(model, **fields):
+    named = dict(model.named_parameters())
+    matrices, others = [
+        [(name, named[name]) for name in SHARDED if SHARDED[name][1] == kind] for kind in ("matrix", "adam")
+    ]
+    factors = tuple(1 + k / 20 for k in range(18))
+    matrix = fancy(MATRIX) | dict(params=matrices, lr_mul=factors) | fields
+    return MuonEq([matrix, ADAM | dict(params=others)])
+
+
+def train_sharded(model, opt, first, last, rank, world):
+    """What the all-to-alls of a step sent to others, in bytes, and how many other collectives there were."""
+    sent, others = [0] * SHARDED_STEPS, []
+    real = dist.all_to_all_single
+
+    def count(out, given, arriving, counts, group=None, async_op=False):
+        away = sum(counts) - counts[dist.get_rank(group)]
+        sent[step] += away * given[0].numel() * given.itemsize if len(given) else 0
+        return real(out, given, arriving, counts, group=group, async_op=async_op)
+
+    dist.all_to_all_single = count
+    try:
+        for step in range(first, last):
+            dtype = next(model.parameters()).dtype
+            model(given_gradients(step, rank, world, dtype)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 8.0)
+            opt.param_groups[0]["lr"] = 0.02 * (1 - step / 40)
+            calls = opt.comm.calls
+            opt.step()
+            others.append(opt.comm.calls - calls)
+            opt.zero_grad(set_to_none=step % 2 == 0)
+    finally:
+        dist.all_to_all_single = real
+    return sent, others
+
+
+def whole(tensors):
+    """Copies, of DTensors of the whole tensor."""
+    return {name: getattr(x, "full_tensor", x.clone)().detach() for name, x in tensors}
+
+
+def fsdp(rank, world, dtype=FP32, mesh_shape=None, **fields):
+    """A model of fully_shard, saved half way by torch's functions and in plain form."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", mesh_shape or (world,))
+    model = fully_shard(Linear(dtype), mesh=mesh)
+    opt = sharded_optimizer(model, **fields)
+    sent, others = train_sharded(model, opt, 0, SHARDED_SAVED_AT, rank, world)
+    full = StateDictOptions(full_state_dict=True)
+    saved = dict(
+        weights=whole(model.named_parameters()), state=get_optimizer_state_dict(model, opt, options=full)
+    )
+    more = train_sharded(model, opt, SHARDED_SAVED_AT, SHARDED_STEPS, rank, world)
+    sent, others = [a + b for a, b in zip(sent, more[0])], others + more[1]
+    return dict(
+        weights=whole(model.named_parameters()), sent=sent, others=others, saved=saved,
+        state=get_optimizer_state_dict(model, opt, options=full)["state"],
+        owned=sum(unit.chunk * unit.tail.numel() for unit in opt.units if unit.matrix),
+    )
+
+
+def fsdp_resumed(rank, world, folder):
+    """The second half again, from what two ranks saved; two ranks go on from shards, the others from the whole."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    saved = torch.load(folder / f"fsdp_{SAVED_AT}_0.pt", weights_only=True)["saved"]
+    model = fully_shard(Linear(FP32))
+    opt = sharded_optimizer(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(saved["weights"][name], p.device_mesh, p.placements))
+    set_optimizer_state_dict(model, opt, saved["state"], options=StateDictOptions(full_state_dict=True))
+    opt.step_count = SHARDED_SAVED_AT  # which torch's functions drop
+    train_sharded(model, opt, SHARDED_SAVED_AT, SHARDED_STEPS, rank, world)
+    return dict(weights=whole(model.named_parameters()), state=opt.state_dict()["state"]["bank"]["second_moment"])
+
+
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 
