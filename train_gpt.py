@@ -1926,7 +1926,7 @@ class Unit:
             # of integers this takes a CPU a tenth of the time that a comparison takes
             different = old.to(self.dtype).view(bits) ^ new.view(bits)
             # a GPU would have to be waited for
-            if now.is_cuda or different.max() or different.min():
+            if now.is_cuda or (len(new) and (different.max() or different.min())):
                 old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
