@@ -2364,11 +2364,17 @@ class MuonEq(torch.optim.Optimizer):
             torch.distributed, or DDP). "token_sum": they are sums over this rank's tokens, and
             `step(tokens=n)` divides their sum over ranks by the global n.
         process_group: the processes that hold these parameters and share the work; all of them by default.
+            DTensors know theirs.
 
     Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
     processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
     the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
     with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+
+    DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that is
+    sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the update of the
+    whole matrix; for Adam any Shard will do. Their state in `state_dict` is sharded likewise. Refused by
+    name: other placements, pieces of FSDP1, ZeRO 3 and Megatron, and ZeroRedundancyOptimizer.
 
     Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
@@ -2637,8 +2643,9 @@ class MuonEq(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """The count of steps, the full unpadded state by parameter name, and the settings of the groups.
 
-        The same at any world size. Collective: every rank calls it. A group's "params" are names; functions
-        are not kept. What others have put into `optimizer.state` is kept as it is on this rank.
+        The same at any world size; that of DTensors is sharded as they are. Collective: every rank calls it.
+        A group's "params" are names; functions are not kept. What others have put into `optimizer.state` is
+        kept as it is on this rank.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
