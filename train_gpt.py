@@ -1560,6 +1560,8 @@ class Comm:
         if self.rank < 0:
             raise ValueError("this process is not in the process_group of the optimizer")
         self.calls = 0
+        self.along: dict[Any, Comm] = {}  # the processes that share DTensors, see `comm_along`
+        self.load = [0] * self.world_size  # numbers of such matrices that each of them updates
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names.
         renamed = hasattr(dist, "reduce_scatter_single")
         self._scatter = getattr(dist, "reduce_scatter_single" if renamed else "reduce_scatter_tensor", None)
@@ -1570,7 +1572,9 @@ class Comm:
 
     def __reduce__(self) -> tuple:
         if self.group is not None:
-            raise TypeError("an optimizer with a process_group cannot be pickled; its state_dict can")
+            raise TypeError(
+                "an optimizer with a process_group or DTensors cannot be pickled; its state_dict can"
+            )
         return Comm, ()  # of the processes that read it
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Any]:
@@ -1799,19 +1803,8 @@ class Unit:
         # of gradients, state and arithmetic
         self.precision = torch.promote_types(self.dtype, torch.float32)
         self.matrix = group["kind"] == "matrix"
-        # the stack and this rank's chunk of it
         self.tail = self.entry_shape()
-        self.counts = [p.numel() // self.tail.numel() for p in self.params]  # entries of each parameter
-        self.size = sum(self.counts)
-        self.chunk = -(-self.size // comm.world_size)
-        self.padding = self.chunk * comm.world_size - self.size
-        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
-        # one unpadded parameter: its stack is a view of it, so gradients and weights travel from and to its
-        # own storage
-        self.direct = len(self.params) == 1 and self.padding == 0 and self.params[0].is_contiguous()
-        # of each parameter the part that lies in the chunk
-        borders = np.cumsum([0, *self.counts]).clip(self.own.start, self.own.stop) - self.own.start
-        self.parts = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
+        self.divide()
         self.lr_mul = self.chunk_of_factors([factor for member in members for factor in member.lr_mul])
         self.updates = torch.zeros(len(members), dtype=torch.int64)  # of each parameter
         self.state = {}
@@ -1821,6 +1814,26 @@ class Unit:
 
     def entry_shape(self) -> torch.Size:
         return self.params[0].shape[-2:] if self.matrix else torch.Size()
+
+    def divide(self) -> None:
+        """The stack and this rank's chunk of it."""
+        comm, held = self.comm, self.held()
+        self.counts = [x.numel() // self.tail.numel() for x in held]  # entries of each parameter
+        self.size = sum(self.counts)
+        self.chunk = -(-self.size // comm.world_size)
+        self.padding = self.chunk * comm.world_size - self.size
+        self.own = slice(comm.rank * self.chunk, (comm.rank + 1) * self.chunk)
+        # one unpadded parameter: its stack is a view of it, so gradients and weights travel from and to its
+        # own storage
+        self.direct = len(held) == 1 and self.padding == 0 and held[0].is_contiguous()
+        # of each parameter the part that lies in the chunk
+        borders = np.cumsum([0, *self.counts]).clip(self.own.start, self.own.stop) - self.own.start
+        self.parts = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
+
+    def held(self) -> list[Tensor]:
+        """What this rank holds of each parameter: all of it."""
+        return self.params
+
 
     def chunk_of_factors(self, factors: list[float]) -> float | Tensor:
         """The factors on the learning rate of this rank's matrices, (C, 1, 1); one number for equal ones."""
@@ -1852,7 +1865,7 @@ class Unit:
         self.bad_since = torch.full((), math.inf, device=self.device)
         for key, value in self.state.items():
             if key == "master":
-                value.copy_(self.stack(self.params)[self.own])
+                self.load(key, self.params)
             else:
                 value.zero_()
 
@@ -1875,45 +1888,75 @@ class Unit:
         A parameter of which it holds all entries has states of its shape.
         """
         found = []
-        for p, count, part, updates in zip(self.params, self.counts, self.parts, self.updates):
+        for p, part, updates in zip(self.params, self.parts, self.updates):
             views: dict[str, Tensor] = {"updates": updates}
             for key, chunk in self.state.items():
                 views[key] = chunk[part]
-                if len(views[key]) == count:
-                    views[key] = views[key].view(self.shape_of(p, chunk))
+                shape = self.shape_of(p, key)
+                if views[key].numel() == shape.numel():
+                    views[key] = views[key].view(shape)
             found.append(views)
         return found
 
-    def unstack(self, full: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, parameter, its part) of a stack or stacked state (N C, ...), without the padding."""
-        return list(zip(self.names, self.params, full[: self.size].split(self.counts)))
+    def unstack(self, full: Tensor) -> Sequence[Tensor]:
+        """The part of each parameter in a stack or stacked state (N C, ...), without the padding."""
+        return full[: self.size].split(self.counts)
 
     def receive(self, full: Tensor) -> None:
         """Write the new weights of a stack (N C, *tail) to the parameters."""
         if self.direct:
             return
-        shapes = {p.shape for p in self.params}
-        if shapes == {self.tail}:
+        held = self.held()
+        if {x.shape for x in held} == {self.tail}:
             parts = full[: self.size].unbind()
         else:
-            parts = [part.view(p.shape) for _, p, part in self.unstack(full)]
+            parts = [part.view(x.shape) for x, part in zip(held, self.unstack(full))]
         # one call for all
-        torch._foreach_copy_(self.params, parts)
+        torch._foreach_copy_(held, parts)
 
-    def shape_of(self, p: Tensor, state: Tensor) -> torch.Size:
+    def shape_of(self, p: Tensor, key: str) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
-        return p.shape[: p.ndim - len(self.tail)] + state.shape[1:]
+        return p.shape[: p.ndim - len(self.tail)] + self.state[key].shape[1:]
+
+    def saved(self, key: str) -> list[Tensor]:
+        """A state of each parameter for `state_dict`, gathered from all ranks."""
+        chunk = self.state[key]
+        full = chunk.new_empty(self.size + self.padding, *chunk.shape[1:])
+        self.comm.all_gather(full, chunk).wait()
+        parts = self.unstack(full)
+        return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
+
+    def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        """Take over a state of each parameter as `saved` returned it, at any number of ranks."""
+        self.state[key].copy_(self.stack(saved)[self.own])
+
+    def take_moments(self, other: Unit) -> None:
+        """Take over the moments of a unit with the same `moments`."""
+        for key in other.moments():
+            self.state[key].copy_(other.state[key])
+
+    def join(self, comm: Comm) -> None:
+        """In a copy of an optimizer: belong to its processes; ValueError if these are not as many."""
+        self.comm = comm
+        processes = (self.size + self.padding) // self.chunk
+        if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
+            raise ValueError(
+                f"this rank of {comm.world_size} did not write this copy of an optimizer on "
+                f"{processes} processes; a state_dict fits any number"
+            )
 
     def moments(self) -> dict[str, torch.Size]:
         """The shapes of the state that does not follow from the parameters."""
         return {key: value.shape for key, value in self.state.items() if key != "master"}
 
-    def reduce(self, summed: bool) -> tuple[Tensor, Tensor, Any]:
-        """The stack of gradients, the owned chunk of it or of the sum over ranks, the work to wait for."""
+    def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
+        """Gradients, the owned chunk of their sum over ranks (of them if not `summed`), and the work.
+
+        The gradients must live until the work is done.
+        """
         full = self.gradients()
-        if summed:
-            return full, *self.comm.reduce_scatter(full)
-        return full, full[self.own], Comm.DONE
+        chunk, work = self.comm.reduce_scatter(full) if summed else (full[self.own], Comm.DONE)
+        return full, chunk, work
 
     def gradients(self) -> Tensor:
         """The stack of the gradients; zeros for those that are missing, which `missing` lists."""
@@ -1995,15 +2038,22 @@ class Unit:
         weights = self.state.get("master", full[self.own])  # fp32, changed in place
         if "master" in self.state:
             self.take_over(full[self.own])
+        self.update_chunk(weights, grad, scale)
+        chunk = weights.to(self.dtype)
+        return full, chunk, self.comm.all_gather(full, chunk)
+
+    def update_chunk(self, weights: Tensor, grad: Tensor, scale: float) -> list[int]:
+        """Update weights (C, *tail) and state in place; returns the parameters that are skipped."""
         # which parameters, and how often they have been updated
         skipped = self.skipped(grad)
         self.updates += 1
         self.updates[skipped] -= 1
         spans = self.spans(skipped)
-        # a matrix whose gradient is zero is left alone, a number would go on by its moments
+        # what is skipped inside a span would go on by its moments, or decay
         kept = []
-        if spans and not self.matrix:
-            parts = [x[self.parts[i]] for i in skipped for x in (weights, *self.state.values())]
+        if spans:
+            state = () if self.matrix else self.state.values()  # zero gradients leave that of matrices alone
+            parts = [x[self.parts[i]] for i in skipped for x in (weights, *state)]
             kept = [(part, part.clone()) for part in parts]
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
@@ -2016,8 +2066,7 @@ class Unit:
                 update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, updates)
         for part, before in kept:
             part.copy_(before)
-        chunk = weights.to(self.dtype)
-        return full, chunk, self.comm.all_gather(full, chunk)
+        return skipped
 
     def take_over(self, now: Tensor) -> None:
         """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
@@ -2028,7 +2077,7 @@ class Unit:
             # of integers this takes a CPU a tenth of the time that a comparison takes
             different = old.to(self.dtype).view(bits) ^ new.view(bits)
             # a GPU would have to be waited for
-            if now.is_cuda or different.max() or different.min():
+            if now.is_cuda or (len(new) and (different.max() or different.min())):
                 old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
@@ -2287,6 +2336,293 @@ class RowUnit(Unit):
         return True
 
 
+# ---- parameters that are DTensors, as those of FSDP2 (fully_shard)
+#
+# `Shards` updates what a rank holds as if it were alone: the numbers of Adam, and whole matrices. A matrix
+# of which each rank holds some rows has an owner, which gets all rows of its gradient, keeps the momentum,
+# and sends the rows of the update back (`ShardedMatrices`): one all-to-all each way for each unit. The
+# owner holds as many rows as any rank, so at most (N - 1) / N of a matrix travel, each way.
+
+# Attributes by which others mark pieces of parameters that cannot work here, and what helps.
+MARKS = {
+    "_fsdp_flattened": "belongs to FSDP1 (FullyShardedDataParallel), which cuts matrices into flat pieces; "
+    "fully_shard (FSDP2) keeps matrices",
+    "ds_id": "belongs to DeepSpeed's ZeRO 3, which cuts matrices into flat pieces; "
+    "DDP and fully_shard (FSDP2) keep matrices",
+    "tensor_model_parallel": "is a tensor-parallel piece of Megatron, which is no whole matrix; "
+    "where the tensor-parallel size is 1, delete its attribute tensor_model_parallel",
+}
+
+
+def refuse_foreign(name: str, p: Tensor, kind: str, rowwise: bool, grads: str) -> None:
+    """ValueError for a parameter that is a piece of another one in a way that does not work here."""
+    for mark, meaning in MARKS.items():
+        # Megatron marks all parameters, with a truth value; DeepSpeed some, with a number that may be 0
+        if getattr(p, mark, None) not in (None, False) or (mark == "ds_id" and hasattr(p, mark)):
+            raise ValueError(f"parameter {name!r} {meaning}")
+    if not hasattr(p, "placements"):
+        return
+    if grads != "mean":
+        raise ValueError(f'parameter {name!r} is a DTensor, whose gradient is reduced already: grads="mean"')
+    if rowwise:
+        raise ValueError(f"parameter {name!r} is a DTensor, and rowwise takes plain tables")
+    sharded = [x for x in p.placements if not x.is_replicate()]
+    rows = len(sharded) <= 1 and all(type(x).__name__ == "Shard" and x.dim == 0 for x in sharded)
+    if any(x.is_partial() for x in sharded) or (kind == "matrix" and not rows):
+        raise ValueError(
+            f"{kind} parameter {name!r} is a DTensor with placements {p.placements}: MuonEq takes matrices "
+            "sharded over dimension 0 along one dimension of the mesh, as by fully_shard (FSDP2) without "
+            "shard_placement_fn or tensor parallelism; an adam group takes any Shard, neither takes Partial"
+        )
+
+
+def comm_along(comm: Comm, mesh: Any, dim: int | None) -> Comm:
+    """The processes along a dimension of a device mesh; None: this process alone."""
+    if (mesh, dim) not in comm.along:
+        comm.along[mesh, dim] = found = Comm(mesh.get_group(dim or 0))
+        if dim is None:
+            found.rank, found.world_size = 0, 1
+    return comm.along[mesh, dim]
+
+
+def make_unit(group: dict, members: Sequence[Member], comm: Comm) -> Unit:
+    """The unit of parameters of one shape and one kind of sharding."""
+    p = members[0].param
+    if not hasattr(p, "placements"):
+        return (RowUnit if group.get("rowwise") else Unit)(group, members, comm)
+    mesh = p.device_mesh
+    for dim, placement in enumerate(p.placements):
+        if group["kind"] == "matrix" and placement.is_shard() and mesh.size(dim) > 1:
+            return ShardedMatrices(group, members, comm_along(comm, mesh, dim))
+    return Shards(group, members, comm_along(comm, mesh, None))
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, in its storage; other tensors as they are."""
+    with torch.no_grad():
+        return x.to_local() if hasattr(x, "to_local") else x
+
+
+def local_part(x: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of x, a DTensor or a tensor that all ranks have, sharded as another DTensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(x, "placements"):
+        whole = x.detach().to(like.device)
+        x = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return local(x.detach().redistribute(placements=like.placements))
+
+
+class Shards(Unit):
+    """Parameters that are DTensors, of which each rank updates what it holds.
+
+    Its state in `state_dict` is sharded as they are; a number for each row or column, which is small, is whole.
+    """
+
+    SMALL_STATE = ("second_moment", "row_norm", "col_norm")
+
+    def held(self) -> list[Tensor]:
+        return [local(p) for p in self.params]
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return super().stack([local(x) for x in tensors])
+
+    def check_gradients(self, grads: list[Tensor | None]) -> None:
+        super().check_gradients(grads)
+        for name, p, grad in zip(self.names, self.params, grads):
+            found = getattr(grad, "placements", None)
+            if grad is not None and found != p.placements:
+                raise ValueError(
+                    f"the gradient of parameter {name!r} has placements {found}, the parameter "
+                    f"{p.placements}: redistribute it before the step"
+                )
+
+    def as_dtensors(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of what this rank holds of a state of each parameter, as parts of sharded tensors."""
+        from torch.distributed.tensor import DTensor
+
+        found = []
+        for p, held, part in zip(self.params, self.held(), parts):
+            how = dict(shape=p.shape, stride=p.stride(), run_check=False)
+            part = part.reshape(held.shape).clone()
+            found.append(DTensor.from_local(part, p.device_mesh, p.placements, **how))
+        return found
+
+    def saved(self, key: str) -> list[Tensor]:
+        if key in self.SMALL_STATE:
+            return super().saved(key)
+        return self.as_dtensors(self.unstack(self.state[key]))
+
+    def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        if key not in self.SMALL_STATE:
+            saved = [local_part(x, p) for x, p in zip(saved, self.params)]
+        super().load(key, saved)
+
+    def join(self, comm: Comm) -> None:
+        """A copy stays on its mesh."""
+
+
+class ShardedMatrices(Shards):
+    """Matrices of which each rank holds some rows: their stack (S, m, n) is S m rows.
+
+    The chunk (C, m, n) of a rank are the matrices that it owns, which are `own` in the stack. It has their
+    momentum, and the master copy of the rows that it holds, (R, n).
+    """
+
+    def divide(self) -> None:
+        comm, (m, n) = self.comm, self.tail
+        self.counts = [p.numel() // (m * n) for p in self.params]
+        self.size, self.padding, self.direct = sum(self.counts), 0, False
+        # the rank that holds each row of the stack, as torch.chunk divides the first dimension
+        holders = []
+        for p in self.params:
+            entries = np.arange(len(p)) // -(-len(p) // comm.world_size)
+            holders.append(np.repeat(entries, p.numel() // n // len(p)))
+        holder = np.concatenate(holders)
+        self.rows = [x.numel() // n for x in self.held()]
+        if self.rows != [int((ranks == comm.rank).sum()) for ranks in holders]:
+            raise ValueError(f"the shards of {', '.join(self.names)} are not those of torch.chunk")
+        owners = self.owners(holder.reshape(-1, m))
+        owner = np.repeat(owners, m)
+        # what is owned
+        own = np.flatnonzero(owners == comm.rank)
+        self.own, self.chunk = torch.from_numpy(own).to(self.device), len(own)
+        borders = np.searchsorted(own, np.cumsum([0, *self.counts])).tolist()
+        self.parts = [slice(*pair) for pair in itertools.pairwise(borders)]
+        # the rows held here in the order of their owners, and the rows owned in the order of their holders
+        self.leaving, self.to_ranks = self.by_rank(owner[holder == comm.rank])
+        self.arriving, self.from_ranks = self.by_rank(holder[owner == comm.rank])
+
+    def by_rank(self, ranks: np.ndarray) -> tuple[Tensor, list[int]]:
+        """The order that sorts rows by a rank of each, and the number of rows of each rank."""
+        order = np.argsort(ranks, kind="stable")
+        return torch.from_numpy(order).to(self.device), np.bincount(
+            ranks, minlength=self.comm.world_size
+        ).tolist()
+
+    def owners(self, holder: np.ndarray) -> np.ndarray:
+        """The owner of each matrix, of those who hold most of its rows (S, m) the one with least to do."""
+        load = self.comm.load
+        owners = []
+        for ranks in holder:
+            rows = np.bincount(ranks, minlength=len(load))
+            owners.append(min(np.flatnonzero(rows == rows.max()).tolist(), key=load.__getitem__))
+            load[owners[-1]] += self.tail.numel()
+        return np.array(owners)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().state_shapes()
+        return {k: (sum(self.rows), self.tail[1]) if k == "master" else v for k, v in shapes.items()}
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows that this rank holds, (R, n)."""
+        return torch.cat([local(x).detach().reshape(-1, self.tail[1]) for x in tensors])
+
+    # ---- the step
+
+    def to_owners(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Rows held here (R, n) -> what is sent, the owned matrices once the work is done, and the work."""
+        sent = rows[self.leaving]
+        received, work = self.comm.all_to_all(sent, self.to_ranks, self.from_ranks)
+        chunk = torch.empty(self.chunk, *self.tail, dtype=self.precision, device=self.device)
+
+        def wait() -> None:
+            work.wait()
+            chunk.view(-1, self.tail[1])[self.arriving] = received.to(self.precision)
+
+        return sent, chunk, types.SimpleNamespace(wait=wait)
+
+    def to_holders(self, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Owned matrices (C, m, n) -> rows held here (R, n) by owner, what is sent, and the work."""
+        sent = chunk.view(-1, self.tail[1])[self.arriving]
+        received, work = self.comm.all_to_all(sent, self.from_ranks, self.to_ranks)
+        return received, sent, work
+
+    def held_rows(self, received: Tensor) -> Tensor:
+        """What `to_holders` received, as rows (R, n) in their order, in the precision of the state."""
+        rows = torch.empty_like(received, dtype=self.precision)
+        rows[self.leaving] = received.to(self.precision)
+        return rows
+
+    def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
+        return self.to_owners(self.gradients().to(self.params[0].grad_dtype or self.precision))
+
+    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+        """Compute what is added to the owned matrices and send the rows to those who hold them.
+
+        A matrix that is left alone becomes minus zero, which no other one contains: it does not decay.
+        """
+        moved = torch.zeros_like(grad)
+        self.alive = torch.zeros(self.chunk, 1, 1, dtype=torch.bool, device=self.device)
+        for i in self.update_chunk(moved, grad, scale):
+            self.alive[self.parts[i]] = False
+        # parameters of two bytes are sent two bytes
+        wire = self.precision if self.dtype == self.precision else torch.bfloat16
+        moved = moved.to(wire).add_(0.0).masked_fill_(~self.alive, -0.0)
+        return self.to_holders(moved)
+
+    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor | None = None) -> None:
+        """At the owner, which has no weights, nothing decays yet."""
+        self.alive[self.part] = alive
+
+    def receive(self, full: Tensor) -> None:
+        """Decay the rows held here and add what the owners sent."""
+        now, moved = self.stack(self.params), self.held_rows(full)
+        weights = self.state.get("master", now)
+        if "master" in self.state:
+            self.take_over(now)
+        alone = (moved == 0) & moved.signbit()
+        super().decay(weights, -moved, torch.ge, ~alone)
+        weights.add_(moved)
+        held = self.held()
+        parts = weights.to(self.dtype).split(self.rows)
+        torch._foreach_copy_(held, [part.view(x.shape) for x, part in zip(held, parts)])
+
+    # ---- state
+
+    def shape_of(self, p: Tensor, key: str) -> torch.Size:
+        return p.shape if key == "master" else super().shape_of(p, key)
+
+    def views(self) -> list[dict[str, Tensor]]:
+        found = super().views()
+        if "master" in self.state:
+            for views, rows, x in zip(found, self.state["master"].split(self.rows), self.held()):
+                views["master"] = rows.view(x.shape)
+        return found
+
+    def moments(self) -> dict[str, torch.Size]:
+        return {key: torch.Size([self.size, *shape[1:]]) for key, shape in super().moments().items()}
+
+    def take_moments(self, other: Unit) -> None:
+        for key in other.moments():  # it may have other owners
+            self.load(key, other.saved(key))
+
+    def saved(self, key: str) -> list[Tensor]:
+        state = self.state[key]
+        if key in self.SMALL_STATE:
+            full = state.new_zeros(self.size, *state.shape[1:])
+            full[self.own] = state
+            parts = self.unstack(self.comm.all_reduce(full))
+            return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
+        if key == "momentum":
+            received, _, work = self.to_holders(state)
+            work.wait()
+            state = self.held_rows(received)
+        return self.as_dtensors(state.split(self.rows))
+
+    def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        if key in self.SMALL_STATE:
+            full = torch.cat([x.reshape(-1, *self.state[key].shape[1:]) for x in saved])
+            self.state[key].copy_(full[self.own.to(full.device)])
+            return
+        rows = self.stack([local_part(x, p) for x, p in zip(saved, self.params)])
+        if key == "momentum":
+            _, chunk, work = self.to_owners(rows.to(self.precision))
+            work.wait()
+            rows = chunk
+        self.state[key].copy_(rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class MatrixGroup(Muon):
     """The fields of a group of kind "matrix"."""
@@ -2352,15 +2688,17 @@ def copied(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v.tolist() if isinstance(v, numpy) else copy.deepcopy(v) for k, v in values.items()}
 
 
-def in_torch_checkpoint() -> bool:
-    """Whether torch.distributed.checkpoint.state_dict is asking.
-
-    It calls parameters by their numbers and makes names of them by itself.
-    """
+def called_from(module: str) -> bool:
+    """Whether a function of the module of this name is among the callers."""
     frame = sys._getframe()
-    while frame and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+    while frame and frame.f_globals.get("__name__") != module:
         frame = frame.f_back
     return frame is not None
+
+
+def in_torch_checkpoint() -> bool:
+    """Whether torch's checkpoints are asking: they call parameters by number and make names by themselves."""
+    return called_from("torch.distributed.checkpoint.state_dict")
 
 
 class MuonEq(torch.optim.Optimizer):
@@ -2374,11 +2712,17 @@ class MuonEq(torch.optim.Optimizer):
             torch.distributed, or DDP). "token_sum": they are sums over this rank's tokens, and
             `step(tokens=n)` divides their sum over ranks by the global n.
         process_group: the processes that hold these parameters and share the work; all of them by default.
+            DTensors know theirs.
 
     Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
     processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
     the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
     with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+
+    DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that is
+    sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the update of the
+    whole matrix; for Adam any Shard will do. Their state in `state_dict` is sharded likewise. Refused by
+    name: other placements, pieces of FSDP1, ZeRO 3 and Megatron, and ZeroRedundancyOptimizer.
 
     Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
@@ -2404,6 +2748,11 @@ class MuonEq(torch.optim.Optimizer):
         self, groups: Iterable[dict], grads: str = "mean",
         process_group: dist.ProcessGroup | None = None, **unknown: Any,
     ):  # fmt: skip
+        if called_from("torch.distributed.optim.zero_redundancy_optimizer"):
+            raise ValueError(
+                "ZeroRedundancyOptimizer divides parameters among the ranks, and so does MuonEq by itself: "
+                "make it without ZeroRedundancyOptimizer"
+            )
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
         # one group may stand alone; parameters without a group are a common mistake
@@ -2430,12 +2779,13 @@ class MuonEq(torch.optim.Optimizer):
         """Check a group, fill in its defaults and divide its parameters into units. Every rank calls it."""
         group = checked_group(param_group)
         named = self._named(group["params"])
+        for name, p in named.items():
+            refuse_foreign(name, p, group["kind"], group.get("rowwise", False), self.grads)
         stacks = self._stacks(group, named)
         self.param_groups.append({**group, "params": list(named.values())})
         self.named |= named
         for stack in stacks:
-            kind = RowUnit if group.get("rowwise") else Unit
-            unit = kind(self.param_groups[-1], stack, self.comm)
+            unit = make_unit(self.param_groups[-1], stack, self.comm)
             unit.group_number = len(self.param_groups) - 1
             self.units.append(unit)
             self._show_state(unit)
@@ -2495,7 +2845,8 @@ class MuonEq(torch.optim.Optimizer):
             else:
                 together = name if p.numel() >= self.SMALL or group["rowwise"] else None
             if p.numel():
-                stacks[p.dtype, p.device, together].append(Member(name, p, factors[name]))
+                sharding = getattr(p, "device_mesh", None), getattr(p, "placements", None)
+                stacks[p.dtype, p.device, together, *sharding].append(Member(name, p, factors[name]))
         return list(stacks.values())
 
     def _lr_factors(self, group: dict, named: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -2644,14 +2995,14 @@ class MuonEq(torch.optim.Optimizer):
         a, b = self.units_to_copy(source, target)
         b.reset()  # takes its master copy from the parameter
         b.updates.copy_(a.updates)
-        for key in a.moments():
-            b.state[key].copy_(a.state[key])
+        b.take_moments(a)
 
     def state_dict(self) -> dict:
         """The count of steps, the full unpadded state by parameter name, and the settings of the groups.
 
-        The same at any world size. Collective: every rank calls it. A group's "params" are names; functions
-        are not kept. What others have put into `optimizer.state` is kept as it is on this rank.
+        The same at any world size; that of DTensors is sharded as they are. Collective: every rank calls it.
+        A group's "params" are names; functions are not kept. What others have put into `optimizer.state` is
+        kept as it is on this rank.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -2665,11 +3016,9 @@ class MuonEq(torch.optim.Optimizer):
             updates = self.comm.all_reduce(unit.updates.to(unit.device, copy=True), dist.ReduceOp.MAX)
             for name, count in zip(unit.names, updates.tolist()):
                 state[keys[name]] = {"updates": count}
-            for key, chunk in unit.state.items():
-                full = chunk.new_empty(unit.size + unit.padding, *chunk.shape[1:])
-                self.comm.all_gather(full, chunk).wait()
-                for name, p, part in unit.unstack(full):
-                    state[keys[name]][key] = part.reshape(unit.shape_of(p, part)).clone()
+            for key in unit.state:
+                for name, value in zip(unit.names, unit.saved(key)):
+                    state[keys[name]][key] = value
         for name, p in self.named.items():
             if foreign := self._foreign_state(p):
                 state.setdefault(keys[name], {}).update(copy.deepcopy(foreign))
@@ -2677,6 +3026,8 @@ class MuonEq(torch.optim.Optimizer):
         groups = []
         for group, names in zip(self.param_groups, self._names()):
             kept = {k: v for k, v in group.items() if k != "params" and not callable(v)}
+            if numbered:  # torch's checkpoints know no dtypes
+                kept = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in kept.items()}
             groups.append({**copied(kept), "params": [keys[name] for name in names]})
         content = {"step": self.step_count, "state": state, "param_groups": groups}
         if others := self._state_of_no_parameter():
@@ -2731,8 +3082,8 @@ class MuonEq(torch.optim.Optimizer):
             of_group = factors[unit.group_number]
             unit.lr_mul = unit.chunk_of_factors([x for name in unit.names for x in of_group[name]])
             saved = [state[name] for name in unit.names]
-            for key, chunk in unit.state.items():
-                chunk.copy_(unit.stack([entry[key] for entry in saved])[unit.own])
+            for key in unit.state:
+                unit.load(key, [entry[key] for entry in saved])
             unit.updates.copy_(torch.tensor([int(entry["updates"]) for entry in saved]))
             unit.tokens = 0
         for name, entry in state.items():
@@ -2764,7 +3115,7 @@ class MuonEq(torch.optim.Optimizer):
         expected: dict[str, dict] = {}
         for unit in self.units:
             for name, p in zip(unit.names, unit.params):
-                expected[name] = {key: tuple(unit.shape_of(p, chunk)) for key, chunk in unit.state.items()}
+                expected[name] = {key: tuple(unit.shape_of(p, key)) for key in unit.state}
                 if name not in state and not p.requires_grad:
                     zeros = {key: torch.zeros(shape) for key, shape in expected[name].items()}
                     master = {"master": p} if "master" in zeros else {}
@@ -2794,6 +3145,8 @@ class MuonEq(torch.optim.Optimizer):
                 raise ValueError(f"the state has no {wanted}")
             saved = copied({**saved, "params": None})
             saved.pop("rowwise", None)  # the state has been made
+            if isinstance(saved.get("work_dtype"), str):
+                saved["work_dtype"] = getattr(torch, saved["work_dtype"].removeprefix("torch."))
             settings.append({**group, **saved, "params": group["params"]})
             check_values(settings[-1])
         return settings
@@ -2813,13 +3166,7 @@ class MuonEq(torch.optim.Optimizer):
         super().__setstate__({**state, "state": foreign})
         self.defaults = defaults  # torch adds a field that no group has
         for unit in self.units:
-            unit.comm = self.comm
-            processes = (unit.size + unit.padding) // unit.chunk
-            if processes != self.comm.world_size or unit.own.start != self.comm.rank * unit.chunk:
-                raise ValueError(
-                    f"this rank of {self.comm.world_size} did not write this copy of an optimizer on "
-                    f"{processes} processes; a state_dict fits any number"
-                )
+            unit.join(self.comm)
             self._show_state(unit)
 
 

@@ -353,27 +353,49 @@ def torch_ddp(first, last, folder):
     return list(model.parameters())
 
 
-@crossing("torch", "FSDP2 fully_shard, get_ and set_state_dict, one process", plain=True)
-def torch_fsdp2(first, last, folder):
+def sharded_loop(first: int, last: int, folder: Path) -> list[Tensor]:
+    """The bare loop with a model of fully_shard, on any number of processes with the same data."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    process_group()
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    model = fully_shard(net(), mesh=mesh)
+    model = fully_shard(net())
     opt = optimizer(model)
+
+    def parts() -> dict:
+        return dict(zip(("model", "opt"), get_state_dict(model, opt)))
+
     if first:
-        state = get_state_dict(model, opt)
+        state = parts()
         dcp.load(state, checkpoint_id=folder / "dcp")
-        set_state_dict(model, opt, model_state_dict=state[0], optim_state_dict=state[1])
+        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["opt"])
     for step in range(first, last):
         opt.zero_grad()
         backward(model, step)
         opt.step()
-    model_state, opt_state = get_state_dict(model, opt)
-    dcp.save({"model": model_state, "opt": opt_state}, checkpoint_id=folder / "dcp")
-    return [p.full_tensor() for p in model.parameters()]
+    dcp.save(parts(), checkpoint_id=folder / "dcp")
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+@crossing("torch", "FSDP2 fully_shard, distributed.checkpoint, one process", plain=True)
+def torch_fsdp2(first, last, folder):
+    process_group()
+    return sharded_loop(first, last, folder)
+
+
+def one_of_two(rank: int, first: int, last: int, folder: Path) -> None:
+    store = f"file://{folder}/store-{first}-{last}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    params = sharded_loop(first, last, folder)
+    if rank == 0:
+        torch.save(params, folder / "params.pt")
+    torch.distributed.destroy_process_group()
+
+
+@crossing("torch", "FSDP2 fully_shard, distributed.checkpoint, two processes")
+def torch_fsdp2_twice(first, last, folder):
+    torch.multiprocessing.spawn(one_of_two, (first, last, folder), nprocs=2)
+    return torch.load(folder / "params.pt")
 
 
 @crossing("torch", "PostLocalSGDOptimizer, one process", plain=True)
@@ -389,7 +411,7 @@ def torch_post_local(first, last, folder):
     return loop(first, last, folder, wrap)
 
 
-@crossing("torch", "ZeroRedundancyOptimizer", refused="MuonEq takes a list of groups|ZeroRedundancy")
+@crossing("torch", "ZeroRedundancyOptimizer", refused="ZeroRedundancyOptimizer divides")
 def torch_zero(first, last, folder):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import math
 import multiprocessing
 import time
 import traceback
@@ -289,6 +290,205 @@ def broadcast(rank, world):
 
 
 # --------------------------------------------------------------------------------------------------
+# FSDP2
+
+
+# name: (shape, kind); dimension 0 is divided as torch.chunk does: on 4 ranks w0 has 2, 2, 1 and no rows
+SHARDED = {
+    "w0": ((5, 6), "matrix"),
+    "w1": ((5, 6), "matrix"),
+    "w2": ((5, 6), "matrix"),
+    "even": ((12, 4), "matrix"),
+    "short": ((2, 7), "matrix"),
+    "row": ((1, 4), "matrix"),
+    "bank": ((7, 6, 4), "matrix"),
+    "small_bank": ((3, 6, 4), "matrix"),
+    "of_bank": ((6, 4), "matrix"),
+    "frozen": ((5, 6), "matrix"),
+    "bias": ((5,), "adam"),
+    "embed": ((9, 3), "adam"),
+    "gain": ((2,), "adam"),
+}
+SHARDED_STEPS, SHARDED_SAVED_AT = 20, 10
+
+
+class Linear(torch.nn.Module):
+    """Parameters whose gradients are given: the loss is the sum of their products."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        for index, (name, (shape, _)) in enumerate(SHARDED.items()):
+            p = torch.nn.Parameter(randn(shape, 78, index).to(dtype), requires_grad=name != "frozen")
+            self.register_parameter(name, p)
+
+    def forward(self, gradients):
+        return sum((getattr(self, name) * g).sum() for name, g in gradients.items())
+
+
+def given_gradients(step, rank, world, dtype):
+    """Those whose mean over ranks does not depend on their number. Some are missing, or zero."""
+    found = {}
+    for index, (name, (shape, _)) in enumerate(SHARDED.items()):
+        rows = range(rank, ROWS, world)
+        total = sum(randn(shape, step, row, index).mul(2).round().clamp(-8, 8) for row in rows)
+        found[name] = total * world / 64
+    # w1 has no gradient in some steps and w2 a zero one; an expert of the bank has none before step 4
+    if step % 5 == 1:
+        del found["w1"], found["embed"]
+    found["w2"] = found["w2"] * (step % 4 != 0)
+    if step < 4:
+        found["bank"][3] = 0
+    return {name: g.to(dtype) for name, g in found.items() if name != "frozen"}
+
+
+def sharded_optimizer(model, **fields):
+    named = dict(model.named_parameters())
+    matrices, others = [
+        [(name, named[name]) for name in SHARDED if SHARDED[name][1] == kind] for kind in ("matrix", "adam")
+    ]
+    factors = tuple(1 + k / 20 for k in range(18))
+    matrix = fancy(MATRIX) | dict(params=matrices, lr_mul=factors) | fields
+    return MuonEq([matrix, ADAM | dict(params=others)])
+
+
+def train_sharded(model, opt, first, last, rank, world):
+    """What the all-to-alls of a step sent to others, in bytes, and how many other collectives there were."""
+    sent, others = [0] * SHARDED_STEPS, []
+    real = dist.all_to_all_single
+
+    def count(out, given, arriving, counts, group=None, async_op=False):
+        away = sum(counts) - counts[dist.get_rank(group)]
+        sent[step] += away * given[0].numel() * given.itemsize if len(given) else 0
+        return real(out, given, arriving, counts, group=group, async_op=async_op)
+
+    dist.all_to_all_single = count
+    try:
+        for step in range(first, last):
+            dtype = next(model.parameters()).dtype
+            model(given_gradients(step, rank, world, dtype)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 8.0)
+            opt.param_groups[0]["lr"] = 0.02 * (1 - step / 40)
+            calls = opt.comm.calls
+            opt.step()
+            others.append(opt.comm.calls - calls)
+            opt.zero_grad(set_to_none=step % 2 == 0)
+    finally:
+        dist.all_to_all_single = real
+    return sent, others
+
+
+def whole(named):
+    """Copies, of DTensors of the whole tensor; numbers as they are."""
+    found = {}
+    for name, x in named:
+        found[name] = getattr(x, "full_tensor", x.clone)().detach() if torch.is_tensor(x) else x
+    return found
+
+
+def fsdp(rank, world, dtype=FP32, mesh_shape=None, **fields):
+    """A model of fully_shard, saved half way by torch's functions and in plain form."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("copies", "shards")) if mesh_shape else None
+    model = fully_shard(Linear(dtype), mesh=mesh)
+    opt = sharded_optimizer(model, **fields)
+    sent, others = train_sharded(model, opt, 0, SHARDED_SAVED_AT, rank, world)
+    full = StateDictOptions(full_state_dict=True)
+    saved = dict(
+        weights=whole(model.named_parameters()), state=get_optimizer_state_dict(model, opt, options=full)
+    )
+    more = train_sharded(model, opt, SHARDED_SAVED_AT, SHARDED_STEPS, rank, world)
+    sent, others = [a + b for a, b in zip(sent, more[0])], others + more[1]
+    return dict(
+        weights=whole(model.named_parameters()),
+        sent=sent,
+        others=others,
+        saved=saved,
+        state=get_optimizer_state_dict(model, opt, options=full)["state"],
+        owned=sum(unit.chunk * unit.tail.numel() for unit in opt.units if unit.matrix),
+    )
+
+
+def fsdp_resumed(rank, world, folder):
+    """The second half again, in a new model, from what two ranks saved half way."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    saved = torch.load(folder / f"fsdp_{SAVED_AT}_0.pt", weights_only=True)["saved"]
+    model = fully_shard(Linear(FP32))
+    opt = sharded_optimizer(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(dtensor(saved["weights"][name], *p.placements, mesh=p.device_mesh))
+    set_optimizer_state_dict(model, opt, saved["state"], options=StateDictOptions(full_state_dict=True))
+    train_sharded(model, opt, SHARDED_SAVED_AT, SHARDED_STEPS, rank, world)
+    # shards into another optimizer, and back
+    other = sharded_optimizer(model)
+    other.load_state_dict(opt.state_dict())
+    states = [{name: whole(x.items()) for name, x in o.state_dict()["state"].items()} for o in (opt, other)]
+    return dict(weights=whole(model.named_parameters()), states=states)
+
+
+def dtensor(value, *placements, mesh=None):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def on_one_rank(rank, world):
+    """Only the last rank has gradients, of the rows that it holds; nothing else is there to decay."""
+    from torch.distributed.tensor import Shard
+
+    params = [dtensor(randn((8, 3), i), Shard(0)).requires_grad_() for i in range(4)]
+    opt = MuonEq([MATRIX | dict(params=params)])
+    for step in range(3):
+        for i in (0, 1) if rank == world - 1 else ():
+            grad = randn((8, 3), i, step)
+            params[i].grad = dtensor(grad, Shard(0), mesh=params[i].device_mesh)
+        opt.step()
+    return dict(weights=whole(enumerate(params)))
+
+
+def placed(rank, world):
+    """What is said to parameters and gradients by their placements, and the numbers of Adam in columns."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    grid = init_device_mesh("cpu", (1, world))
+    partial = DTensor.from_local(torch.ones(4, 6), grid, [Replicate(), Partial()], run_check=False)
+    shards = {
+        "columns": dtensor(torch.ones(4, 6), Shard(1)),
+        "twice": dtensor(torch.ones(4, 6), Shard(0), Shard(1), mesh=grid),
+        "partial": partial.detach(),
+        "rows": dtensor(torch.ones(4, 6), Shard(0)),
+    }
+    said = {}
+    for name, p in shards.items():
+        for kind, grads in (("matrix", "mean"), ("adam", "mean"), ("adam", "token_sum")):
+            try:
+                MuonEq([dict(kind=kind, params=[(name, p)], lr=0.1)], grads=grads)
+            except ValueError as error:
+                said[f"{name} {kind} {grads}"] = str(error)
+    # the copies of a matrix along a dimension of the mesh, and columns for Adam
+    params = [dtensor(randn((4, 6), i), x).requires_grad_() for i, x in enumerate((Replicate(), Shard(1)))]
+    opt = MuonEq([MATRIX | dict(params=params[:1]), ADAM | dict(params=params[1:])])
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = dtensor(randn((4, 6), i, step), *p.placements, mesh=p.device_mesh)
+        opt.step()
+    params[1].grad = params[1].grad.redistribute(placements=[Replicate()])
+    try:
+        opt.step()
+    except ValueError as error:
+        said["gradient"] = str(error)
+    return dict(said=said, weights=whole(enumerate(params)))
+
+
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 
@@ -307,7 +507,12 @@ def worker(rank, world, folder):
     """Runs every case and saves the result, or the traceback as a string."""
     torch.set_num_threads(1)
     jobs = {name: functools.partial(run, case) for name, case in CASES.items()}
-    jobs |= {job.__name__: job for job in (large_and_small, sent, different_ranks, apart, broadcast)}
+    plain = (large_and_small, sent, different_ranks, apart, broadcast, fsdp, on_one_rank, placed)
+    jobs |= {job.__name__: job for job in plain}
+    jobs["fsdp_resumed"] = functools.partial(fsdp_resumed, folder=folder)
+    if world == max(WORLDS):
+        jobs["fsdp_bf16"] = functools.partial(fsdp, dtype=BF16)
+        jobs["fsdp_copies"] = functools.partial(fsdp, mesh_shape=(2, 2))
     for name, case in RESUME.items():
         if world == SAVED_AT:
             jobs[name] = functools.partial(run, case, last=SAVED_STEPS)
@@ -333,7 +538,8 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     context = multiprocessing.get_context("forkserver")
     # what the first step imports
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest"])
+    fsdp = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", *fsdp])
     for world in sorted(WORLDS, key=lambda w: w != SAVED_AT):
         processes = [
             context.Process(target=worker, args=(r, world, folder), daemon=True) for r in range(world)
@@ -525,3 +731,161 @@ def test_weights_that_are_broadcast_are_taken_over(results, world):
     for result in results("broadcast", world):
         before, after = result["sizes"]
         assert (before > 0.9).all() and (after < 1e-3).all() and (after > 0).all()
+
+
+@functools.cache
+def fsdp_alone(dtype=FP32):
+    """Parameters and state after each half, in one process and without DTensors."""
+    model = Linear(dtype)
+    opt = sharded_optimizer(model)
+    halves = []
+    for last in (SHARDED_SAVED_AT, SHARDED_STEPS):
+        train_sharded(model, opt, last - SHARDED_SAVED_AT, last, 0, 1)
+        halves.append((whole(model.named_parameters()), opt.state_dict()["state"]))
+    return halves
+
+
+def check_sharded(found, expected, tolerance=1e-6):
+    for name, x in expected.items():
+        difference = (found[name].float() - x.float()).abs().max().item()
+        assert difference <= tolerance * x.abs().max().item(), f"{name} differs by {difference:.2e}"
+
+
+FSDP = [("fsdp", world) for world in WORLDS] + [("fsdp_copies", max(WORLDS))]
+
+
+@pytest.mark.parametrize("name, world", FSDP)
+def test_fsdp2_gives_the_update_of_the_whole_matrix(results, name, world):
+    """Rows that are divided unevenly, ranks without any, banks; also along one dimension of a mesh."""
+    (_, _), (expected, state) = fsdp_alone()
+    for result in results(name, world):
+        check_sharded(result["weights"], expected)
+        assert result["state"].keys() == state.keys()
+        for parameter, entry in state.items():
+            found = result["state"][parameter]
+            assert found.keys() == entry.keys() and found["updates"] == entry["updates"], parameter
+            moments = {key: value for key, value in entry.items() if key != "updates"}
+            check_sharded(found, moments, 1e-5)
+    start = Linear(FP32)
+    for parameter, x in expected.items():
+        assert torch.equal(x, getattr(start, parameter)) == (parameter == "frozen")
+
+
+def test_bf16_parameters_of_fsdp2_keep_a_master_copy(results):
+    expected, state = fsdp_alone(BF16)[1]
+    for result in results("fsdp_bf16", max(WORLDS)):
+        check_sharded(result["weights"], expected, 2.0**-6)
+        for name, entry in result["state"].items():
+            assert entry["master"].dtype == FP32 and entry["master"].shape == state[name]["master"].shape
+            assert torch.equal(entry["master"].to(BF16), result["weights"][name])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_matrix_goes_to_its_owner_and_back_and_nothing_else_is_sent(results, world):
+    ranks = results("fsdp", world)
+    shapes = [shape for shape, kind in SHARDED.values() if kind == "matrix"]
+    largest = 2 * 4 * sum(math.prod(shape) for shape in shapes if len(shape) == 2) * (world - 1) / world
+    for sent in zip(*(result["sent"] for result in ranks), strict=True):
+        assert sum(sent) <= 1.05 * largest and (sum(sent) > 0) == (world > 1)
+    assert all(not any(result["others"]) for result in ranks)
+    # each has about as much to do as the others; the last of four ranks holds too little to own much
+    owned = [result["owned"] for result in ranks]
+    assert sum(owned) == sum(map(math.prod, shapes)) and max(owned) <= 2 * sum(owned) / world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fsdp2_goes_on_from_what_two_ranks_saved(results, world):
+    """By torch's functions, at another number of ranks; at the same one to the bit."""
+    for result in results("fsdp_resumed", world):
+        check_sharded(result["weights"], fsdp_alone()[1][0])
+        if world == SAVED_AT:
+            check_sharded(result["weights"], results("fsdp", world)[0]["weights"], 0.0)
+        before, after = result["states"]
+        for name, entry in before.items():
+            assert all(
+                torch.equal(torch.as_tensor(x), torch.as_tensor(after[name][k])) for k, x in entry.items()
+            )
+
+
+def test_one_process_goes_on_from_what_fsdp2_saved(results):
+    saved = results("fsdp", SAVED_AT)[0]["saved"]
+    model = Linear(FP32)
+    model.load_state_dict(saved["weights"])
+    opt = sharded_optimizer(model)
+    opt.load_state_dict(saved["state"])
+    train_sharded(model, opt, SHARDED_SAVED_AT, SHARDED_STEPS, 0, 1)
+    check_sharded(whole(model.named_parameters()), fsdp_alone()[1][0])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_rows_without_gradient_count_as_zero_where_another_rank_has_one(results, world):
+    params = [randn((8, 3), i).requires_grad_() for i in range(4)]
+    opt = MuonEq([MATRIX | dict(params=params)])
+    for step in range(3):
+        for i in (0, 1):
+            params[i].grad = randn((8, 3), i, step)
+            params[i].grad[: -(-8 // world) * (world - 1)] = 0
+        opt.step()
+    for result in results("on_one_rank", world):
+        check_sharded(result["weights"], dict(enumerate(p.detach() for p in params)))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_dtensors_that_cannot_work_are_refused_by_their_placements(results, world):
+    params = [randn((4, 6), i).requires_grad_() for i in range(2)]
+    opt = MuonEq([MATRIX | dict(params=params[:1]), ADAM | dict(params=params[1:])])
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = randn((4, 6), i, step)
+        opt.step()
+    for result in results("placed", world):
+        check_sharded(result["weights"], dict(enumerate(p.detach() for p in params)))
+        said = result["said"]
+        for name in ("columns", "twice", "partial"):
+            placements = {
+                "columns": "Shard(dim=1),",
+                "twice": "Shard(dim=0), Shard(dim=1)",
+                "partial": "Partial(",
+            }
+            sentence = said.pop(f"{name} matrix mean")
+            assert sentence.startswith(f"matrix parameter {name!r} is a DTensor with placements (")
+            assert placements[name] in sentence and "fully_shard (FSDP2)" in sentence and "\n" not in sentence
+        assert "neither takes Partial" in said.pop("partial adam mean")
+        assert said.pop("gradient").startswith("the gradient of parameter '1' has placements (Replicate(),)")
+        for name in ("columns", "twice", "partial", "rows"):
+            assert said.pop(f"{name} adam token_sum").endswith('grads="mean"')
+        assert not said
+
+
+def foreign_parameters():
+    """Marked by torch itself, and as Megatron and DeepSpeed do."""
+    from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+
+    flat, megatron, deepspeed = (torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3))
+    _set_fsdp_flattened(flat)
+    megatron.tensor_model_parallel = True
+    deepspeed.ds_id = 0
+    return {"FSDP1": flat, "Megatron": megatron, "ZeRO 3": deepspeed}
+
+
+@pytest.mark.parametrize("kind", ["matrix", "adam"])
+def test_pieces_of_parameters_are_refused_by_name(kind):
+    for who, p in foreign_parameters().items():
+        with pytest.raises(ValueError, match=f"^parameter 'w' (belongs|is) .*{who}.*; [^\n]*$"):
+            MuonEq([dict(kind=kind, params=[("w", p)], lr=0.1)])
+    whole = torch.nn.Parameter(torch.ones(4, 6))
+    whole.tensor_model_parallel = False  # Megatron's mark of what is not divided
+    MuonEq([dict(kind=kind, params=[whole], lr=0.1)])
+
+
+def test_a_zero_redundancy_optimizer_is_refused_by_name(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    groups = [dict(kind="matrix", params=[torch.nn.Parameter(torch.ones(4, 6))], lr=0.1)]
+    with process_group(tmp_path, "zero", 0, 1):
+        with pytest.raises(
+            ValueError, match="^ZeroRedundancyOptimizer divides parameters .* make it without"
+        ):
+            ZeroRedundancyOptimizer(groups, MuonEq)
+        with pytest.raises(ValueError, match="^ZeroRedundancyOptimizer divides"):
+            ZeroRedundancyOptimizer(groups[0]["params"], MuonEq, lr=0.1)
