@@ -1834,7 +1834,6 @@ class Unit:
         """What this rank holds of each parameter: all of it."""
         return self.params
 
-
     def chunk_of_factors(self, factors: list[float]) -> float | Tensor:
         """The factors on the learning rate of this rank's matrices, (C, 1, 1); one number for equal ones."""
         if len(set(factors)) == 1:
@@ -2416,7 +2415,7 @@ def local_part(x: Tensor, like: Tensor) -> Tensor:
 class Shards(Unit):
     """Parameters that are DTensors, of which each rank updates what it holds.
 
-    Its state in `state_dict` is sharded as they are; a number for each row or column, which is small, is whole.
+    Its state in `state_dict` is sharded as they are; what has a number for each row or column is whole.
     """
 
     SMALL_STATE = ("second_moment", "row_norm", "col_norm")
