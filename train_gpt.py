@@ -1437,6 +1437,8 @@ class GPT(nn.Module):
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
 # Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
 LARGEST_SQUARED = 1e18
+# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
+ROW = 1024
 
 
 class Polynomial(NamedTuple):
@@ -1630,6 +1632,62 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: T
     return factor * (norm_before / norm_after.clamp_min(1e-10))
 
 
+def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
+    """x + factor * y, in place."""
+    return x.add_(y, alpha=factor) if isinstance(factor, float) else x.add_(y * factor)
+
+
+def changed_bits(master: Tensor, weights: Tensor) -> Tensor:
+    """Integers that are not zero where the fp32 `master` copy does not round to weights of low precision."""
+    # of integers this takes a CPU a tenth of the time that a comparison takes
+    bits = {1: torch.int8, 2: torch.int16}[weights.dtype.itemsize]
+    return master.to(weights.dtype).view(bits) ^ weights.view(bits)
+
+
+def adam_pass(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
+
+    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
+    `Unit.update_compiled`. Returns the sum of the gradients.
+    """
+    scale, blend1, blend2, size, root, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(torch.where(changed_bits(weights, stored) == 0, weights, stored))
+    mean = (grad * scale).clamp(-LARGEST_SQUARED, LARGEST_SQUARED)
+    exp_avg.lerp_(mean, blend1)
+    exp_avg_sq.lerp_(mean.square(), blend2)
+    decayed = weights * decay
+    weights.sub_(torch.where(exp_avg * weights > 0, decayed, 0.0) if cautious else decayed)
+    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
+
+
+def update_together(jobs: Sequence[tuple]) -> None:
+    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
+    for unit, stored, *arguments in jobs:
+        unit.update_stored(stored, *arguments)
+
+
+@functools.cache
+def graph_of(function: Callable) -> Callable:
+    """The function as torch.compile makes it, for each of the settings that it meets."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+class StepNumbers(NamedTuple):
+    """What changes from step to step in an update; in a graph tensors of no dimension."""
+
+    scale: Tensor | float  # on the gradient
+    lr: Tensor | float  # of the group
+    momentum: Tensor | float  # of matrices
+    decay: Tensor | float  # lr * weight_decay
+
+
 class Member(NamedTuple):
     """A parameter of a unit."""
 
@@ -1821,20 +1879,27 @@ class Unit:
             spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
         return spans
 
-    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with `grad` * scale and send it to all ranks.
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
+        """Update the owned chunk with `grad` * scale.
 
-        Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
+        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
+        job that `update_together` still has to do.
         """
         full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
-        weights = self.state.get("master", full[self.own])  # fp32, changed in place
-        if "master" in self.state:
-            self.take_over(full[self.own])
+        stored = full[self.own]  # the chunk of the parameters
+        weights = self.state.get("master", stored)  # fp32, changed in place
         # which parameters, and how often they have been updated
         skipped = self.skipped(grad)
         self.updates += 1
         self.updates[skipped] -= 1
         spans = self.spans(skipped)
+        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
+            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
+            return full, stored, job
+        # of each matrix; a largest absolute value takes a CPU 40 times as long
+        self.sums = grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
+        if "master" in self.state:
+            self.take_over(stored)
         # a matrix whose gradient is zero is left alone, a number would go on by its moments
         kept = []
         if spans and not self.matrix:
@@ -1843,57 +1908,107 @@ class Unit:
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
+        numbers = StepNumbers(*self.numbers(scale))
         for begin, end, updates in spans:
             for first in range(begin, end, size):
                 self.part = part = slice(first, min(first + size, end))  # of the chunk
                 state = {key: value[part] for key, value in self.state.items()}
-                lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
-                update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, updates)
+                update(weights[part], grad[part], numbers, state, updates)
         for part, before in kept:
             part.copy_(before)
-        chunk = weights.to(self.dtype)
-        return full, chunk, self.comm.all_gather(full, chunk)
+        return full, weights.to(self.dtype), None
+
+    def numbers(self, scale: float) -> list[float]:
+        """What changes from step to step, in the order of `StepNumbers`."""
+        lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
+        return [scale, lr, momentum, lr * self.group["weight_decay"]]
+
+    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
+        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
+        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
+
+    def fits_graph(self, stored: Tensor) -> bool:
+        """Whether a graph takes this unit, whose chunk of the parameters is `stored`."""
+        if self.matrix:  # neither a function that may be untraceable nor a mode that changes with the steps
+            method, mode = self.group["orthogonalize"], self.group["equilibrate"]
+            changes = mode == "rowcol" and self.group["phase"] is not None
+            return stored.is_cuda and not changes and not callable(ORTHOGONALIZERS.get(method, method))
+        return stored.is_cuda and len(stored) >= 2 * ROW and len(stored) % ROW == 0
+
+    def update_compiled(
+        self, stored: Tensor, weights: Tensor, grad: Tensor, scale: float, updates: int
+    ) -> tuple | None:
+        """Adam in one kernel; for matrices the job that `update_together` has to do."""
+        group, numbers = self.group, self.numbers(scale)
+        if self.matrix:
+            self.part = slice(0, self.chunk)
+            return self, stored, weights, grad, StepNumbers(*self.on_device(numbers))
+        _, lr, _, decay = numbers
+        beta1, beta2 = group["betas"]
+        updates = max(updates, 1)  # on tensors without content it is 0
+        size, root = lr / (1 - beta1**updates), math.sqrt(1 - beta2**updates)  # with bias corrections
+        changing = self.on_device([scale, 1 - beta1, 1 - beta2, size, root, group["eps"], decay])
+        chunks = [weights, grad, self.state["exp_avg"], self.state["exp_avg_sq"]]
+        rows = [x.reshape(-1, ROW) for x in (*chunks, *([stored] if "master" in self.state else []))]
+        for x in rows:
+            torch._dynamo.mark_dynamic(x, 0)
+        cautious = group["cautious"] or not decay
+        self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
+        return None
+
+    def update_stored(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
+        """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
+        self.sums = grad.sum((-2, -1), keepdim=True)
+        if "master" in self.state:
+            self.take_over(stored)
+        self.update_matrices(weights, grad, numbers, self.state, 0)
+        if "master" in self.state:
+            stored.copy_(weights)
+
+    def note_finite(self, step: int) -> None:
+        """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
+        finite = self.sums.isfinite().all()
+        self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
 
     def take_over(self, now: Tensor) -> None:
         """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
-        bits = {1: torch.int8, 2: torch.int16}[self.dtype.itemsize]
         now, master = now.flatten(), self.state["master"].view(-1)
         size = len(now) if now.is_cuda else self.SLICE["adam"]
         for old, new in zip(master.split(size), now.split(size)):
-            # of integers this takes a CPU a tenth of the time that a comparison takes
-            different = old.to(self.dtype).view(bits) ^ new.view(bits)
+            different = changed_bits(old, new)
             # a GPU would have to be waited for
             if now.is_cuda or different.max() or different.min():
                 old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
-        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float, updates: int
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
+        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
             alive = torch.ones((), dtype=torch.bool, device=weights.device)
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, alive, numbers.decay)
         # torch.tensor would wait for the device
         count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
             [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
-            lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
 
     def update_matrices(
-        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float, updates: int
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
-        group, mu, (m, n) = self.group, self.group["momentum"], self.tail
+        group, (scale, lr, mu, decay), (m, n) = self.group, numbers, self.tail
+        lr = lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
         # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
         alive = with_gradient(grad, self.sums[self.part])  # (C, 1, 1)
         momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
-        momentum.add_(grad, alpha=(1 - mu) * scale)
+        add_scaled(momentum, grad, (1 - mu) * scale)
         if group["nesterov"]:
-            update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale)
+            update = add_scaled(momentum.mul(mu), grad, (1 - mu) * scale)
         else:
             update = momentum
         # a size at which nothing overflows; a function gets the momentum as it is
@@ -1916,21 +2031,24 @@ class Unit:
             factor = lr * (0.2 * math.sqrt(max(m, n)))
         if group["normuon"]:
             factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
-        self.decay(weights, update, torch.ge, alive)
+        self.decay(weights, update, torch.ge, alive, decay)
         if isinstance(factor, float):
             weights.add_(update, alpha=-factor)
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape, of what is `alive`.
+    def decay(
+        self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor, amount: Tensor | float
+    ) -> None:
+        """Decoupled decay by `amount`, without lr_mul and the factors of the shape, of what is `alive`.
 
         Cautious: only where update and weight `agree` in sign (2510.12402).
         """
-        amount = float(self.group["lr"]) * self.group["weight_decay"]
-        if amount and self.group["cautious"]:
+        if isinstance(amount, float) and not amount:
+            return
+        if self.group["cautious"]:
             weights.sub_(amount * weights * (agree(update * weights, 0) & alive))
-        elif amount:
+        else:
             weights.mul_(where_alive(alive, 1 - amount, 1.0, weights.dtype))
 
 
@@ -2040,6 +2158,7 @@ class MuonEq(torch.optim.Optimizer):
     # The names of parameters that another one stands in for. Their units do nothing in a step; all ranks
     # set the same names, and `copy_state` gives them their state when they begin.
     resting: Sequence[str] = ()
+    compiled = False  # whether chunks on a CUDA GPU are updated by graphs of torch.compile
 
     def __init__(
         self, groups: Iterable[dict], grads: str = "mean",
@@ -2204,20 +2323,25 @@ class MuonEq(torch.optim.Optimizer):
             reducing.append((unit, full, chunk, work))
 
         # update: the smallest unit first
-        gathering = []
+        gathering, together = [], []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            # of each matrix; a largest absolute value takes a CPU 40 times as long
-            unit.sums = chunk.sum((-2, -1), keepdim=True) if unit.matrix else chunk.sum()
-            finite = unit.sums.isfinite().all()
-            unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.step_count))
-            gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
+            full, chunk, job = unit.update(chunk, 1 / unit.tokens, self.compiled)
             unit.tokens = 0
+            if job:
+                together.append((unit, full, chunk, job))
+            else:
+                gathering.append((unit, full, chunk, self.comm.all_gather(full, chunk)))
+        if together:
+            graph_of(update_together)([job for *_, job in together])
+        for unit, full, chunk, _ in together:
+            gathering.append((unit, full, chunk, self.comm.all_gather(full, chunk)))
 
         # gather: what was sent lives in these tuples until it has arrived
         for unit, full, _, work in gathering:
             work.wait()
             unit.receive(full)
+            unit.note_finite(self.step_count)
 
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
@@ -3503,6 +3627,7 @@ class Trainer:
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
+        self.optimizer.compiled = self.compiled != "none"
         # for any number of rows
         self.one_graph = self.compiled == "whole" and self.device.type == "cpu"
 
