@@ -1012,6 +1012,51 @@ class FP8Linear(torch.autograd.Function):
         return dx, dw, None
 
 
+class Joined(torch.autograd.Function):
+    """x itself. The backward joins its gradient with the `sums` of those that `Reading` has added."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(sums)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad + ctx.saved_tensors[0], None
+
+
+class Reading(torch.autograd.Function):
+    """x itself. The backward adds the gradient to `sums`, in the kernel that makes it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(sums)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+        ctx.saved_tensors[0].add_(grad)
+        return None, None
+
+
+class Shared(NamedTuple):
+    """Activations (B, T, D) that several blocks read, and the `sums` of their gradients, None: autograd adds.
+
+    Autograd would write the gradient of each block and read it again. The sums are complete where `Joined`
+    takes them: the stream itself goes through all blocks that read.
+    """
+
+    x: Tensor
+    sums: Tensor | None
+
+    def apart(self) -> Shared:
+        """The same for one reader: autograd does not mind that others add to the same sums."""
+        return Shared(self.x, None if self.sums is None else self.sums.data)
+
+    def read(self) -> Tensor:
+        return self.x if self.sums is None else Reading.apply(self.x, self.sums)
+
+
 class AttentionArgs(NamedTuple):
     """What the attention of one block is given besides its input."""
 
@@ -1039,7 +1084,9 @@ class GPT(nn.Module):
     """
 
     # Which attributes become graphs: with "parts" equal blocks share one, "whole" is a single graph.
-    COMPILED = {"parts": ("make_layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
+    COMPILED = {
+        "parts": ("make_layout", "embedding", "add_earlier", "block", "loss"), "whole": ("body",), "none": ()
+    }  # fmt: skip
     LOGITS_AT_ONCE = (32768, 4096)  # tokens, with memory normal and low
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -1055,6 +1102,8 @@ class GPT(nn.Module):
         self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
         self.low_memory = False
         self.tied = False  # whether the head is the embedding too, at this step
+        # whether blocks add up the gradients of what they share; one graph of everything does so by itself
+        self.adds_gradients = place.type == "cuda"
         self.make_layout = blocked_layout
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
@@ -1132,6 +1181,7 @@ class GPT(nn.Module):
 
     def compile_parts(self, mode: str) -> None:
         """Put torch.compile around the methods that COMPILED names for "whole", "parts" or "none"."""
+        self.adds_gradients &= mode != "whole"
         for name in self.COMPILED[mode]:
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 
@@ -1215,22 +1265,25 @@ class GPT(nn.Module):
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
         attention_weights = self.attention_weights()
-        mlp_shape = c.layers, len(MLP_MATRICES), c.width, -1
-        mlps = self.mlp.to(dtype).view(mlp_shape).unbind(0)  # (2, D, hidden) each
+        mlps = iter(self.mlp.to(dtype).unbind(0))  # (D, hidden) each
         residuals = self.residual.to(dtype).unbind(0)  # (2,) each
         skip_weights = torch.sigmoid(self.skip).to(dtype).unbind(0)
         value_table = dict(c.value_tables)
         read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
         outputs = {}  # of the blocks in `read_later`; none has the number -1
 
-        x, values = self.embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
+        # validation, which no clock measures, does without graphs of these two
+        training = torch.is_grad_enabled()
+        embedding = self.embedding if training else functools.partial(GPT.embedding, self)
+        add_earlier = self.add_earlier if training else functools.partial(GPT.add_earlier, self)
+        x, values = embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
         values = values.unbind(0)
-        x0 = x.view_as(x)  # another tensor: for a block whose x is x0 dynamo would make one more graph
+        x, x0 = self.shared(x)
         for i in range(c.layers):
             # skips: the outputs of earlier blocks (U-net)
             for number, (source, target) in enumerate(c.skips):
                 if target == i:
-                    x = torch.addcmul(x, skip_weights[number], outputs[source])
+                    x = add_earlier(x, skip_weights[number], outputs[source].apart())
             # attention: its weights, value embedding and layout; None in blocks without
             attention = None
             if i in attention_weights:
@@ -1242,13 +1295,26 @@ class GPT(nn.Module):
                     paired=i in c.paired,
                 )
             # the block, whose attention reads the output of `attention_source` once that is there
-            attention_input = outputs.get(c.attention_source)
-            x = call(self.block, x, x0, attention_input, residuals[i], mlps[i], attention)
+            attention_input = outputs[c.attention_source].apart() if c.attention_source in outputs else None
+            mlp = [next(mlps) for _ in MLP_MATRICES]
+            x = call(self.block, x, x0.apart(), attention_input, residuals[i], mlp, attention)
             if i in read_later:
-                outputs[i] = x
+                x, outputs[i] = self.shared(x)
         if c.backout >= 0:
-            x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
+            x = add_earlier(x, -self.backout.to(dtype).squeeze(), outputs[c.backout].apart())
         return x
+
+    def add_earlier(self, x: Tensor, weight: Tensor, earlier: Shared) -> Tensor:
+        """x (B, T, D) with `weight` () times the output of an earlier block."""
+        return torch.addcmul(x, weight, earlier.read())
+
+    def shared(self, x: Tensor) -> tuple[Tensor, Shared]:
+        """x (B, T, D), and x for all that reads it later."""
+        if not self.adds_gradients or not torch.is_grad_enabled():
+            # another tensor: for a block whose x is x0 dynamo would make one more graph
+            return x, Shared(x.view_as(x), None)
+        sums = torch.zeros_like(x)
+        return Joined.apply(x, sums.data), Shared(x.detach().requires_grad_(), sums)
 
     def layouts(
         self, offsets: Tensor, T: int, windows: Sequence, longest: int
@@ -1319,18 +1385,19 @@ class GPT(nn.Module):
         return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
-        self, x: Tensor, x0: Tensor, attention_input: Tensor | None, residual: Tensor, mlp: Tensor,
-        attention: AttentionArgs | None,
+        self, x: Tensor, x0: Shared, attention_input: Shared | None, residual: Tensor,
+        mlp: Sequence[Tensor], attention: AttentionArgs | None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, D) through a block; its attention reads `attention_input` where that is given, else x."""
-        x = residual[0] * x + residual[1] * x0
+        x = residual[0] * x + residual[1] * x0.read()
         if attention is not None:
-            x = x + self.attention(norm(x if attention_input is None else attention_input), attention)
+            attended = x if attention_input is None else attention_input.read()
+            x = x + self.attention(norm(attended), attention)
         return x + self.feed_forward(x, mlp)
 
-    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) with mlp (2, D, hidden): up as (in, out), down as (out, in)."""
-        up, down = mlp[0], mlp[1]
+    def feed_forward(self, x: Tensor, mlp: Sequence[Tensor]) -> Tensor:
+        """(B, T, D) -> (B, T, D) with two matrices (D, hidden): up as (in, out), down as (out, in)."""
+        up, down = mlp
         return F.linear(F.relu(norm(x) @ up).square(), down)
 
     def attention(self, x: Tensor, args: AttentionArgs) -> Tensor:
@@ -1533,6 +1600,8 @@ class Comm:
 
 def largest(x: Tensor) -> Tensor:
     """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
+    if x.is_cuda:  # a graph reads x once for it
+        return x.abs().amax((-2, -1), keepdim=True)
     # abs().amax() and the norm of order inf take a CPU several times as long
     return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
 
@@ -3689,7 +3758,9 @@ class Trainer:
     def forward_backward(self, batch: Batch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total = torch.zeros((), device=self.device)
-        weights = torch.tensor(weights).to(self.device, non_blocking=True)
+        # targets of weight 0 where other stages have more, so that one graph of the loss serves all
+        most = 1 + max(len(stage.ahead) for stage in self.track.schedule.stages)
+        weights = torch.tensor([*weights, *[0.0] * (most - len(weights))]).to(self.device, non_blocking=True)
         size = self.rows_per_pass[self.stage.batch]
         for rows in zip(*(x.split(size) for x in batch)):
             inputs, targets, offsets = (x.to(self.device, non_blocking=True) for x in rows)
@@ -3775,8 +3846,7 @@ class Trainer:
         passes, validations = {}, {}
         for step in sorted(step for step in self.stage_starts if step < self.num_steps):
             stage, tied = stages_until(schedule, step)[-1], step < self.untie_step
-            rows, targets = self.rows_per_pass[stage.batch], len(loss_weights(schedule, step))
-            passes.setdefault((rows, stage.windows, targets, tied), step)
+            passes.setdefault((self.rows_per_pass[stage.batch], stage.windows, tied), step)
             validations[stage.windows, tied] = None
         validations[self.track.evaluation.windows, tied] = None
         return list(passes.values()), list(validations)

@@ -187,12 +187,12 @@ class Monitor:
               put(model, fused=False, make_layout=train_gpt.blocked_layout)):  # fmt: skip
             model.stream(inputs, offsets, self.windows, self.trainer.longest, model.tables(), run)
 
-    def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float, _: bool) -> tuple:
         with self.timed():
             self.unit = unit
             weights = unit.state.get("master", unit.stack(unit.params)[unit.own])
             change = self.buffer[: weights.numel()].view_as(weights).copy_(weights)
-        pending = self.originals[0](unit, grad, scale)
+        pending = self.originals[0](unit, grad, scale, False)  # a graph could not be looked into
         with self.timed():
             weights = unit.state.get("master", pending[1])
             change.sub_(weights)
@@ -221,14 +221,16 @@ class Monitor:
                 begin += count
         return y
 
-    def decay(self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor) -> None:
+    def decay(
+        self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor, *amount: Any
+    ) -> None:
         """Called for each slice of a unit that is updated."""
         with self.timed():
             place = unit.own.start + unit.part.start
             for name, part in pieces(unit, place, len(weights)) if cautious(unit) else ():
                 agrees = agree(update[part] * weights[part], 0) & (alive[part] if alive.ndim else alive)
                 self.found[self.rows[name], DECAYED] += agrees.count_nonzero()
-        self.originals[1](unit, weights, update, agree, alive)
+        self.originals[1](unit, weights, update, agree, alive, *amount)
 
     def report(self, step: int, active: Sequence[train_gpt.Unit]) -> None:
         found = [
