@@ -1068,6 +1068,51 @@ class FP8Linear(torch.autograd.Function):
         return dx, dw, None
 
 
+class Joined(torch.autograd.Function):
+    """x itself. The backward joins its gradient with the `sums` of those that `Reading` has added."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(sums)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad + ctx.saved_tensors[0], None
+
+
+class Reading(torch.autograd.Function):
+    """x itself. The backward adds the gradient to `sums`, in the kernel that makes it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(sums)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+        ctx.saved_tensors[0].add_(grad)
+        return None, None
+
+
+class Shared(NamedTuple):
+    """Activations (B, T, D) that several blocks read, and the `sums` of their gradients, None: autograd adds.
+
+    Autograd would write the gradient of each block and read it again. The sums are complete where `Joined`
+    takes them: the stream itself goes through all blocks that read.
+    """
+
+    x: Tensor
+    sums: Tensor | None
+
+    def apart(self) -> Shared:
+        """The same for one reader: autograd does not mind that others add to the same sums."""
+        return Shared(self.x, None if self.sums is None else self.sums.data)
+
+    def read(self) -> Tensor:
+        return self.x if self.sums is None else Reading.apply(self.x, self.sums)
+
+
 class AttentionArgs(NamedTuple):
     """What the attention of one block is given besides its input."""
 
@@ -1095,7 +1140,9 @@ class GPT(nn.Module):
     """
 
     # Which attributes become graphs: with "parts" equal blocks share one, "whole" is a single graph.
-    COMPILED = {"parts": ("make_layout", "embedding", "block", "loss"), "whole": ("body",), "none": ()}
+    COMPILED = {
+        "parts": ("make_layout", "embedding", "add_earlier", "block", "loss"), "whole": ("body",), "none": ()
+    }  # fmt: skip
     LOGITS_AT_ONCE = (32768, 4096)  # tokens, with memory normal and low
 
     def __init__(self, model: Model, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -1111,6 +1158,8 @@ class GPT(nn.Module):
         self.fp8 = bool(model.fp8_head) and half_precision and supports(place, "fp8")  # head, in training
         self.low_memory = False
         self.tied = False  # whether the head is the embedding too, at this step
+        # whether blocks add up the gradients of what they share; one graph of everything does so by itself
+        self.adds_gradients = place.type == "cuda"
         self.make_layout = blocked_layout
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
@@ -1188,6 +1237,7 @@ class GPT(nn.Module):
 
     def compile_parts(self, mode: str) -> None:
         """Put torch.compile around the methods that COMPILED names for "whole", "parts" or "none"."""
+        self.adds_gradients &= mode != "whole"
         for name in self.COMPILED[mode]:
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 
@@ -1284,22 +1334,25 @@ class GPT(nn.Module):
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
         attention_weights = self.attention_weights()
-        mlp_shape = c.layers, len(MLP_MATRICES), c.width, -1
-        mlps = self.mlp.to(dtype).view(mlp_shape).unbind(0)  # (2, D, hidden) each
+        mlps = iter(self.mlp.to(dtype).unbind(0))  # (D, hidden) each
         residuals = self.residual.to(dtype).unbind(0)  # (2,) each
         skip_weights = torch.sigmoid(self.skip).to(dtype).unbind(0)
         value_table = dict(c.value_tables)
         read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
         outputs = {}  # of the blocks in `read_later`; none has the number -1
 
-        x, values = self.embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
+        # validation, which no clock measures, does without graphs of these two
+        training = torch.is_grad_enabled()
+        embedding = self.embedding if training else functools.partial(GPT.embedding, self)
+        add_earlier = self.add_earlier if training else functools.partial(GPT.add_earlier, self)
+        x, values = embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
         values = values.unbind(0)
-        x0 = x.view_as(x)  # another tensor: for a block whose x is x0 dynamo would make one more graph
+        x, x0 = self.shared(x)
         for i in range(c.layers):
             # skips: the outputs of earlier blocks (U-net)
             for number, (source, target) in enumerate(c.skips):
                 if target == i:
-                    x = torch.addcmul(x, skip_weights[number], outputs[source])
+                    x = add_earlier(x, skip_weights[number], outputs[source].apart())
             # attention: its weights, value embedding and layout; None in blocks without
             attention = None
             if i in attention_weights:
@@ -1311,13 +1364,26 @@ class GPT(nn.Module):
                     paired=i in c.paired,
                 )
             # the block, whose attention reads the output of `attention_source` once that is there
-            attention_input = outputs.get(c.attention_source)
-            x = call(self.block, x, x0, attention_input, residuals[i], mlps[i], attention)
+            attention_input = outputs[c.attention_source].apart() if c.attention_source in outputs else None
+            mlp = [next(mlps) for _ in MLP_MATRICES]
+            x = call(self.block, x, x0.apart(), attention_input, residuals[i], mlp, attention)
             if i in read_later:
-                outputs[i] = x
+                x, outputs[i] = self.shared(x)
         if c.backout >= 0:
-            x = torch.addcmul(x, -self.backout.to(dtype), outputs[c.backout])
+            x = add_earlier(x, -self.backout.to(dtype).squeeze(), outputs[c.backout].apart())
         return x
+
+    def add_earlier(self, x: Tensor, weight: Tensor, earlier: Shared) -> Tensor:
+        """x (B, T, D) with `weight` () times the output of an earlier block."""
+        return torch.addcmul(x, weight, earlier.read())
+
+    def shared(self, x: Tensor) -> tuple[Tensor, Shared]:
+        """x (B, T, D), and x for all that reads it later."""
+        if not self.adds_gradients or not torch.is_grad_enabled():
+            # another tensor: for a block whose x is x0 dynamo would make one more graph
+            return x, Shared(x.view_as(x), None)
+        sums = torch.zeros_like(x)
+        return Joined.apply(x, sums.data), Shared(x.detach().requires_grad_(), sums)
 
     def layouts(
         self, offsets: Tensor, T: int, windows: Sequence, longest: int
@@ -1388,18 +1454,19 @@ class GPT(nn.Module):
         return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
-        self, x: Tensor, x0: Tensor, attention_input: Tensor | None, residual: Tensor, mlp: Tensor,
-        attention: AttentionArgs | None,
+        self, x: Tensor, x0: Shared, attention_input: Shared | None, residual: Tensor,
+        mlp: Sequence[Tensor], attention: AttentionArgs | None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, D) through a block; its attention reads `attention_input` where that is given, else x."""
-        x = residual[0] * x + residual[1] * x0
+        x = residual[0] * x + residual[1] * x0.read()
         if attention is not None:
-            x = x + self.attention(norm(x if attention_input is None else attention_input), attention)
+            attended = x if attention_input is None else attention_input.read()
+            x = x + self.attention(norm(attended), attention)
         return x + self.feed_forward(x, mlp)
 
-    def feed_forward(self, x: Tensor, mlp: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) with mlp (2, D, hidden): up as (in, out), down as (out, in)."""
-        up, down = mlp[0], mlp[1]
+    def feed_forward(self, x: Tensor, mlp: Sequence[Tensor]) -> Tensor:
+        """(B, T, D) -> (B, T, D) with two matrices (D, hidden): up as (in, out), down as (out, in)."""
+        up, down = mlp
         return F.linear(F.relu(norm(x) @ up).square(), down)
 
     def attention(self, x: Tensor, args: AttentionArgs) -> Tensor:
@@ -1516,6 +1583,8 @@ class GPT(nn.Module):
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
 # Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
 LARGEST_SQUARED = 1e18
+# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
+ROW = 1024
 
 
 class Polynomial(NamedTuple):
@@ -1561,7 +1630,7 @@ class Comm:
             raise ValueError("this process is not in the process_group of the optimizer")
         self.calls = 0
         self.along: dict[Any, Comm] = {}  # the processes that share DTensors, see `comm_along`
-        self.load = [0] * self.world_size  # numbers of such matrices that each of them updates
+        self.duties = [0] * self.world_size  # numbers of such matrices that each of them updates
         # torch 2.13 renamed the tensor collectives, 2.11 has only the old names.
         renamed = hasattr(dist, "reduce_scatter_single")
         self._scatter = getattr(dist, "reduce_scatter_single" if renamed else "reduce_scatter_tensor", None)
@@ -1623,6 +1692,8 @@ class Comm:
 
 def largest(x: Tensor) -> Tensor:
     """The largest absolute value of each matrix (K, m, n), as (K, 1, 1)."""
+    if x.is_cuda:  # a graph reads x once for it
+        return x.abs().amax((-2, -1), keepdim=True)
     # abs().amax() and the norm of order inf take a CPU several times as long
     return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
 
@@ -1769,6 +1840,62 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: T
     norm_before = (length * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     norm_after = (length * (mean_square * factor.square()).sum((-2, -1), keepdim=True)).sqrt()
     return factor * (norm_before / norm_after.clamp_min(1e-10))
+
+
+def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
+    """x + factor * y, in place."""
+    return x.add_(y, alpha=factor) if isinstance(factor, float) else x.add_(y * factor)
+
+
+def changed_bits(master: Tensor, weights: Tensor) -> Tensor:
+    """Integers that are not zero where the fp32 `master` copy does not round to weights of low precision."""
+    # of integers this takes a CPU a tenth of the time that a comparison takes
+    bits = {1: torch.int8, 2: torch.int16}[weights.dtype.itemsize]
+    return master.to(weights.dtype).view(bits) ^ weights.view(bits)
+
+
+def adam_pass(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
+
+    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
+    `Unit.update_compiled`. Returns the sum of the gradients.
+    """
+    scale, blend1, blend2, size, root, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(torch.where(changed_bits(weights, stored) == 0, weights, stored))
+    mean = (grad * scale).clamp(-LARGEST_SQUARED, LARGEST_SQUARED)
+    exp_avg.lerp_(mean, blend1)
+    exp_avg_sq.lerp_(mean.square(), blend2)
+    decayed = weights * decay
+    weights.sub_(torch.where(exp_avg * weights > 0, decayed, 0.0) if cautious else decayed)
+    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
+
+
+def update_together(jobs: Sequence[tuple]) -> None:
+    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
+    for unit, stored, *arguments in jobs:
+        unit.update_stored(stored, *arguments)
+
+
+@functools.cache
+def graph_of(function: Callable) -> Callable:
+    """The function as torch.compile makes it, for each of the settings that it meets."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+class StepNumbers(NamedTuple):
+    """What changes from step to step in an update; in a graph tensors of no dimension."""
+
+    scale: Tensor | float  # on the gradient
+    lr: Tensor | float  # of the group
+    momentum: Tensor | float  # of matrices
+    decay: Tensor | float  # lr * weight_decay
 
 
 class Member(NamedTuple):
@@ -2028,26 +2155,45 @@ class Unit:
         """Make the gradients zero in a way of its own; false: there is none."""
         return False
 
-    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Update the owned chunk with `grad` * scale and send it to all ranks.
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
+        """Update the owned chunk with `grad` * scale.
 
-        Returns the stack, the chunk (both must live until the work is done) and the work to wait for.
+        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
+        job that `update_together` still has to do.
         """
         full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
-        weights = self.state.get("master", full[self.own])  # fp32, changed in place
+        stored = full[self.own]  # the chunk of the parameters
+        weights = self.state.get("master", stored)  # fp32, changed in place
+        skipped, spans = self.count_updates(grad)
+        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
+            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
+            return full, stored, job
         if "master" in self.state:
-            self.take_over(full[self.own])
-        self.update_chunk(weights, grad, scale)
-        chunk = weights.to(self.dtype)
+            self.take_over(stored)
+        self.update_chunk(weights, grad, scale, skipped, spans)
+        return full, weights.to(self.dtype), None
+
+    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Send the new weights of the chunk: the stack, what is sent, and the work to wait for.
+
+        Both must live until the work is done; then `receive` takes the stack.
+        """
         return full, chunk, self.comm.all_gather(full, chunk)
 
-    def update_chunk(self, weights: Tensor, grad: Tensor, scale: float) -> list[int]:
-        """Update weights (C, *tail) and state in place; returns the parameters that are skipped."""
+    def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Count an update of each parameter but those that are skipped; these, and the `spans`."""
         # which parameters, and how often they have been updated
         skipped = self.skipped(grad)
         self.updates += 1
         self.updates[skipped] -= 1
-        spans = self.spans(skipped)
+        return skipped, self.spans(skipped)
+
+    def update_chunk(
+        self, weights: Tensor, grad: Tensor, scale: float, skipped: list[int],
+        spans: list[tuple[int, int, int]],
+    ) -> None:  # fmt: skip
+        """Update weights (C, *tail) and state in place."""
+        self.sums = self.sum(grad)
         # what is skipped inside a span would go on by its moments, or decay
         kept = []
         if spans:
@@ -2057,55 +2203,105 @@ class Unit:
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
+        numbers = StepNumbers(*self.numbers(scale))
         for begin, end, updates in spans:
             for first in range(begin, end, size):
                 self.part = part = slice(first, min(first + size, end))  # of the chunk
                 state = {key: value[part] for key, value in self.state.items()}
-                lr_mul = self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[part]
-                update(weights[part], grad[part], scale, state, float(self.group["lr"]) * lr_mul, updates)
+                update(weights[part], grad[part], numbers, state, updates)
         for part, before in kept:
             part.copy_(before)
-        return skipped
+
+    def numbers(self, scale: float) -> list[float]:
+        """What changes from step to step, in the order of `StepNumbers`."""
+        lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
+        return [scale, lr, momentum, lr * self.group["weight_decay"]]
+
+    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
+        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
+        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
+
+    def fits_graph(self, stored: Tensor) -> bool:
+        """Whether a graph takes this unit, whose chunk of the parameters is `stored`."""
+        if self.matrix:  # neither a function that may be untraceable nor a mode that changes with the steps
+            method, mode = self.group["orthogonalize"], self.group["equilibrate"]
+            changes = mode == "rowcol" and self.group["phase"] is not None
+            return stored.is_cuda and not changes and not callable(ORTHOGONALIZERS.get(method, method))
+        return stored.is_cuda and len(stored) >= 2 * ROW and len(stored) % ROW == 0
+
+    def update_compiled(
+        self, stored: Tensor, weights: Tensor, grad: Tensor, scale: float, updates: int
+    ) -> tuple | None:
+        """Adam in one kernel; for matrices the job that `update_together` has to do."""
+        group, numbers = self.group, self.numbers(scale)
+        if self.matrix:
+            self.part = slice(0, self.chunk)
+            return self, stored, weights, grad, StepNumbers(*self.on_device(numbers))
+        _, lr, _, decay = numbers
+        beta1, beta2 = group["betas"]
+        updates = max(updates, 1)  # on tensors without content it is 0
+        size, root = lr / (1 - beta1**updates), math.sqrt(1 - beta2**updates)  # with bias corrections
+        changing = self.on_device([scale, 1 - beta1, 1 - beta2, size, root, group["eps"], decay])
+        chunks = [weights, grad, self.state["exp_avg"], self.state["exp_avg_sq"]]
+        rows = [x.reshape(-1, ROW) for x in (*chunks, *([stored] if "master" in self.state else []))]
+        for x in rows:
+            torch._dynamo.mark_dynamic(x, 0)
+        cautious = group["cautious"] or not decay
+        self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
+        return None
+
+    def update_stored(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
+        """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
+        self.sums = self.sum(grad)
+        if "master" in self.state:
+            self.take_over(stored)
+        self.update_matrices(weights, grad, numbers, self.state, 0)
+        if "master" in self.state:
+            stored.copy_(weights)
+
+    def note_finite(self, step: int) -> None:
+        """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
+        finite = self.sums.isfinite().all()
+        self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
 
     def take_over(self, now: Tensor) -> None:
         """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
-        bits = {1: torch.int8, 2: torch.int16}[self.dtype.itemsize]
         now, master = now.flatten(), self.state["master"].view(-1)
         size = len(now) if now.is_cuda else self.SLICE["adam"]
         for old, new in zip(master.split(size), now.split(size)):
-            # of integers this takes a CPU a tenth of the time that a comparison takes
-            different = old.to(self.dtype).view(bits) ^ new.view(bits)
+            different = changed_bits(old, new)
             # a GPU would have to be waited for
             if now.is_cuda or (len(new) and (different.max() or different.min())):
                 old.copy_(torch.where(different == 0, old, new))
 
     def update_elements(
-        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: float, updates: int
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
+        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt)
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
         # torch.tensor would wait for the device
         count = torch.full((), float(updates), device=weights.device)
         torch._fused_adamw_(
             [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
-            lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
 
     def update_matrices(
-        self, weights: Tensor, grad: Tensor, scale: float, state: dict, lr: Tensor | float, updates: int
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
-        group, mu, (m, n) = self.group, self.group["momentum"], self.tail
+        group, (scale, lr, mu, decay), (m, n) = self.group, numbers, self.tail
+        lr = lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
         # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
         alive = with_gradient(grad, self.sums[self.part])  # (C, 1, 1)
         momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
-        momentum.add_(grad, alpha=(1 - mu) * scale)
+        add_scaled(momentum, grad, (1 - mu) * scale)
         if group["nesterov"]:
-            update = momentum.mul(mu).add_(grad, alpha=(1 - mu) * scale)
+            update = add_scaled(momentum.mul(mu), grad, (1 - mu) * scale)
         else:
             update = momentum
         # a size at which nothing overflows; a function gets the momentum as it is
@@ -2134,23 +2330,27 @@ class Unit:
             factor = lr * (0.2 * math.sqrt(max(m, n)))
         if group["normuon"]:
             factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
-        self.decay(weights, update, torch.ge, alive)
+        self.decay(weights, update, torch.ge, decay, alive)
         if isinstance(factor, float):
             weights.add_(update, alpha=-factor)
         else:
             weights.sub_(update * factor)
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor | None = None) -> None:
-        """Decoupled decay lr * weight_decay, without lr_mul and the factors of the shape.
+    def decay(
+        self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
+        alive: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Decoupled decay by `amount`, without lr_mul and the factors of the shape.
 
         Of matrices only those that are `alive`; cautious: only where update and weight `agree` in sign
         (2510.12402).
         """
-        amount = float(self.group["lr"]) * self.group["weight_decay"]
-        if amount and self.group["cautious"]:
+        if isinstance(amount, float) and not amount:
+            return
+        if self.group["cautious"]:
             where = agree(update * weights, 0)
             weights.sub_(amount * weights * (where if alive is None else where & alive))
-        elif amount:
+        else:
             kept = 1 - amount
             weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
 
@@ -2255,20 +2455,24 @@ class RowUnit(Unit):
         total = self.norms.sum()
         return grad.sum() if grad.is_cuda or not total.isfinite() else total
 
-    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, None]:
         """As `Unit.update`, for the rows that have a gradient."""
+        self.sums = self.sum(grad)
         p, N = self.params[0], self.comm.world_size
         full = p.detach().reshape(self.size, -1)  # a copy where p is not contiguous
         own = full[self.own]
-        self.arrived = None
-        if self.missing and (N == 1 or not p.requires_grad or not self.exists):
-            return full, own, Comm.DONE
-        self.updates += 1
-        self.update_rows(own, grad, scale)
-        if N == 1:
-            return full, own, Comm.DONE
-        # the new rows go to each rank
-        rows = own.index_select(0, self.rows)
+        self.rests = bool(self.missing) and (N == 1 or not p.requires_grad or not self.exists)
+        if not self.rests:
+            self.updates += 1
+            self.update_rows(own, grad, scale)
+        return full, own, None
+
+    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """As `Unit.send`: the new rows of the chunk go to each rank."""
+        N, self.arrived = self.comm.world_size, None
+        if self.rests or N == 1:
+            return full, chunk, Comm.DONE
+        rows = chunk.index_select(0, self.rows)
         sent = rows.repeat(N, 1)
         self.arrived, work = self.comm.all_to_all(sent, [len(rows)] * N, self.updated_by)
         return full, sent, work
@@ -2295,7 +2499,7 @@ class RowUnit(Unit):
         size = (now / (1 - beta2 ** int(self.updates))).sqrt_().add_(group["eps"]).clamp_min_(TINY_NUMBER)
         if group["weight_decay"]:
             before = weights[rows]
-            self.decay(before, grad, torch.gt)
+            self.decay(before, grad, torch.gt, StepNumbers(*self.numbers(scale)).decay)
             weights[rows] = before
         factor = -float(group["lr"]) * scale / size
         if isinstance(rows, slice):
@@ -2501,7 +2705,7 @@ class ShardedMatrices(Shards):
 
     def owners(self, holder: np.ndarray) -> np.ndarray:
         """The owner of each matrix, of those who hold most of its rows (S, m) the one with least to do."""
-        load = self.comm.load
+        load = self.comm.duties
         owners = []
         for ranks in holder:
             rows = np.bincount(ranks, minlength=len(load))
@@ -2546,21 +2750,29 @@ class ShardedMatrices(Shards):
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
         return self.to_owners(self.gradients().to(self.params[0].grad_dtype or self.precision))
 
-    def update(self, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Compute what is added to the owned matrices and send the rows to those who hold them.
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[None, Tensor, None]:
+        """Compute what is added to the owned matrices.
 
         A matrix that is left alone becomes minus zero, which no other one contains: it does not decay.
         """
         moved = torch.zeros_like(grad)
         self.alive = torch.zeros(self.chunk, 1, 1, dtype=torch.bool, device=self.device)
-        for i in self.update_chunk(moved, grad, scale):
+        skipped, spans = self.count_updates(grad)
+        self.update_chunk(moved, grad, scale, skipped, spans)
+        for i in skipped:
             self.alive[self.parts[i]] = False
         # parameters of two bytes are sent two bytes
         wire = self.precision if self.dtype == self.precision else torch.bfloat16
-        moved = moved.to(wire).add_(0.0).masked_fill_(~self.alive, -0.0)
-        return self.to_holders(moved)
+        return None, moved.to(wire).add_(0.0).masked_fill_(~self.alive, -0.0), None
 
-    def decay(self, weights: Tensor, update: Tensor, agree: Callable, alive: Tensor | None = None) -> None:
+    def send(self, full: None, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """As `Unit.send`: the rows go to those who hold them."""
+        return self.to_holders(chunk)
+
+    def decay(
+        self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
+        alive: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """At the owner, which has no weights, nothing decays yet."""
         self.alive[self.part] = alive
 
@@ -2571,7 +2783,7 @@ class ShardedMatrices(Shards):
         if "master" in self.state:
             self.take_over(now)
         alone = (moved == 0) & moved.signbit()
-        super().decay(weights, -moved, torch.ge, ~alone)
+        super().decay(weights, -moved, torch.ge, StepNumbers(*self.numbers(1.0)).decay, ~alone)
         weights.add_(moved)
         held = self.held()
         parts = weights.to(self.dtype).split(self.rows)
@@ -2742,6 +2954,7 @@ class MuonEq(torch.optim.Optimizer):
     # The names of parameters that another one stands in for. Their units do nothing in a step; all ranks
     # set the same names, and `copy_state` gives them their state when they begin.
     resting: Sequence[str] = ()
+    compiled = False  # whether chunks on a CUDA GPU are updated by graphs of torch.compile
 
     def __init__(
         self, groups: Iterable[dict], grads: str = "mean",
@@ -2912,19 +3125,25 @@ class MuonEq(torch.optim.Optimizer):
             reducing.append((unit, *unit.reduce(summed)))
 
         # update: the smallest unit first
-        gathering = []
+        gathering, together = [], []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
-            unit.sums = unit.sum(chunk)
-            finite = unit.sums.isfinite().all()
-            unit.bad_since = torch.where(finite, unit.bad_since, unit.bad_since.clamp_max(self.step_count))
-            gathering.append((unit, *unit.update(chunk, 1 / unit.tokens)))
+            full, chunk, job = unit.update(chunk, 1 / unit.tokens, self.compiled)
             unit.tokens = 0
+            if job:
+                together.append((unit, full, chunk, job))
+            else:
+                gathering.append((unit, *unit.send(full, chunk)))
+        if together:
+            graph_of(update_together)([job for *_, job in together])
+        for unit, full, chunk, _ in together:
+            gathering.append((unit, *unit.send(full, chunk)))
 
         # gather: what was sent lives in these tuples until it has arrived
         for unit, full, _, work in gathering:
             work.wait()
             unit.receive(full)
+            unit.note_finite(self.step_count)
 
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
@@ -4220,6 +4439,7 @@ class Trainer:
         if self.compiled != "none":
             self.compile_settings |= prepare_compiler(self.device)
         self.model.compile_parts(self.compiled)
+        self.optimizer.compiled = self.compiled != "none"
         # for any number of rows
         sampled = any(stage.candidates for stage in self.track.schedule.stages)  # row by row
         self.one_graph = self.compiled == "whole" and self.device.type == "cpu" and not sampled
@@ -4282,7 +4502,9 @@ class Trainer:
     def forward_backward(self, batch: Batch | SampledBatch, weights: Sequence[float]) -> Tensor:
         """Add this rank's gradient sums to the parameters; returns its summed loss of the next tokens."""
         total = torch.zeros((), device=self.device)
-        weights = torch.tensor(weights).to(self.device, non_blocking=True)
+        # targets of weight 0 where other stages have more, so that one graph of the loss serves all
+        most = 1 + max(len(stage.ahead) for stage in self.track.schedule.stages)
+        weights = torch.tensor([*weights, *[0.0] * (most - len(weights))]).to(self.device, non_blocking=True)
         size = self.rows_per_pass[self.stage.batch]
         for rows in zip(*(x.split(size) for x in batch)):
             inputs, targets, offsets, *classes = (x.to(self.device, non_blocking=True) for x in rows)
@@ -4371,8 +4593,8 @@ class Trainer:
         passes, validations = {}, {}
         for step in sorted(step for step in self.stage_starts if step < self.num_steps):
             stage, tied = stages_until(schedule, step)[-1], step < self.untie_step
-            rows, targets = self.rows_per_pass[stage.batch], len(loss_weights(schedule, step))
-            passes.setdefault((rows, stage.windows, targets, tied, stage.candidates), step)
+            rows = self.rows_per_pass[stage.batch]
+            passes.setdefault((rows, stage.windows, tied, stage.candidates), step)
             validations[stage.windows, tied] = None
         validations[self.track.evaluation.windows, tied] = None
         return list(passes.values()), list(validations)

@@ -78,14 +78,34 @@ def counted(work, *shapes, dtype=torch.float32):
 def test_operations_and_bytes_of_products():
     counts, _, _ = counted(lambda a, b: (a @ b, torch.baddbmm(a[:, :, :8], a, b)), (2, 4, 8), (2, 8, 8))
     assert counts["products in fp32"] == 2 * (2 * 2 * 4 * 8 * 8)
-    assert counts["bytes of products"] == 4 * ((64 + 128 + 64) + (64 + 64 + 128 + 64))
+    assert counts["bytes of products"] == 4 * ((64 + 128 + 64) + (64 + 128 + 64))  # a slice of all is all
     assert counts["bytes"] == 0
+    counts, _, _ = counted(lambda a, out: torch.bmm(a, a.mT, out=out), (2, 4, 8), (2, 4, 4))
+    assert counts["bytes of products"] == 4 * (64 + 32)  # a matrix and its transpose, and what is written
 
 
 def test_bytes_of_an_operation_are_its_operands_once():
     counts, _, _ = counted(lambda x: x.mul_(2).add(x.new_ones(()).expand(64)), (16, 64))
     # in place: read and written; the sum: an operand, a number that is expanded, a result; the number itself
     assert counts["bytes"] == 4 * (2 * 1024 + 1024 + 1 + 1024 + 1)
+
+
+def test_elements_that_a_kernel_touches():
+    """Of a slice, of what is broadcast and of a table less than the whole."""
+    dependencies = pytest.importorskip("torch._inductor.dependencies")
+    sympy = pytest.importorskip("sympy")
+    from lib.fake_inductor import by_buffer
+
+    t, d, row = sympy.symbols("d0 d1 indirect0", integer=True)
+    sizes = sympy.Integer(16), sympy.Integer(4)
+
+    def access(name, index):
+        return dependencies.MemoryDep(name, sympy.sympify(index), (t, d), sizes)
+
+    reads = [access("slice", 12 * t + d + 8), access("angles", d), access("table", 4 * row + d)]
+    found = by_buffer([("read", reads), ("write", [access("out", 4 * t + d)])])
+    assert found == {("slice", "read"): {(8, 64)}, ("angles", "read"): {(0, 4)}, ("table", "read"): {(0, 64)},
+                     ("out", "write"): {(0, 64)}}  # fmt: skip
 
 
 def test_memory_is_counted_in_blocks_while_it_lives():

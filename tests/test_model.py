@@ -465,6 +465,23 @@ def test_lookup_adds_up_gradients_in_fp32(dtype):
     assert table.grad is None and read.nonzero().flatten().tolist() == [0, 3, 5, 8]
 
 
+@pytest.mark.parametrize("low", (False, True))
+@pytest.mark.parametrize("name", ("short", "42"))
+def test_what_blocks_share_has_the_gradients_of_autograd(name, low):
+    """On a GPU each reader adds to the sums: the embedding, the source of attention, skips, backout."""
+    found = []
+    for adds in (False, True):
+        model = build(MODELS[name], spread=0.15)
+        model.adds_gradients, model.low_memory = adds, low
+        loss = model(*batch_of(ROWS), (3, 7), 21)
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (loss, expected), (same, sums) = found
+    assert torch.equal(loss, same)
+    for key, grad in expected.items():
+        assert (sums[key] - grad).norm() <= 1e-5 * grad.norm(), key
+
+
 # --------------------------------------------------------------------------------------------------
 # Memory and precision
 

@@ -271,6 +271,51 @@ def test_many_steps_reach_the_polar_factor(shape):
     close([first_update(g, steps=12)], [u @ vt], atol=1e-5)
 
 
+def as_graphs_do(monkeypatch):
+    """Chunks on the CPU are updated by the functions that a GPU compiles, as they are."""
+    monkeypatch.setattr(train_gpt, "graph_of", lambda function: function)
+    fits = lambda unit, stored: unit.matrix or len(stored) % train_gpt.ROW == 0  # noqa: E731
+    monkeypatch.setattr(train_gpt.Unit, "fits_graph", fits)
+
+
+def four_steps(compiled, dtype):
+    """Matrices and numbers, settings that change, weights that others change, gradients that are infinite."""
+    shapes = [(4, 12, 8), (3, 8, 16), (64, 32), (32, 64), (7,)]
+    params = [leaf(randn(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
+    fields = [
+        MATRIX | dict(kind="matrix", normuon=True, cautious=True, lr_mul=(1.0, 2.0)),
+        MATRIX | dict(kind="matrix", equilibrate="row", nesterov=False, norm_bound="spc"),
+        ADAM | dict(kind="adam", cautious=True), ADAM | dict(kind="adam"), ADAM | dict(kind="adam"),
+    ]  # fmt: skip
+    opt = MuonEq([{**x, "params": [p]} for x, p in zip(fields, params)], grads="token_sum")
+    opt.compiled = compiled
+    for step in range(4):
+        for number, (group, p) in enumerate(zip(opt.param_groups, params)):
+            group |= {"lr": 0.1 / (1 + step), "weight_decay": 0.1 + 0.1 * step, "momentum": 0.9 - 0.1 * step}
+            p.grad = 100 * randn(*p.shape, seed=10 * step + number)
+            if step == 2:
+                p.data[0] *= 3
+        params[2].grad.view(-1)[5] = math.inf if step == 3 else 0.0
+        opt.step(tokens=90 + step)
+    return opt, params
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_compiles_updates_as_the_plain_path(dtype, monkeypatch):
+    as_graphs_do(monkeypatch)
+    (plain, expected), (graphs, found) = (four_steps(compiled, dtype) for compiled in (False, True))
+    assert graphs.bad_since().tolist() == plain.bad_since().tolist() != [math.inf] * 5
+    for p, q in zip(expected, found):
+        assert plain.state[p].keys() == graphs.state[q].keys()
+        for key, value in plain.state[p].items():
+            scale = value.abs().max().clamp(1.0, 1e9)
+            close([graphs.state[q][key] / scale], [value / scale])
+        if dtype == torch.bfloat16:
+            assert torch.equal(q, graphs.state[q]["master"].to(dtype))
+        else:
+            close([q], [p])
+
+
 def test_slices_of_a_cpu_give_the_same_update(monkeypatch):
     """A bank and an Adam parameter in slices of one matrix and of seven elements: each is updated once."""
     results = []

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +263,23 @@ def test_nothing_of_the_graphs_waits_for_other_processes(
     monkeypatch.setattr(train_gpt.Trainer, "train", lambda trainer: trainer.warm_up())
     train_gpt.main(options(out=tmp_path / "logs"))
     assert alone == [None] and not made
+
+
+def test_one_graph_of_the_loss_serves_all_stages() -> None:
+    """Each pass has as many targets as the stage with the most; those that a stage has not weigh nothing."""
+    track = train_gpt.TRACKS["short"]
+    trainer = train_gpt.Trainer.__new__(train_gpt.Trainer)
+    trainer.track, trainer.device, trainer.one_graph, trainer.longest = track, torch.device("cpu"), False, 8
+    trainer.comm, trainer.rows_per_pass = SimpleNamespace(calls=0), {1: 1, 2: 1, 3: 1}
+    losses = []
+
+    def model(*given: Any) -> torch.Tensor:
+        losses.append(torch.zeros(1 + given[-1], requires_grad=True))
+        return losses[-1]
+
+    trainer.model = model
+    rows = torch.zeros(1, 8, dtype=torch.int32)
+    for trainer.stage in track.schedule.stages[:3]:
+        weights = [1.0, 0.25, 0.125][: 1 + len(trainer.stage.ahead)]
+        trainer.forward_backward(train_gpt.Batch(rows, rows, rows), weights)
+    assert [x.grad.tolist() for x in losses] == [[1.0, 0.25, 0.125], [1.0, 0.25, 0.0], [1.0, 0.0, 0.0]]

@@ -189,16 +189,15 @@ class Monitor:
               put(model, fused=False, make_layout=train_gpt.blocked_layout)):  # fmt: skip
             model.stream(inputs, offsets, self.windows, self.trainer.longest, model.tables(), run)
 
-    def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def update(self, unit: train_gpt.Unit, grad: Tensor, scale: float, _: bool) -> tuple:
         with self.timed():
             self.unit = unit
             weights = unit.state.get("master", unit.stack(unit.params)[unit.own])
             change = self.buffer[: weights.numel()].view_as(weights).copy_(weights)
-        pending = self.updates[type(unit)](unit, grad, scale)
+        pending = self.updates[type(unit)](unit, grad, scale, False)  # a graph could not be looked into
         with self.timed():
             rowwise = isinstance(unit, train_gpt.RowUnit)  # whose gradient has the rows that are updated
-            now = unit.stack(unit.params)[unit.own] if rowwise else pending[1]
-            weights = unit.state.get("master", now)
+            weights = unit.state.get("master", pending[1])
             change.sub_(weights)
             for name, part in pieces(unit, unit.own.start, unit.chunk):
                 row = self.found[self.rows[name]]
@@ -226,7 +225,8 @@ class Monitor:
         return y
 
     def decay(
-        self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, alive: Tensor | None = None
+        self, unit: train_gpt.Unit, weights: Tensor, update: Tensor, agree: Any, amount: Any,
+        alive: Tensor | None = None,
     ) -> None:
         """Called for each slice of a unit that is updated."""
         with self.timed():
@@ -235,7 +235,7 @@ class Monitor:
                 agrees = agree(update[part] * weights[part], 0)
                 decayed = agrees if alive is None else agrees & alive[part]
                 self.found[self.rows[name], DECAYED] += decayed.count_nonzero()
-        self.originals[1](unit, weights, update, agree, alive)
+        self.originals[1](unit, weights, update, agree, amount, alive)
 
     def report(self, step: int, active: Sequence[train_gpt.Unit]) -> None:
         found = [

@@ -66,6 +66,11 @@ def footprint(x: Tensor) -> int:
     return math.prod(sizes) * x.element_size()
 
 
+def place_of(x: Tensor) -> tuple:
+    """Where its elements lie: a matrix and its transpose are one operand."""
+    return x.untyped_storage()._cdata, x.storage_offset(), *sorted(zip(x.stride(), x.shape))
+
+
 def product_operations(func: Any, args: tuple, out: Any) -> tuple[str, float]:
     """The kind of a matrix product and its operations; "" for what is none."""
     name = func.overloadpacket.__name__
@@ -132,8 +137,9 @@ class CountingMode(FakeTensorMode):
         if kind:
             self.counts[self.part, kind] += operations
         fills = any(word in name for word in LIKE)
-        read = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not fills}
-        written = {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
+        given = {key: x for key, x in kwargs.items() if key != "out"}
+        read = {place_of(x): x for x in tree_leaves((args, given)) if isinstance(x, Tensor) and not fills}
+        written = {place_of(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
         if func._schema.is_mutable and not written:  # updates its arguments and returns none of them
             written = read
         attends = any(word in name for word in ATTENTION)

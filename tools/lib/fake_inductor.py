@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import types
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,8 @@ NAMES = (
     ("torch._inductor.codegen.triton", "TritonKernel.codegen_kernel"),
     ("torch._inductor.codegen.triton", "TritonKernel.estimate_kernel_num_bytes"),
     ("torch._inductor.codegen.triton", "TritonKernel.inductor_meta_common"),
+    ("torch._inductor.codegen.simd_kernel_features", "SIMDKernelFeatures.scheduler_nodes"),
+    ("torch._inductor.dependencies", "MemoryDep.is_indirect"),
     ("torch._inductor.fx_passes.joint_graph", "UniformValueConstantFolder._deduce_value"),
     ("torch._inductor.fx_passes.pad_mm", "_should_pad"),
     ("torch._inductor.runtime.triton_helpers", "set_driver_to_gpu"),
@@ -110,8 +114,10 @@ class FakeCompiler:
                 writing.pop()
 
         def inductor_meta_common(*_: Any) -> dict:
-            estimate = float(writing[-1].estimate_kernel_num_bytes()) if writing else None
-            return {**describe(), "dry_run_bytes": estimate}
+            if not writing:
+                return describe()
+            estimate = float(writing[-1].estimate_kernel_num_bytes())
+            return {**describe(), "dry_run_bytes": estimate, "dry_run_least": least_bytes(writing[-1])}
 
         def precompile(autotuner: Any, *_: Any, **__: Any) -> None:
             self.kernels.setdefault(id(autotuner), Kernel(autotuner, self.gpu.mode.part))
@@ -119,14 +125,18 @@ class FakeCompiler:
         def run(autotuner: Any, *args: Any, stream: Any = None, **__: Any) -> None:
             kernel = self.kernels[id(autotuner)]
             kernel.launches += 1
-            arguments = sum(footprint(x) for x in args if isinstance(x, Tensor))
-            estimate = autotuner.inductor_meta.get("dry_run_bytes")
-            by_inductor = arguments if estimate is None else estimate
-            kernel.bytes += min(arguments, by_inductor)
+            # what is changed in place is read and written
+            times = [2 if name.startswith("in_out") else 1 for name in autotuner.triton_meta["signature"]]
+            arguments = sum(n * footprint(x) for n, x in zip(times, args) if isinstance(x, Tensor))
+            meta = autotuner.inductor_meta
+            by_inductor, least = (meta.get(name) for name in ("dry_run_bytes", "dry_run_least"))
+            by_inductor = arguments if by_inductor is None else by_inductor
+            least = arguments if least is None else min(arguments, least)
+            kernel.bytes += least
             kernel.by_inductor += by_inductor
             counts, part = self.gpu.mode.counts, self.gpu.mode.part
             counts[part, "launches"] += 1
-            counts[part, "bytes of kernels"] += min(arguments, by_inductor)
+            counts[part, "bytes of kernels"] += least
             counts[part, "bytes of arguments"] += arguments
             counts[part, "bytes by inductor"] += by_inductor
 
@@ -189,6 +199,46 @@ class FakeCompiler:
 
         CompiledFxGraph.__call__ = call_graph
         torch.compile = compile
+
+
+def least_bytes(kernel: Any) -> float | None:
+    """Bytes of the elements that a kernel reads and writes, each once; None where sizes are dynamic."""
+    from torch._inductor.virtualized import V
+
+    gone = V.graph.removed_buffers | kernel.removed_buffers
+    accesses = [node.read_writes for node in kernel.features.scheduler_nodes()]
+    written = {dep.name for node in accesses for dep in node.writes}
+    found: dict[tuple, Counter] = defaultdict(Counter)  # of a buffer and a way: elements by the first one
+    try:
+        for node in accesses:
+            # what the kernel itself has written it does not read again
+            read = [dep for dep in node.reads if dep.name not in written]
+            for (name, way), deps in by_buffer([("read", read), ("write", node.writes)]).items():
+                # nodes that begin at the same element go over the same ones
+                first, elements = min(x for x, _ in deps), sum(x for _, x in deps)
+                found[name, way][first] = max(found[name, way][first], elements)
+        kept = {key: sum(parts.values()) for key, parts in found.items() if key[0] not in gone}
+        return float(sum(
+            min(elements, int(V.graph.get_numel(name))) * V.graph.get_dtype(name).itemsize
+            for (name, _), elements in kept.items()
+        ))  # fmt: skip
+    except TypeError:  # a symbol is no number
+        return None
+
+
+def by_buffer(ways: list[tuple[str, Any]]) -> dict[tuple[str, str], set[tuple[int, int]]]:
+    """(first element, count of elements) of the accesses to each buffer, by (its name, the way)."""
+    found: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+    for way, deps in ways:
+        for dep in deps:
+            if not hasattr(dep, "var_names"):  # all of it
+                found[dep.name, way].add((0, int(dep.get_numel())))
+            elif dep.is_indirect():  # rows of a table
+                found[dep.name, way].add((0, int(math.prod(dep.size))))
+            else:  # of what is broadcast or sliced, only what is there
+                first = dep.index.subs(dict.fromkeys(dep.index.free_symbols, 0))
+                found[dep.name, way].add((int(first), int(dep.get_numel())))
+    return found
 
 
 def deduce_on_cpu(folder: Any, deduce: Callable, node: Any) -> Any:
