@@ -718,8 +718,7 @@ def test_loss_at_the_start_is_the_log_of_the_vocabulary():
 
 # Table 6.1: kind, learning rate at factor 1, betas, decay in one update at factor 1, updated every;
 # one group of gates, of scalars and of tables instead of several. Tables have no first moment and are
-# row-wise, as in #92. Our epsilon is for means over
-# tokens: 1e-10 over two steps of 32,768.
+# row-wise, as in #92. Our epsilon is for means over tokens: 1e-10 over two steps of 32,768.
 GROUPS = {
     **dict.fromkeys(("qk", "vo", "mlp"), ("matrix", 0.023, None, 6.3e-4, 1)),
     **dict.fromkeys(("gate", "value_gate", "smear_gate"), ("adam", 0.008, (0.9, 0.99), 0, 2)),
