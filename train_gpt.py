@@ -1651,7 +1651,7 @@ class Comm:
     def __reduce__(self) -> tuple:
         if self.group is not None:
             raise TypeError(
-                "an optimizer with a process_group or DTensors cannot be pickled; its state_dict can"
+                "an optimizer with a process_group or DTensors cannot be pickled, its state_dict can"
             )
         return Comm, ()  # of the processes that read it
 
@@ -1675,14 +1675,12 @@ class Comm:
             return self.DONE
         return self._gather(full, chunk, group=self.group, async_op=True)
 
-    def all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Any]:
-        """Of `rows` (n, ...) the first `sent[0]` go to rank 0, the next ones to rank 1, and so on.
-
-        What comes, `received` rows from each rank, one after the other, and the work to wait for.
-        """
+    def all_to_all(self, sent: Tensor, counts: list[int], arrive: list[int]) -> tuple[Tensor, Any]:
+        """Rows (R, ...), `counts` of them for each rank -> those that `arrive` from each, and the work."""
         self.calls += 1
-        found = rows.new_empty(sum(received), *rows.shape[1:])
-        return found, dist.all_to_all_single(found, rows, received, sent, group=self.group, async_op=True)
+        received = sent.new_empty(sum(arrive), *sent.shape[1:])
+        exchange = dist.all_to_all_single
+        return received, exchange(received, sent, arrive, counts, group=self.group, async_op=True)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sum, or another reduction, over ranks, in place."""
@@ -2034,7 +2032,7 @@ class Unit:
         return found
 
     def unstack(self, full: Tensor) -> Sequence[Tensor]:
-        """The part of each parameter in a stack or stacked state (N C, ...), without the padding."""
+        """The part of each parameter in a stack or a stacked state (N C, ...)."""
         return full[: self.size].split(self.counts)
 
     def receive(self, full: Tensor) -> None:
@@ -2071,7 +2069,7 @@ class Unit:
             self.state[key].copy_(other.state[key])
 
     def join(self, comm: Comm) -> None:
-        """In a copy of an optimizer: belong to its processes; ValueError if these are not as many."""
+        """In a copy of an optimizer, belong to its processes; ValueError if these are others."""
         self.comm = comm
         processes = (self.size + self.padding) // self.chunk
         if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
@@ -2085,9 +2083,9 @@ class Unit:
         return {key: value.shape for key, value in self.state.items() if key != "master"}
 
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
-        """Gradients, the owned chunk of their sum over ranks (of them if not `summed`), and the work.
+        """What is sent, the owned chunk of the gradients, `summed` over ranks or not, and the work.
 
-        The gradients must live until the work is done.
+        What is sent must live until the work is done.
         """
         full = self.gradients()
         chunk, work = self.comm.reduce_scatter(full) if summed else (full[self.own], Comm.DONE)
@@ -2206,7 +2204,8 @@ class Unit:
         # what is skipped inside a span would go on by its moments, or decay
         kept = []
         if spans:
-            state = () if self.matrix else self.state.values()  # zero gradients leave that of matrices alone
+            # a zero gradient leaves the state of a matrix alone
+            state = () if self.matrix else self.state.values()
             parts = [x[self.parts[i]] for i in skipped for x in (weights, *state)]
             kept = [(part, part.clone()) for part in parts]
         numbers_at_a_time = self.SLICE[self.group["kind"]]
@@ -2550,14 +2549,20 @@ class RowUnit(Unit):
 
 # ---- parameters that are DTensors, as those of FSDP2 (fully_shard)
 #
-# `Shards` updates what a rank holds as if it were alone: the numbers of Adam, and whole matrices. A matrix
-# of which each rank holds some rows has an owner, which gets all rows of its gradient, keeps the momentum,
-# and sends the rows of the update back (`ShardedMatrices`): one all-to-all each way for each unit. The
-# owner holds as many rows as any rank, so at most (N - 1) / N of a matrix travel, each way.
+# `Shards` updates what a rank holds as if it were alone: the numbers of Adam, and whole matrices.
+# A matrix of which each rank holds some rows has an owner, which gets all rows of the gradient, keeps
+# the momentum, and sends the rows of the update back (`ShardedMatrices`): one all-to-all each way for
+# a unit. No rank holds more rows than the owner, so at most (N - 1) / N of a matrix travel each way.
+#
+# Of the MLP of 12 layers, matrices of 768 x 3072, on 8 ranks:
+#
+#     held     96 rows of each matrix
+#     owned    1 or 2 matrices; 672 rows of each arrive and, as an update, leave again
 
 # Attributes by which others mark pieces of parameters that cannot work here, and what helps.
 MARKS = {
-    "_fsdp_flattened": "belongs to FSDP1 (FullyShardedDataParallel), which cuts matrices into flat pieces; "
+    # FullyShardedDataParallel, also with use_orig_params
+    "_fsdp_flattened": "belongs to FSDP1, which cuts matrices into flat pieces; "
     "fully_shard (FSDP2) keeps matrices",
     "ds_id": "belongs to DeepSpeed's ZeRO 3, which cuts matrices into flat pieces; "
     "DDP and fully_shard (FSDP2) keep matrices",
@@ -2567,24 +2572,26 @@ MARKS = {
 
 
 def refuse_foreign(name: str, p: Tensor, kind: str, rowwise: bool, grads: str) -> None:
-    """ValueError for a parameter that is a piece of another one in a way that does not work here."""
+    """ValueError for a parameter that is a piece of another one and cannot work here."""
     for mark, meaning in MARKS.items():
-        # Megatron marks all parameters, with a truth value; DeepSpeed some, with a number that may be 0
+        # Megatron marks all parameters, with a truth value
+        # DeepSpeed marks with a number, which may be 0
         if getattr(p, mark, None) not in (None, False) or (mark == "ds_id" and hasattr(p, mark)):
             raise ValueError(f"parameter {name!r} {meaning}")
     if not hasattr(p, "placements"):
         return
     if grads != "mean":
-        raise ValueError(f'parameter {name!r} is a DTensor, whose gradient is reduced already: grads="mean"')
+        raise ValueError(f'parameter {name!r} is a DTensor, it has reduced gradients: grads="mean"')
     if rowwise:
         raise ValueError(f"parameter {name!r} is a DTensor, and rowwise takes plain tables")
     sharded = [x for x in p.placements if not x.is_replicate()]
     rows = len(sharded) <= 1 and all(type(x).__name__ == "Shard" and x.dim == 0 for x in sharded)
     if any(x.is_partial() for x in sharded) or (kind == "matrix" and not rows):
         raise ValueError(
-            f"{kind} parameter {name!r} is a DTensor with placements {p.placements}: MuonEq takes matrices "
-            "sharded over dimension 0 along one dimension of the mesh, as by fully_shard (FSDP2) without "
-            "shard_placement_fn or tensor parallelism; an adam group takes any Shard, neither takes Partial"
+            f"{kind} parameter {name!r} is a DTensor with placements {p.placements}: MuonEq takes "
+            "matrices sharded over dimension 0 along one dimension of the mesh, as by fully_shard "
+            "(FSDP2) without shard_placement_fn or tensor parallelism; an adam group takes any Shard, "
+            "neither takes Partial"
         )
 
 
@@ -2616,10 +2623,11 @@ def local(x: Tensor) -> Tensor:
 
 
 def local_part(x: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of x, a DTensor or a tensor that all ranks have, sharded as another DTensor."""
+    """What this rank holds of x, a DTensor or a whole tensor, when it is sharded `like` another."""
     from torch.distributed.tensor import distribute_tensor
 
     if not hasattr(x, "placements"):
+        # every rank has all of it, so nothing is sent
         whole = x.detach().to(like.device)
         x = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return local(x.detach().redistribute(placements=like.placements))
@@ -2650,7 +2658,7 @@ class Shards(Unit):
                 )
 
     def as_dtensors(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of what this rank holds of a state of each parameter, as parts of sharded tensors."""
+        """Copies of what this rank holds of a state of each parameter, as DTensors."""
         from torch.distributed.tensor import DTensor
 
         found = []
@@ -2677,8 +2685,8 @@ class Shards(Unit):
 class ShardedMatrices(Shards):
     """Matrices of which each rank holds some rows: their stack (S, m, n) is S m rows.
 
-    The chunk (C, m, n) of a rank are the matrices that it owns, which are `own` in the stack. It has their
-    momentum, and the master copy of the rows that it holds, (R, n).
+    The chunk (C, m, n) of a rank are the matrices that it owns, those with the numbers `own` in the
+    stack. It has their momentum, and the master copy of the R rows that it holds, (R, n).
     """
 
     def divide(self) -> None:
@@ -2701,30 +2709,32 @@ class ShardedMatrices(Shards):
         self.own, self.chunk = torch.from_numpy(own).to(self.device), len(own)
         borders = np.searchsorted(own, np.cumsum([0, *self.counts])).tolist()
         self.parts = [slice(*pair) for pair in itertools.pairwise(borders)]
-        # the rows held here in the order of their owners, and the rows owned in the order of their holders
+        # the order in which the rows held here leave, by owner, and that in which owned rows arrive, by
+        # holder; the updates take the same ways back
         self.leaving, self.to_ranks = self.by_rank(owner[holder == comm.rank])
         self.arriving, self.from_ranks = self.by_rank(holder[owner == comm.rank])
 
     def by_rank(self, ranks: np.ndarray) -> tuple[Tensor, list[int]]:
         """The order that sorts rows by a rank of each, and the number of rows of each rank."""
-        order = np.argsort(ranks, kind="stable")
-        return torch.from_numpy(order).to(self.device), np.bincount(
-            ranks, minlength=self.comm.world_size
-        ).tolist()
+        order = torch.from_numpy(np.argsort(ranks, kind="stable")).to(self.device)
+        return order, np.bincount(ranks, minlength=self.comm.world_size).tolist()
 
     def owners(self, holder: np.ndarray) -> np.ndarray:
-        """The owner of each matrix, of those who hold most of its rows (S, m) the one with least to do."""
+        """The owner of each matrix; `holder` (S, m) is the rank that holds each row."""
         load = self.comm.duties
         owners = []
         for ranks in holder:
             rows = np.bincount(ranks, minlength=len(load))
+            # of those who hold most rows the one that owns least
             owners.append(min(np.flatnonzero(rows == rows.max()).tolist(), key=load.__getitem__))
             load[owners[-1]] += self.tail.numel()
         return np.array(owners)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().state_shapes()
-        return {k: (sum(self.rows), self.tail[1]) if k == "master" else v for k, v in shapes.items()}
+        if "master" in shapes:
+            shapes["master"] = (sum(self.rows), self.tail[1])
+        return shapes
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows that this rank holds, (R, n)."""
@@ -2733,7 +2743,7 @@ class ShardedMatrices(Shards):
     # ---- the step
 
     def to_owners(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Rows held here (R, n) -> what is sent, the owned matrices once the work is done, and the work."""
+        """Rows held here (R, n) -> what is sent, the owned matrices (C, m, n), and the work."""
         sent = rows[self.leaving]
         received, work = self.comm.all_to_all(sent, self.to_ranks, self.from_ranks)
         chunk = torch.empty(self.chunk, *self.tail, dtype=self.precision, device=self.device)
@@ -2745,33 +2755,33 @@ class ShardedMatrices(Shards):
         return sent, chunk, types.SimpleNamespace(wait=wait)
 
     def to_holders(self, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Owned matrices (C, m, n) -> rows held here (R, n) by owner, what is sent, and the work."""
+        """Owned matrices (C, m, n) -> rows held here as they arrive (R, n), what is sent, the work."""
         sent = chunk.view(-1, self.tail[1])[self.arriving]
         received, work = self.comm.all_to_all(sent, self.from_ranks, self.to_ranks)
         return received, sent, work
 
     def held_rows(self, received: Tensor) -> Tensor:
-        """What `to_holders` received, as rows (R, n) in their order, in the precision of the state."""
+        """The rows that `to_holders` received, (R, n), in their own order."""
         rows = torch.empty_like(received, dtype=self.precision)
         rows[self.leaving] = received.to(self.precision)
         return rows
 
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
+        # all ranks send the same dtype, whether a gradient is missing or not
         return self.to_owners(self.gradients().to(self.params[0].grad_dtype or self.precision))
 
     def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[None, Tensor, None]:
-        """Compute what is added to the owned matrices.
-
-        A matrix that is left alone becomes minus zero, which no other one contains: it does not decay.
-        """
+        """Compute what is added to the owned matrices."""
         moved = torch.zeros_like(grad)
         self.alive = torch.zeros(self.chunk, 1, 1, dtype=torch.bool, device=self.device)
         skipped, spans = self.count_updates(grad)
         self.update_chunk(moved, grad, scale, skipped, spans)
         for i in skipped:
             self.alive[self.parts[i]] = False
-        # parameters of two bytes are sent two bytes
+        # what is sent for parameters of two bytes has two bytes
         wire = self.precision if self.dtype == self.precision else torch.bfloat16
+        # A matrix that is left alone does not decay either. Those who hold it learn this without another
+        # transfer: it is sent as minus zeros, which adding zero has removed from all others.
         return None, moved.to(wire).add_(0.0).masked_fill_(~self.alive, -0.0), None
 
     def send(self, full: None, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -2791,8 +2801,8 @@ class ShardedMatrices(Shards):
         weights = self.state.get("master", now)
         if "master" in self.state:
             self.take_over(now)
-        alone = (moved == 0) & moved.signbit()
-        super().decay(weights, -moved, torch.ge, StepNumbers(*self.numbers(1.0)).decay, ~alone)
+        left_alone = (moved == 0) & moved.signbit()
+        super().decay(weights, -moved, torch.ge, StepNumbers(*self.numbers(1.0)).decay, ~left_alone)
         weights.add_(moved)
         held = self.held()
         parts = weights.to(self.dtype).split(self.rows)
@@ -2811,7 +2821,9 @@ class ShardedMatrices(Shards):
         return found
 
     def moments(self) -> dict[str, torch.Size]:
-        return {key: torch.Size([self.size, *shape[1:]]) for key, shape in super().moments().items()}
+        shapes = super().moments()
+        # of the stack: ranks own different numbers of matrices
+        return {key: torch.Size([self.size, *shape[1:]]) for key, shape in shapes.items()}
 
     def take_moments(self, other: Unit) -> None:
         for key in other.moments():  # it may have other owners
@@ -2820,10 +2832,11 @@ class ShardedMatrices(Shards):
     def saved(self, key: str) -> list[Tensor]:
         state = self.state[key]
         if key in self.SMALL_STATE:
+            # each rank adds its own to zeros
             full = state.new_zeros(self.size, *state.shape[1:])
             full[self.own] = state
-            parts = self.unstack(self.comm.all_reduce(full))
-            return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
+            pairs = zip(self.params, self.unstack(self.comm.all_reduce(full)))
+            return [part.reshape(self.shape_of(p, key)).clone() for p, part in pairs]
         if key == "momentum":
             received, _, work = self.to_holders(state)
             work.wait()
@@ -2917,7 +2930,7 @@ def called_from(module: str) -> bool:
 
 
 def in_torch_checkpoint() -> bool:
-    """Whether torch's checkpoints are asking: they call parameters by number and make names by themselves."""
+    """Whether torch's checkpoints are asking: they call parameters by number."""
     return called_from("torch.distributed.checkpoint.state_dict")
 
 
@@ -2939,10 +2952,11 @@ class MuonEq(torch.optim.Optimizer):
     the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
     with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
 
-    DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that is
-    sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the update of the
-    whole matrix; for Adam any Shard will do. Their state in `state_dict` is sharded likewise. Refused by
-    name: other placements, pieces of FSDP1, ZeRO 3 and Megatron, and ZeroRedundancyOptimizer.
+    DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that
+    is sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the
+    update of the whole matrix; for Adam any Shard will do. Their state in `state_dict` is sharded
+    likewise. Refused by name: other placements, pieces of FSDP1, ZeRO 3 and Megatron, and
+    ZeroRedundancyOptimizer.
 
     Without a gradient nothing moves: a parameter that is frozen or whose gradient is None (with
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
@@ -2971,8 +2985,8 @@ class MuonEq(torch.optim.Optimizer):
     ):  # fmt: skip
         if called_from("torch.distributed.optim.zero_redundancy_optimizer"):
             raise ValueError(
-                "ZeroRedundancyOptimizer divides parameters among the ranks, and so does MuonEq by itself: "
-                "make it without ZeroRedundancyOptimizer"
+                "ZeroRedundancyOptimizer divides parameters among the ranks, "
+                "and so does MuonEq by itself: make it without ZeroRedundancyOptimizer"
             )
         if grads not in ("mean", "token_sum"):
             raise ValueError(f"grads is 'mean' or 'token_sum', not {grads!r}")
@@ -3227,9 +3241,9 @@ class MuonEq(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """The count of steps, the full unpadded state by parameter name, and the settings of the groups.
 
-        The same at any world size; that of DTensors is sharded as they are. Collective: every rank calls it.
-        A group's "params" are names; functions are not kept. What others have put into `optimizer.state` is
-        kept as it is on this rank.
+        The same at any world size; that of DTensors is sharded as they are. Collective: every rank
+        calls it. A group's "params" are names; functions are not kept. What others have put into
+        `optimizer.state` is kept as it is on this rank.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)

@@ -386,13 +386,19 @@ def whole(named):
 
 
 def fsdp(rank, world, dtype=FP32, mesh_shape=None, **fields):
-    """A model of fully_shard, saved half way by torch's functions and in plain form."""
+    """A model of fully_shard, saved half way by torch's functions.
+
+    With a mesh of two dimensions also its mixed precision, which is exact for these gradients.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("copies", "shards")) if mesh_shape else None
-    model = fully_shard(Linear(dtype), mesh=mesh)
+    how = {}
+    if mesh_shape:
+        how["mesh"] = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("copies", "shards"))
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
+    model = fully_shard(Linear(dtype), **how)
     opt = sharded_optimizer(model, **fields)
     sent, others = train_sharded(model, opt, 0, SHARDED_SAVED_AT, rank, world)
     full = StateDictOptions(full_state_dict=True)
