@@ -1350,18 +1350,14 @@ class GPT(nn.Module):
         read_later = {source for source, _ in c.skips} | {c.backout, c.attention_source}
         outputs = {}  # of the blocks in `read_later`; none has the number -1
 
-        # validation, which no clock measures, does without graphs of these two
-        training = torch.is_grad_enabled()
-        embedding = self.embedding if training else functools.partial(GPT.embedding, self)
-        add_earlier = self.add_earlier if training else functools.partial(GPT.add_earlier, self)
-        x, values = embedding(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
+        x, values = self.in_training("embedding")(inputs, offsets, *tables)  # (B, T, D), (tables, B, T, D)
         values = values.unbind(0)
         x, x0 = self.shared(x)
         for i in range(c.layers):
             # skips: the outputs of earlier blocks (U-net)
             for number, (source, target) in enumerate(c.skips):
                 if target == i:
-                    x = add_earlier(x, skip_weights[number], outputs[source].apart())
+                    x = self.in_training("add_earlier")(x, skip_weights[number], outputs[source].apart())
             # attention: its weights, value embedding and layout; None in blocks without
             attention = None
             if i in attention_weights:
@@ -1379,8 +1375,12 @@ class GPT(nn.Module):
             if i in read_later:
                 x, outputs[i] = self.shared(x)
         if c.backout >= 0:
-            x = add_earlier(x, -self.backout.to(dtype).squeeze(), outputs[c.backout].apart())
+            x = self.in_training("add_earlier")(x, -self.backout.to(dtype)[0], outputs[c.backout].apart())
         return x
+
+    def in_training(self, name: str) -> Callable:
+        """A method as its graph, where there is one; validation, which no clock measures, does without."""
+        return getattr(self, name) if torch.is_grad_enabled() else functools.partial(getattr(GPT, name), self)
 
     def add_earlier(self, x: Tensor, weight: Tensor, earlier: Shared) -> Tensor:
         """x (B, T, D) with `weight` () times the output of an earlier block."""
