@@ -687,16 +687,16 @@ def test_shapes_and_size_of_the_short_track():
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
         "qk": (60, 256, 768), "vo": (20, 768, 768), "mlp": (22, 768, 3072), "gate": (10, 6, 12),
         "value_gate": (10, 6, 12), "smear_gate": (1, 12), "embed": (50304, 768),
-        "ngram_embed": (377_280, 768), "value_embed": (5 * 50304, 768), "lm_head": (50304, 768),
+        "ngram_embed": (377_280 + 2 * 50305, 768), "value_embed": (5 * 50304, 768), "lm_head": (50304, 768),
         "residual": (11, 2), "value_mix": (10, 2), "xsa": (10, 6), "skip": (1,), "smear": (1,),
         "backout": (1,),
     }  # fmt: skip
     millions = {name: round(p.numel() / 1e6, 1) for name, p in model.named_parameters()}
-    table = {"embed": 38.6, "lm_head": 38.6, "value_embed": 193.2, "ngram_embed": 289.8, "qk": 11.8,
+    table = {"embed": 38.6, "lm_head": 38.6, "value_embed": 193.2, "ngram_embed": 367.0, "qk": 11.8,
              "vo": 11.8, "mlp": 51.9}  # fmt: skip
     assert table.items() <= millions.items()
     total = sum(p.numel() for p in model.parameters())
-    tables, matrices = (7 * 50304 + 377_280) * 768, 40 * 768**2 + 22 * 768 * 3072
+    tables, matrices = (9 * 50304 + 2 + 377_280) * 768, 40 * 768**2 + 22 * 768 * 3072
     gates, scalars = 2 * 10 * 6 * 12 + 12, 22 + 20 + 60 + 3
     assert total == tables + matrices + gates + scalars
     low = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
@@ -716,7 +716,8 @@ def test_layer_map_of_the_short_track():
     assert c.skips == ((3, 6),) and c.backout == c.attention_source == 7 and c.xsa == (1, 3, 4, 7, 8, 10)
     assert not {*c.paired} & {*c.key_offset, *c.xsa}
     assert c.softcap == (23.0, 5.0, 7.5) and c.rotary_base == 1024 and c.attention_scale == 0.1
-    assert c.ngrams == ((2, 377_280),) and c.tied == 2 / 3 and c.width // c.qk_parts == 2 * c.width // c.heads
+    assert c.ngrams == ((2, 377_280),) and c.matches == (1, 3)
+    assert c.tied == 1 and c.width // c.qk_parts == 2 * c.width // c.heads
     assert SHORT.data.predict_start and (SHORT.data.vocab_size, SHORT.data.document_start) == (50257, 50256)
 
 
