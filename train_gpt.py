@@ -318,7 +318,7 @@ class Adam(Settings):
     cautious: bool = field(False, "decay only where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
     rowwise: bool = field(
-        False, "tables: one second moment for a row, no first (beta 0); rows that were not read rest (#92)"
+        False, "one second moment for a row, no first; rows not read rest (#92)"
     )
 
 

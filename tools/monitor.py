@@ -197,7 +197,9 @@ class Monitor:
         pending = self.updates[type(unit)](unit, grad, scale, False)  # a graph could not be looked into
         with self.timed():
             rowwise = isinstance(unit, train_gpt.RowUnit)  # whose gradient has the rows that are updated
-            weights = unit.state.get("master", pending[1])
+            # the stack of a table is not padded, that of `unit.stack` is
+            now = unit.stack(unit.params)[unit.own] if rowwise else pending[1]
+            weights = unit.state.get("master", now)
             change.sub_(weights)
             for name, part in pieces(unit, unit.own.start, unit.chunk):
                 row = self.found[self.rows[name]]

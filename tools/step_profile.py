@@ -82,7 +82,7 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
     one micro-batch."""
     model, device, c = trainer.model, trainer.device, trainer.track.model
     windows, rows = stage.windows, trainer.rows_per_pass[stage.batch]
-    inputs, targets, offsets = (x[:rows].to(device) for x in batch)
+    inputs, targets, offsets = (x[:rows].to(device) for x in batch[:3])  # the head with all classes
     B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
     n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.longest
     passes = len(batch.inputs) // rows
