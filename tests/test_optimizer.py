@@ -564,13 +564,14 @@ def test_normuon_follows_the_published_formulas(axis, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("normuon", [False, True])
-def test_the_two_sided_balance_remembers_and_is_clipped(normuon, shape):
-    """Energies that move over eight steps by more than the bounds; rows that are zero at first or always."""
+@pytest.mark.parametrize("normuon, growth", [(False, 2.0), (True, 2.0), (False, 2.0**15), (False, 2.0**-12)])
+def test_the_two_sided_balance_remembers_and_is_clipped(normuon, growth, shape):
+    """Energies that move over eight steps by more than the bounds, also where squares would not fit; rows
+    that are zero at first or always."""
     grads = gradients(shape, 8)
     for t, grad in enumerate(grads):
         rows, columns = torch.logspace(-1.5, 1.5, shape[0]), torch.logspace(1 - t / 2, -1, shape[1])
-        grad *= 2.0**t * rows[:, None] * columns
+        grad *= growth**t * rows[:, None] * columns
         grad[1 : 3 if t < 4 else 2] = 0
     fields = dict(equilibrate="both", momentum=0.5, normuon=normuon)
     expected = matrix_reference(randn(*shape), grads, **fields)

@@ -1,0 +1,1 @@
+../two-sided-tiny/train_gpt.py
