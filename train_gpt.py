@@ -474,7 +474,7 @@ SHORT = Track(
     schedule=Schedule(
         steps=1450, extension=20, cooldown=0.8, floor=0.3, decay_power=2.0,
         stages=(
-            Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0)), candidates=10_240),
+            Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), 2, 2048, lr=1.52, ahead=((0.5, 0.0),), candidates=10_240),
             Stage(2 / 3, (640, 1408), 3, 2048, lr=1.73, candidates=10_240),
             Stage(0.94, (640, 1408), 2, 2048, lr=1.73),
