@@ -1232,6 +1232,7 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
+        """A parameter as `Lookup` takes it: that of an embedding, or of the head whose classes are sampled."""
         rows, sums = p.detach(), None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
@@ -3637,15 +3638,13 @@ class Trainer:
         weights = torch.tensor(weights).to(self.device, non_blocking=True)
         size = self.rows_per_pass[self.stage.batch]
         for rows in zip(*(x.split(size) for x in batch)):
-            inputs, targets, offsets, *classes = (x.to(self.device, non_blocking=True) for x in rows)
+            inputs, targets, offsets, *sample = (x.to(self.device, non_blocking=True) for x in rows)
             self.comm.calls += 1  # a sign of life for `watch`
             if self.one_graph and len(inputs) > 1:  # torch takes a size of 1 for a constant
                 for x in (inputs, targets, offsets):
                     torch._dynamo.mark_dynamic(x, 0)
-            ahead = len(weights) - 1
-            losses = self.model(
-                inputs, targets, offsets, self.stage.windows, self.longest, ahead, *classes
-            )
+            sizes = self.stage.windows, self.longest, len(weights) - 1
+            losses = self.model(inputs, targets, offsets, *sizes, *sample)
             losses.backward(weights)
             total += losses[0].detach()
         return total
