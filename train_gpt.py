@@ -1232,7 +1232,7 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
-        """A parameter as `Lookup` takes it: that of an embedding, or of the head whose classes are sampled."""
+        """A parameter as `Lookup` takes it: an embedding, or the head where its classes are sampled."""
         rows, sums = p.detach(), None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
