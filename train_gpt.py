@@ -449,14 +449,15 @@ TINY = Track(
 
 # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89
 # without its gate networks (#81, #85), head mixing (#85) and prefix loss (#88), with the averages, the
-# sampled softmax and the end of #92, and with what followed earlier matches. Nobody has run it: that it
-# needs about 1,400 steps is a guess, as good as 1,200 or 1,650; records/README.md has its reasons.
+# sampled softmax, the end and the fewer blocks of #92 (a block and three attentions less), and with what
+# followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as 1,200
+# or 1,650; records/README.md has the reasons.
 SHORT = Track(
     model=Model(
-        padded_vocab=50304, width=768, heads=6, layers=11, attention_free=(6,), long_blocks=(3, 10),
-        value_tables=((1, 0), (2, 1), (8, 2), (9, 3), (10, 4)), value_gate_inputs=6,
-        xsa=(1, 3, 4, 7, 8, 10), key_offset=(3, 10), paired=(0, 2, 5, 9), attention_source=7,
-        ngrams=((2, 377_280),), ngram_signs=8192, matches=(1, 3), skips=((3, 6),), backout=7,
+        padded_vocab=50304, width=768, heads=6, layers=10, attention_free=(4, 6, 8), long_blocks=(3, 9),
+        value_tables=((1, 0), (2, 1), (7, 2), (9, 3)), value_gate_inputs=6,
+        xsa=(1, 3, 7, 9), key_offset=(3, 9), paired=(0, 2, 5), attention_source=6,
+        ngrams=((2, 377_280),), ngram_signs=8192, matches=(1, 3), skips=((3, 6),), backout=6,
         softcap=(23.0, 5.0, 7.5), tied=1.0, qk_parts=3,
         low_precision=("qk", "vo", "mlp", "embed", "value_embed", "ngram_embed"),
         fp8_head=(100 / 448, 1.6 / 448, 0.75 / 448),
@@ -477,7 +478,7 @@ SHORT = Track(
     schedule=Schedule(
         steps=1450, extension=20, cooldown=0.8, floor=0.3, decay_power=2.0,
         stages=(
-            Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0)), candidates=10_240),
+            Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), 2, 2048, lr=1.52, ahead=((0.5, 0.0),), candidates=10_240),
             Stage(2 / 3, (640, 1408), 3, 2048, lr=1.73, candidates=10_240),
             Stage(0.94, (640, 1408), 2, 2048, lr=1.73),
@@ -1173,7 +1174,7 @@ class GPT(nn.Module):
         self.make_layout = blocked_layout
 
     def make_parameters(self, model: Model, device: torch.device | str) -> None:
-        """The banks. Shapes with numbers are those of the track `short`: 11 blocks, 10 with attention."""
+        """The banks. Shapes with numbers are those of the track `short`: 10 blocks, 7 with attention."""
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device))
@@ -1182,17 +1183,17 @@ class GPT(nn.Module):
         A, parts = len(self.attention_blocks), model.qk_parts
         value_tables = 1 + max((table for _, table in model.value_tables), default=-1)
         # matrices: (out, in), but up as (in, out) so that up and down have one shape
-        self.qk = parameter(2 * A * parts, D // parts, D)  # (60, 256, 768): q and k of each block, in parts
-        self.vo = parameter(2 * A, D, D)  # (20, 768, 768)
-        self.mlp = parameter(len(MLP_MATRICES) * L, D, model.mlp_ratio * D)  # (22, 768, 3072)
-        self.gate = parameter(A, H, model.gate_inputs)  # (10, 6, 12)
+        self.qk = parameter(2 * A * parts, D // parts, D)  # (42, 256, 768): q and k of each block, in parts
+        self.vo = parameter(2 * A, D, D)  # (14, 768, 768)
+        self.mlp = parameter(len(MLP_MATRICES) * L, D, model.mlp_ratio * D)  # (20, 768, 3072)
+        self.gate = parameter(A, H, model.gate_inputs)  # (7, 6, 12)
         self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
         self.smear_gate = parameter(1, model.gate_inputs)
         # tables: a row of D channels for each token or n-gram
         self.embed = parameter(V, D)  # (50304, 768)
         table_rows = [*(rows for _, rows in model.ngrams), *(V + 1 for _ in model.matches)]
-        self.ngram_embed = parameter(sum(table_rows), D)  # (377280, 768)
-        self.value_embed = parameter(value_tables * V, D)  # (251520, 768)
+        self.ngram_embed = parameter(sum(table_rows), D)  # (477890, 768)
+        self.value_embed = parameter(value_tables * V, D)  # (201216, 768)
         self.lm_head = parameter(V, D)
         # scalars
         self.residual = parameter(L, 2)  # on the stream and on the embedding, before each block
@@ -1299,6 +1300,7 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
+        """A parameter as `Lookup` takes it: an embedding, or the head where its classes are sampled."""
         rows, sums, read = p.detach(), None, None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
@@ -4537,15 +4539,13 @@ class Trainer:
         weights = torch.tensor([*weights, *[0.0] * (most - len(weights))]).to(self.device, non_blocking=True)
         size = self.rows_per_pass[self.stage.batch]
         for rows in zip(*(x.split(size) for x in batch)):
-            inputs, targets, offsets, *classes = (x.to(self.device, non_blocking=True) for x in rows)
+            inputs, targets, offsets, *sample = (x.to(self.device, non_blocking=True) for x in rows)
             self.comm.calls += 1  # a sign of life for `watch`
             if self.one_graph and len(inputs) > 1:  # torch takes a size of 1 for a constant
                 for x in (inputs, targets, offsets):
                     torch._dynamo.mark_dynamic(x, 0)
-            ahead = len(weights) - 1
-            losses = self.model(
-                inputs, targets, offsets, self.stage.windows, self.longest, ahead, *classes
-            )
+            sizes = self.stage.windows, self.longest, len(weights) - 1
+            losses = self.model(inputs, targets, offsets, *sizes, *sample)
             losses.backward(weights)
             total += losses[0].detach()
         return total

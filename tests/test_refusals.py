@@ -172,6 +172,8 @@ BAD_OPTIONS = {  # name: (command line or overrides, words of the sentence)
     "no option": (["tiny"], ["tiny", "--track"]),
     "choice": (dict(matrix__equilibrate="rows"), ["equilibrate", "rowcol", "rows"]),
     "device": (dict(device="abacus"), ["abacus"]),
+    "candidates in FP8": (dict(model__fp8_head="(1.0, 1.0, 1.0)",
+                               schedule__stages="((0, (8, 8), 1, 96, 1.0, (), 40),)"), ["candidates", "16"]),
     "other corpus": (dict(data__corpus="nowhere"), ["nowhere", "manifest.json"]),
 }
 

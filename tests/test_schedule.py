@@ -52,8 +52,8 @@ def test_numbers_of_the_short_track():
         262_144,
         131_072,
     ]
-    # a fifth of the classes, and all of them in the last steps
-    assert [stage.candidates for stage in SHORT.stages] == [10_240, 10_240, 10_240, 0, 0]
+    # a fifth of the classes, and all of them in the first third and in the last steps
+    assert [stage.candidates for stage in SHORT.stages] == [0, 10_240, 10_240, 0, 0]
     assert [stage.document_cut for stage in SHORT.stages] == [896, 2048, 2048, 2048, 2048]
     assert evaluation.windows == (768, 2560)  # 6/20 blocks
     assert (evaluation.tokens, evaluation.row_tokens, evaluation.target) == (10_485_760, 262_144, 3.28)
