@@ -426,16 +426,16 @@ TINY = Track(
     ),
     model=Model(
         width=128, heads=2, layers=2, mlp_ratio=2, attention_free=(0,), ngram_signs=64, ngram_fold=4,
-        ngrams=((2, 2048), (3, 4096), (4, 4096), (5, 8192), (6, 8192)), matches=(2, 3, 5, 8),
+        ngrams=((2, 8192), (3, 16_384), (4, 16_384), (5, 32_768), (6, 32_768)), matches=(2, 3, 5, 8),
     ),
     matrix=Matrix(lr=0.06, normuon=True),
     gate=MuonSection(equilibrate="none", normuon=True, normuon_axis="row"),
     embed=Adam(lr=0.6, every=1),
-    tables=Adam(lr=0.25, every=1),
+    tables=Adam(lr=0.25, betas=(0, 0.9), every=1, rowwise=True),
     head=Adam(lr=0.016, every=1),
     scalar=Adam(lr=0.04, every=1),
     schedule=Schedule(
-        steps=60, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
+        steps=54, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
         stages=(
             Stage(0, (32, 32)),
             Stage(1 / 3, (32, 32), batch=2, lr=1.5),
@@ -1893,6 +1893,26 @@ def adam_pass(
     return grad.sum(1).sum()  # by rows first: that goes into the same kernel
 
 
+def row_pass(
+    weights: Tensor, grad: Tensor, second_moment: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
+    scale, blend, correction, lr, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(torch.where(changed_bits(weights, stored) == 0, weights, stored))
+    bound = LARGEST_SQUARED / grad.size(1) ** 0.5
+    mean = (grad * scale).clamp(-bound, bound)
+    second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
+    decayed = weights * decay
+    weights.sub_(torch.where(mean * weights > 0, decayed, 0.0) if cautious else decayed)
+    size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
+    weights.sub_(lr * mean / size)
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()
+
+
 def update_together(jobs: Sequence[tuple]) -> None:
     """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
     for unit, stored, *arguments in jobs:
@@ -2474,13 +2494,16 @@ class RowUnit(Unit):
 
     def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, None]:
         """As `Unit.update`, for the rows that have a gradient."""
-        self.sums = self.sum(grad)
         p, N = self.params[0], self.comm.world_size
         full = p.detach().reshape(self.size, -1)  # a copy where p is not contiguous
         own = full[self.own]
         self.rests = bool(self.missing) and (N == 1 or not p.requires_grad or not self.exists)
+        self.updates += not self.rests
+        if compiled and not self.rests and self.fits_graph(grad):
+            self.update_rows_compiled(own, grad, scale)
+            return full, own, None
+        self.sums = self.sum(grad)
         if not self.rests:
-            self.updates += 1
             self.update_rows(own, grad, scale)
         return full, own, None
 
@@ -2493,6 +2516,28 @@ class RowUnit(Unit):
         sent = rows.repeat(N, 1)
         self.arrived, work = self.comm.all_to_all(sent, [len(rows)] * N, self.updated_by)
         return full, sent, work
+
+    def fits_graph(self, grad: Tensor) -> bool:
+        return grad.is_cuda and len(grad) > 1  # torch takes a size of 1 for a constant
+
+    def update_rows_compiled(self, own: Tensor, grad: Tensor, scale: float) -> None:
+        """`update_rows` in one kernel; where few rows are read, on copies of them."""
+        group, beta2, every = self.group, self.group["betas"][1], isinstance(self.rows, slice)
+        _, lr, _, decay = self.numbers(scale)
+        correction = 1 - beta2 ** int(self.updates)
+        numbers = self.on_device([scale, 1 - beta2, correction, lr, group["eps"], decay])
+        chunks = [self.state.get("master", own), self.state["exp_avg_sq"]]
+        chunks += [own] if "master" in self.state else []
+        rows = [x[self.rows] for x in chunks]
+        for x in (grad, *rows):
+            torch._dynamo.mark_dynamic(x, 0)
+        weights, *others = rows
+        cautious = group["cautious"] or not decay
+        self.sums = graph_of(row_pass)(weights, grad, *others, numbers=numbers, cautious=cautious)
+        if not every:
+            self.state["exp_avg_sq"].mul_(beta2)  # of the other rows
+            for chunk, new in zip(chunks, rows):
+                chunk.index_copy_(0, self.rows, new)
 
     def update_rows(self, own: Tensor, grad: Tensor, scale: float) -> None:
         """Adam with beta1 = 0 and decoupled decay of the rows of the chunk `own` with gradients (n, D).

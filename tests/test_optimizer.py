@@ -276,6 +276,7 @@ def as_graphs_do(monkeypatch):
     monkeypatch.setattr(train_gpt, "graph_of", lambda function: function)
     fits = lambda unit, stored: unit.matrix or len(stored) % train_gpt.ROW == 0  # noqa: E731
     monkeypatch.setattr(train_gpt.Unit, "fits_graph", fits)
+    monkeypatch.setattr(train_gpt.RowUnit, "fits_graph", lambda unit, grad: True)
 
 
 def four_steps(compiled, dtype):
@@ -827,15 +828,18 @@ def table_gradients(count, share, rows=40, width=6):
     return grads
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("share", [0.2, 0.8])
 @pytest.mark.parametrize("decay", [dict(), dict(weight_decay=0.9), dict(weight_decay=0.9, cautious=True)])
-def test_rowwise_adam_equals_the_update_of_every_row(decay, share, told):
+def test_rowwise_adam_equals_the_update_of_every_row(decay, share, told, compiled, monkeypatch):
     """Few rows are updated alone, many with all; rows that were read once are often left alone for long."""
+    as_graphs_do(monkeypatch)
     p, grads = randn(40, 6), table_gradients(12, share)
     fields = dict(betas=(0.0, 0.9), rowwise=True, lr=0.05, **decay)
     w = leaf(p)
     opt, found = optimizer("adam", [w], **fields), []
+    opt.compiled = compiled
     for g in grads:
         w.grad = g.clone()
         if told:
@@ -861,11 +865,14 @@ def test_rows_without_a_gradient_keep_their_bits(dtype):
     assert (w != before).any(1).sum() == (~untouched).sum()
 
 
-def test_rowwise_bf16_tables_follow_an_fp32_master():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rowwise_bf16_tables_follow_an_fp32_master(compiled, monkeypatch):
     """As fp32 weights do, those that others changed included."""
+    as_graphs_do(monkeypatch)
     low, high = leaf(randn(40, 6).bfloat16()), leaf(randn(40, 6).bfloat16().float())
     fields = dict(betas=(0.0, 0.9), rowwise=True, lr=2.0**-10)
     a, b = optimizer("adam", [low], **fields), optimizer("adam", [high], **fields)
+    a.compiled = b.compiled = compiled
     for i, g in enumerate(table_gradients(20, 0.3)):
         g = g.bfloat16()
         for w, opt in ((low, a), (high, b)):
