@@ -435,7 +435,7 @@ TINY = Track(
     head=Adam(lr=0.016, every=1),
     scalar=Adam(lr=0.04, every=1),
     schedule=Schedule(
-        steps=54, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
+        steps=48, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
         stages=(
             Stage(0, (32, 32)),
             Stage(1 / 3, (32, 32), batch=2, lr=1.5),
