@@ -1002,13 +1002,14 @@ class Table(NamedTuple):
     read: Tensor | None = None  # (R,) bool: the rows of `sums` to which something was added
 
 
-@torch.library.custom_op("train_gpt::add_rows", mutates_args=("sums",))
 def add_rows(sums: Tensor, index: Tensor, grad: Tensor) -> None:
-    """Add rows `grad` (n, D) to the rows `index` (n,) of `sums` (R, D), in place in a graph too.
-
-    In one that inductor makes for a CPU, scatter_add_ by itself would copy all of `sums` there and back.
-    """
+    """Add rows `grad` (n, D) to the rows `index` (n,) of `sums` (R, D), in place."""
     sums.scatter_add_(0, index[:, None].long().expand_as(grad), grad)
+
+
+# The same as an operator of its own, for a graph on a CPU: there inductor would copy all of `sums` there and
+# back. Elsewhere it is not called, since its first call loads the compiler.
+add_rows_in_graph = torch.library.custom_op("train_gpt::add_rows", add_rows, mutates_args=("sums",))
 
 
 class Lookup(torch.autograd.Function):
@@ -1035,7 +1036,8 @@ class Lookup(torch.autograd.Function):
         if sums.is_cuda:
             sums.index_add_(0, index.flatten(), grad)
         else:
-            add_rows(sums, index.flatten(), grad)
+            add = add_rows_in_graph if torch.compiler.is_compiling() else add_rows
+            add(sums, index.flatten(), grad)
         return None, None, None, None
 
 

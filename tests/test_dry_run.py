@@ -163,11 +163,19 @@ def test_a_whole_run_without_a_gpu(tmp_path):
     run = json.loads(place.read_text())["runs"][0]
     track = train_gpt.TRACKS["tiny"]
     model = train_gpt.GPT(track.model, 1, torch.float32, "meta")
-    numbers = sum(p.numel() for p in model.parameters())
+    rows, width = model.ngram_embed.shape
+    numbers = sum(p.numel() for p in model.parameters()) - rows * width
     assert len(run["steps"]) == 3 and all(step["passes"] == 1 for step in run["steps"])
-    # fp32: sums of gradients and new weights, both whole, half of them sent by each of two ranks
-    sizes = [sum(x[2] for x in step["collectives"]) for step in run["steps"]]
-    assert all(8 * numbers <= size <= 8.1 * numbers for size in sizes)
+    sizes = []
+    for step in run["steps"]:
+        # fp32: sums of gradients and new weights, both whole, half of them sent by each of two ranks
+        whole = [x[2] for x in step["collectives"] if x[1] == "float32" and "all_to_all" not in x[0]]
+        assert 8 * numbers <= sum(whole) <= 8.1 * numbers
+        # of the row-wise tables both masks, and rows: gradients that ranks send, new weights for two ranks
+        (masks,) = [x[2] for x in step["collectives"] if x[1] == "uint8"]
+        sent, new = [x[2] / (4 * width) for x in step["collectives"] if "all_to_all" in x[0]]
+        assert masks == 2 * rows and sent == int(sent) < new == int(new) < 2 * sent
+        sizes.append(sum(x[2] for x in step["collectives"]))
     assert all(step["sent"] == size / 2 for step, size in zip(run["steps"], sizes))
 
 
