@@ -2430,10 +2430,10 @@ class RowUnit(Unit):
         grad = torch.zeros_like(p, dtype=self.precision) if self.missing else p.grad
         read, grad = getattr(grad, "rows_read", None), grad.reshape(self.size, -1)
         if self.comm.world_size == 1:
-            # all rows where most of them are read: a slice needs no copies
+            # all rows where many of them are read: a slice needs no copies
             every = read is None or self.all_decay()
             [[count]] = [[self.size]] if every else self.row_counts(read[None])
-            few = count < self.size / 2
+            few = count < self.size / (3 if p.is_cuda else 2)
             self.rows = torch.nonzero_static(read, size=count)[:, 0] if few else slice(0, self.size)
             self.mine = self.rows
             rows = grad.index_select(0, self.rows) if few else grad
