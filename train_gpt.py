@@ -1581,9 +1581,9 @@ class GPT(nn.Module):
 # one for each rank. Of the track `short` on 8 ranks, for example:
 #
 #     bank       matrices       chunk of a rank   padded to
-#     qk         60 x 256 x 768         8             64
-#     vo         20 x 768 x 768         3             24
-#     mlp        22 x 768 x 3072        3             24
+#     qk         42 x 256 x 768         6             48
+#     vo         14 x 768 x 768         2             16
+#     mlp        20 x 768 x 3072        3             24
 #     lm_head    38,633,472 numbers     4,829,184     -      (Adam: a stack of single numbers)
 #
 # A step has three phases, each over all units, so that communication runs beside arithmetic:
@@ -1591,7 +1591,9 @@ class GPT(nn.Module):
 #     update   each rank updates its chunk, with the state that only it holds;
 #     gather   the new weights of all chunks go to all ranks (all_gather).
 # Large units are reduced first and updated last: their transfers hide behind the work on small ones.
-# With one process the same code runs and nothing is sent.
+# With one process the same code runs and nothing is sent. Two kinds of units differ: of a row-wise table
+# (`RowUnit`) only rows that were read are sent and updated, and matrices that FSDP2 has cut into rows
+# (`ShardedMatrices`) are put together by an owner.
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
