@@ -419,7 +419,7 @@ class Run(Settings):
     show: bool = field(True, "after a run: text by a model of bytes; by ./run.sh a picture of the losses too")
 
 
-# A small GPT on the works of Shakespeare, tokens are bytes: ten seconds on two CPU cores.
+# A small GPT on the works of Shakespeare, tokens are bytes: seconds on two CPU cores.
 TINY = Track(
     data=Data(
         "shakespeare", vocab_size=257, document_start=256, predict_start=False, rows=2, row_tokens=1024
