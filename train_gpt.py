@@ -1874,6 +1874,17 @@ def changed_bits(master: Tensor, weights: Tensor) -> Tensor:
     return master.to(weights.dtype).view(bits) ^ weights.view(bits)
 
 
+def followed(master: Tensor, stored: Tensor) -> Tensor:
+    """The fp32 `master` copy, and the `stored` weights of low precision where others have changed them."""
+    return torch.where(changed_bits(master, stored) == 0, master, stored)
+
+
+def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
+    """Decoupled decay of weights that Adam updates, in a graph; as `Unit.decay`."""
+    decayed = weights * amount
+    weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
+
+
 def adam_pass(
     weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
     numbers: Sequence[Tensor], cautious: bool,
@@ -1885,12 +1896,11 @@ def adam_pass(
     """
     scale, blend1, blend2, size, root, eps, decay = numbers
     if stored is not None:
-        weights.copy_(torch.where(changed_bits(weights, stored) == 0, weights, stored))
+        weights.copy_(followed(weights, stored))
     mean = (grad * scale).clamp(-LARGEST_SQUARED, LARGEST_SQUARED)
     exp_avg.lerp_(mean, blend1)
     exp_avg_sq.lerp_(mean.square(), blend2)
-    decayed = weights * decay
-    weights.sub_(torch.where(exp_avg * weights > 0, decayed, 0.0) if cautious else decayed)
+    decay_numbers(weights, exp_avg, decay, cautious)
     weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
     if stored is not None:
         stored.copy_(weights)
@@ -1904,12 +1914,11 @@ def row_pass(
     """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
     scale, blend, correction, lr, eps, decay = numbers
     if stored is not None:
-        weights.copy_(torch.where(changed_bits(weights, stored) == 0, weights, stored))
+        weights.copy_(followed(weights, stored))
     bound = LARGEST_SQUARED / grad.size(1) ** 0.5
     mean = (grad * scale).clamp(-bound, bound)
     second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
-    decayed = weights * decay
-    weights.sub_(torch.where(mean * weights > 0, decayed, 0.0) if cautious else decayed)
+    decay_numbers(weights, mean, decay, cautious)
     size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
     weights.sub_(lr * mean / size)
     if stored is not None:
@@ -2244,7 +2253,7 @@ class Unit:
         numbers_at_a_time = self.SLICE[self.group["kind"]]
         size = self.chunk if weights.is_cuda else max(1, numbers_at_a_time // self.tail.numel())
         update = self.update_matrices if self.matrix else self.update_elements
-        numbers = StepNumbers(*self.numbers(scale))
+        numbers = self.numbers(scale)
         for begin, end, updates in spans:
             for first in range(begin, end, size):
                 self.part = part = slice(first, min(first + size, end))  # of the chunk
@@ -2253,10 +2262,9 @@ class Unit:
         for part, before in kept:
             part.copy_(before)
 
-    def numbers(self, scale: float) -> list[float]:
-        """What changes from step to step, in the order of `StepNumbers`."""
+    def numbers(self, scale: float) -> StepNumbers:
         lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
-        return [scale, lr, momentum, lr * self.group["weight_decay"]]
+        return StepNumbers(scale, lr, momentum, lr * self.group["weight_decay"])
 
     def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
         """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
@@ -2552,8 +2560,8 @@ class RowUnit(Unit):
         root = grad.size(1) ** 0.5
         weights = own
         if "master" in self.state:  # it follows weights that others changed
-            weights, now, master = self.state["master"], own[rows], self.state["master"][rows]
-            weights[rows] = torch.where(master.to(self.dtype) == now, master, now.to(self.precision))
+            weights = self.state["master"]
+            weights[rows] = followed(weights[rows], own[rows])
         # a larger gradient counts as this one, whose square is finite; norms are (n, 1)
         if grad.is_cuda or not self.norms.isfinite().all():
             grad = (grad * scale).clamp_(-LARGEST_SQUARED / root, LARGEST_SQUARED / root)
@@ -2565,7 +2573,7 @@ class RowUnit(Unit):
         size = (now / (1 - beta2 ** int(self.updates))).sqrt_().add_(group["eps"]).clamp_min_(TINY_NUMBER)
         if group["weight_decay"]:
             before = weights[rows]
-            self.decay(before, grad, torch.gt, StepNumbers(*self.numbers(scale)).decay)
+            self.decay(before, grad, torch.gt, self.numbers(scale).decay)
             weights[rows] = before
         factor = -float(group["lr"]) * scale / size
         if isinstance(rows, slice):
@@ -2860,7 +2868,7 @@ class ShardedMatrices(Shards):
         if "master" in self.state:
             self.take_over(now)
         left_alone = (moved == 0) & moved.signbit()
-        super().decay(weights, -moved, torch.ge, StepNumbers(*self.numbers(1.0)).decay, ~left_alone)
+        super().decay(weights, -moved, torch.ge, self.numbers(1.0).decay, ~left_alone)
         weights.add_(moved)
         held = self.held()
         parts = weights.to(self.dtype).split(self.rows)
