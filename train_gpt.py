@@ -42,6 +42,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import ctypes
 import dataclasses
@@ -4396,7 +4397,8 @@ def make_header(folder: Path) -> None:
             CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
 
     if not any(folder.glob("*.gch")):
-        threading.Thread(target=make, name="make_header", daemon=True).start()
+        here = contextvars.copy_context()  # settings of torch's compiler are those of a thread
+        threading.Thread(target=here.run, args=[make], name="make_header", daemon=True).start()
 
 
 def prepare_compiler(device: torch.device) -> dict[str, Any]:
@@ -4423,6 +4425,11 @@ def prepare_compiler(device: torch.device) -> dict[str, Any]:
     # What the processor says it has is not tried out by test programs, which takes seconds.
     if device.type == "cpu" and hasattr(inductor.cpp, "vec_isa_ok"):
         inductor.cpp.vec_isa_ok = settings["vec_isa_ok"] = True
+    # Tracing parses each source file for the names of its functions, for a log that is off: a quarter of a second.
+    with contextlib.suppress(ImportError):
+        from torch._dynamo import funcname_cache
+
+        funcname_cache.cache[__file__] = {}
     if settings.get("precompiled_header"):
         make_header(headers)
     return settings

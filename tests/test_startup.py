@@ -150,20 +150,41 @@ assert {{*seen}} == {{("warm_up", False), ("advance", True)}}, {{*seen}}
 
 
 def test_the_header_of_kernels_is_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread, for the flags that kernels have, and not where it is already."""
+    """In a thread, for the flags and settings that kernels have, and not where it is already."""
     from torch._inductor import codecache
+    from torch._inductor import config as inductor
 
     asked = []
-    load = staticmethod(lambda types, source: asked.append((types, source, threading.current_thread())))
-    monkeypatch.setattr(codecache.CppPythonBindingsCodeCache, "load_pybinding", load)
+
+    def load(types: list[str], source: str) -> None:
+        asked.append((types, source, threading.current_thread(), inductor.cpp.vec_isa_ok))
+
+    monkeypatch.setattr(codecache.CppPythonBindingsCodeCache, "load_pybinding", staticmethod(load))
     for header in ((), ("x.h.gch",)):
         for name in header:
             (tmp_path / name).touch()
-        train_gpt.make_header(tmp_path)
+        with inductor.patch({"cpp.vec_isa_ok": True}):  # as `prepare_compiler` sets it
+            train_gpt.make_header(tmp_path)
         for thread in {*threading.enumerate()} - {threading.main_thread()}:
             thread.join(5) if thread.name.startswith("make_header") else None
-    ((types, source, thread),) = asked
+    ((types, source, thread, not_tried_out),) = asked
     assert types == ["float*"] and "cpp_prefix.h" in source and thread is not threading.main_thread()
+    assert not_tried_out
+
+
+def test_tracing_does_not_parse_the_whole_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import funcname_cache
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(train_gpt, "make_header", lambda folder: None)
+    monkeypatch.setattr(funcname_cache, "cache", {})
+    parse = funcname_cache._add_file
+    parsed = []
+    monkeypatch.setattr(funcname_cache, "_add_file", lambda name: (parsed.append(name), parse(name)))
+    train_gpt.prepare_compiler(torch.device("cpu"))
+    torch._dynamo.reset()
+    torch.compile(train_gpt.fold_bytes, backend="eager")(torch.arange(9))
+    assert train_gpt.__file__ not in parsed
 
 
 def test_private_names_of_torch_are_there() -> None:
