@@ -298,14 +298,14 @@ def test_the_status_is_that_of_the_trainer(
 
 
 def test_torch_is_imported_once_and_by_one_process(tmp_path: Path, data_dir: Path) -> None:
-    """The second thing is said before it is there: torch's stand-in notes who imports it, and waits for the news."""
+    """The second thing is said before it is there: torch's stand-in notes who imports it, and waits."""
     stand_in = "import __main__, os, sys, time; print(os.getpid(), file=sys.stderr)\n"
     stand_in += "give_up = time.monotonic() + 60\n"
     stand_in += "while len(__main__.said) < 2 and time.monotonic() < give_up: time.sleep(0.01)\n"
     stand_in += "sys.path.remove(os.environ['STAND_IN']); del sys.modules['torch']; import torch\n"
     (tmp_path / "torch.py").write_text(stand_in)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import launch; launch.NEWS = 0.1\n"
-    code += "said, say = [], launch.say; launch.say = lambda sentence: (say(sentence), said.append(sentence))\n"
+    code += "said, say = [], launch.say; launch.say = lambda words: (say(words), said.append(words))\n"
     code += "sys.exit(launch.main(sys.argv[1:]))"
     words = options(out=tmp_path / "out", schedule__steps=2, schedule__extension=0)
     environment = os.environ | dict(PYTHONPATH=str(tmp_path), STAND_IN=str(tmp_path))
