@@ -932,67 +932,65 @@ def fold_bytes(inputs: Tensor) -> Tensor:
 
 
 def ngram_keys(inputs: Tensor, document: Tensor, longest: int) -> list[Tensor]:
-    """A number below 2**31 for the last n tokens at each place, (B, T), for n from 1 to `longest`.
+    """A number below 2**31 for the last n tokens at each place, (..., T), for n from 1 to `longest`.
 
-    Tokens of other documents, by the number of the `document` (B, T) at each place, count as none.
+    Tokens of other documents, by the number of the `document` (..., T) at each place, count as none. So does
+    what lies before the row.
     """
-    T = inputs.size(1)
-    keys = [inputs.long() + 1]
+
+    def last(x: Tensor, none: int) -> Tensor:
+        """x at the places up to each one, the place itself at the end: (..., T, longest)."""
+        return F.pad(x, (longest - 1, 0), value=none).unfold(-1, longest, 1)
+
+    same = last(document, -1) == document[..., None]
+    tokens = torch.where(same, last(inputs.long() + 1, 0), 0)
+    keys = [tokens[..., -1]]
     for k in range(1, longest):
-        shift = min(k, T)  # a row may be shorter than the n-gram
-        same = document[:, shift:] == document[:, : T - shift]
-        earlier = torch.where(same, inputs[:, : T - shift].long() + 1, 0)
-        keys.append((keys[-1] * HASH_KEY + F.pad(earlier, (shift, 0))) % 2**31)
+        keys.append((keys[-1] * HASH_KEY + tokens[..., -1 - k]) % 2**31)
     return keys
 
 
-def ngram_hashes(
-    keys: Sequence[Tensor], ngrams: Sequence[tuple[int, int]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Row of each n-gram in its table, and a second hash: (B, T) for each of `ngrams`.
+def ngram_rows(keys: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Rows of n-grams in their tables, (B, T) each.
 
-    `keys` are those of `ngram_keys`. The tables lie one after the other in one bank. Embeddings of hashed
-    n-grams: fastText (1607.04606), record #62 (pairs).
+    Each table has its `keys` (B, T), and `counts` rows. The tables lie one after the other in one bank.
+    Embeddings of hashed n-grams: fastText (1607.04606), record #62 (pairs).
     """
-    rows, second_hashes = [], []
-    table_begin = 0
-    for n, count in ngrams:
-        key = keys[n - 1]
-        rows.append(table_begin + (key * HASH_ROW >> 8) % count)
-        second_hashes.append(key * HASH_SIGN >> 9)
-        table_begin += count
-    return rows, second_hashes
+    begins = itertools.accumulate(counts, initial=0)
+    return [begin + (key * HASH_ROW >> 8) % count for key, count, begin in zip(keys, counts, begins)]
+
+
+def sign_pattern(key: Tensor, patterns: int) -> Tensor:
+    """The number of the pattern of signs of an n-gram's key: another hash of it; any shape."""
+    return (key * HASH_SIGN >> 9) % patterns
 
 
 def place_before(key: Tensor, document: Tensor) -> Tensor:
-    """The last place before each one with the same key in the same document, -1 for none; all (B, T).
+    """The last place before each one with the same key in the same document, -1 for none; all (..., T).
 
     Sorted by key and then by place, it is the neighbour in front. Where that is of another document, there
     is none in this one: documents follow each other.
     """
-    T = key.size(1)
-    order = (key * T + torch.arange(T, device=key.device)).argsort(1)
-    in_front = order.roll(1, 1)  # of the first one the last, which is a later place
-    alike = (key.gather(1, order) == key.gather(1, in_front)) & (in_front < order)
-    alike = alike & (document.gather(1, order) == document.gather(1, in_front))
-    return torch.zeros_like(order).scatter(1, order, torch.where(alike, in_front, -1))
+    T = key.size(-1)
+    order = (key * T + torch.arange(T, device=key.device)).argsort(-1)
+    in_front = order.roll(1, -1)  # of the first one the last, which is a later place
+    alike = (key.gather(-1, order) == key.gather(-1, in_front)) & (in_front < order)
+    alike = alike & (document.gather(-1, order) == document.gather(-1, in_front))
+    return torch.zeros_like(order).scatter(-1, order, torch.where(alike, in_front, -1))
 
 
-def match_rows(
-    inputs: Tensor, keys: Sequence[Tensor], document: Tensor, lengths: Sequence[int], vocab: int
-) -> list[Tensor]:
-    """For each n of `lengths` the row of the token that followed the last n tokens, where the document
-    had them before: (B, T).
+def match_rows(inputs: Tensor, keys: Sequence[Tensor], document: Tensor, vocab: int) -> Tensor:
+    """The row of the token that followed the same key where the document had it before: (tables, B, T).
 
-    A table has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the
-    other. Copying as an input: after #92, there for the longest match alone.
+    Each table has its `keys` (B, T), those of the last n tokens; inputs and document are (B, T). It has a row
+    for "not seen before" and one for each of `vocab` tokens; tables lie one after the other. Copying as an
+    input: after #92, there for the longest match alone.
     """
-    rows = []
-    for number, n in enumerate(lengths):
-        before = place_before(keys[n - 1], document)
-        follower = inputs.long().gather(1, before + 1)  # at a place that is not after this one
-        rows.append(number * (vocab + 1) + torch.where(before >= 0, follower + 1, 0))
-    return rows
+    key = torch.stack([*keys])
+    before = place_before(key, document.expand_as(key))
+    follower = inputs.long().expand_as(key).gather(-1, before + 1)  # at a place that is not after this one
+    begins = torch.arange(0, len(keys) * (vocab + 1), vocab + 1, device=key.device)
+    return begins[:, None, None] + torch.where(before >= 0, follower + 1, 0)
 
 
 class Table(NamedTuple):
@@ -1448,24 +1446,23 @@ class GPT(nn.Module):
     def ngrams(self, inputs: Tensor, starts: Tensor, table: Table) -> Tensor:
         """What the last tokens are and what followed them before: sums of rows of the `table`, (B, T, D)."""
         c = self.config
-        # keys of the last 1, 2, ... tokens
         document = starts.cumsum(1)  # (B, T), its number in the row
-        keys = ngram_keys(inputs, document, max(*c.matches, *(n for n, _ in c.ngrams), 1, 1))
         # n-grams: a row for each length; long ones are seldom met again, so that alike ones share a row
-        hashed_keys = keys
-        if c.ngram_fold:
-            folded = ngram_keys(fold_bytes(inputs), document, len(keys))
-            hashed_keys = [*keys[: c.ngram_fold - 1], *folded[c.ngram_fold - 1 :]]
-        rows, second_hashes = ngram_hashes(hashed_keys, c.ngrams)
+        texts = torch.stack([inputs, fold_bytes(inputs)] if c.ngram_fold else [inputs])
+        longest = max(*c.matches, *(n for n, _ in c.ngrams), 1, 1)
+        keys = ngram_keys(texts, document.expand_as(texts), longest)  # of the last 1, 2, ... tokens
+        hashed_keys = [keys[n - 1][int(0 < c.ngram_fold <= n)] for n, _ in c.ngrams]
+        rows = ngram_rows(hashed_keys, [count for _, count in c.ngrams])
         # matches: what followed, however far back it is; their tables lie behind those of the n-grams
-        matched = match_rows(inputs, keys, document, c.matches, c.padded_vocab)
-        behind = sum(count for _, count in c.ngrams)
+        if c.matches:
+            matched = match_rows(inputs, [keys[n - 1][0] for n in c.matches], document, c.padded_vocab)
+            rows += [*(matched + sum(count for _, count in c.ngrams))]
         # one look-up for all; n-grams that share a row by chance differ in their signs (#83)
-        rows = torch.stack([*rows, *(row + behind for row in matched)], -1)  # (B, T, tables)
-        found = Lookup.apply(*table, rows)  # (B, T, tables, D)
+        found = Lookup.apply(*table, torch.stack(rows, -1))  # (B, T, tables, D)
         of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
         if c.ngrams and c.ngram_signs:
-            of_ngrams = of_ngrams * F.embedding(torch.stack(second_hashes, -1) % c.ngram_signs, self.signs)
+            patterns = sign_pattern(torch.stack(hashed_keys, -1), c.ngram_signs)
+            of_ngrams = of_ngrams * F.embedding(patterns, self.signs)
         return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
