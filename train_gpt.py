@@ -1001,14 +1001,29 @@ class Table(NamedTuple):
     read: Tensor | None = None  # (R,) bool: the rows of `sums` to which something was added
 
 
-def add_rows(sums: Tensor, index: Tensor, grad: Tensor) -> None:
-    """Add rows `grad` (n, D) to the rows `index` (n,) of `sums` (R, D), in place."""
-    sums.scatter_add_(0, index[:, None].long().expand_as(grad), grad)
+def add_rows(
+    sums: Tensor, index: Tensor, grad: Tensor, patterns: Tensor | None = None, signs: Tensor | None = None
+) -> None:
+    """Add `grad` (n, D) to a row of each table: the rows `index` (n, tables) of `sums` (R, D), in place.
+
+    For the first tables it has signs: `signs` (P, D) at the numbers `patterns` (n, tables with signs).
+    """
+    signed = 0 if patterns is None else patterns.size(1)
+    for k, at in enumerate(index.unbind(1)):
+        sums.index_add_(0, at, grad * F.embedding(patterns[:, k], signs) if k < signed else grad)
 
 
 # The same as an operator of its own, for a graph on a CPU: there inductor would copy all of `sums` there and
 # back. Elsewhere it is not called, since its first call loads the compiler.
 add_rows_in_graph = torch.library.custom_op("train_gpt::add_rows", add_rows, mutates_args=("sums",))
+
+
+def add_gradients(sums: Tensor, read: Tensor | None, index: Tensor, *grad: Tensor) -> None:
+    """`add_rows` of a backward, which also marks the rows of `sums` that are `read` (R,)."""
+    if read is not None:
+        read.scatter_(0, index.flatten().long(), True)
+    compiled_on_a_cpu = torch.compiler.is_compiling() and not sums.is_cuda
+    (add_rows_in_graph if compiled_on_a_cpu else add_rows)(sums, index, *grad)
 
 
 class Lookup(torch.autograd.Function):
@@ -1027,17 +1042,38 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, ...]:
         sums, read, index = ctx.saved_tensors
-        if read is not None:
-            read.scatter_(0, index.flatten().long(), True)
-        grad = grad.flatten(0, -2).to(sums.dtype)  # (n, D)
-        # inductor writes a kernel for the first: in place on a GPU, and too slow on a CPU, where a step of
-        # `tiny` takes 1.4 times as long with it
-        if sums.is_cuda:
-            sums.index_add_(0, index.flatten(), grad)
-        else:
-            add = add_rows_in_graph if torch.compiler.is_compiling() else add_rows
-            add(sums, index.flatten(), grad)
+        add_gradients(sums, read, index.flatten()[:, None], grad.flatten(0, -2).to(sums.dtype))
         return None, None, None, None
+
+
+class SumOfRows(torch.autograd.Function):
+    """A row of each of several tables, summed: index (B, T, tables) -> (B, T, D), in fp32.
+
+    The tables lie in one bank (R, D). Rows of the first have signs: `signs` (P, D) at the numbers `patterns`
+    (B, T, tables with signs). One table after the other: what is found in all of them would be large.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, sums: Tensor | None, read: Tensor | None, index: Tensor, patterns: Tensor | None,
+        signs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(sums, read, index, patterns, signs)
+        signed = 0 if patterns is None else patterns.size(-1)
+        total = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+        for k, at in enumerate(index.unbind(-1)):
+            found = F.embedding(at, rows).to(total.dtype)
+            if k < signed:
+                found = found * F.embedding(patterns[..., k], signs)
+            total = total + found
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+        sums, read, index, patterns, signs = ctx.saved_tensors
+        patterns = None if patterns is None else patterns.flatten(0, 1)
+        add_gradients(sums, read, index.flatten(0, 1), grad.flatten(0, 1).to(sums.dtype), patterns, signs)
+        return (None,) * 6
 
 
 def to_fp8(x: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
@@ -1457,13 +1493,11 @@ class GPT(nn.Module):
         if c.matches:
             matched = match_rows(inputs, [keys[n - 1][0] for n in c.matches], document, c.padded_vocab)
             rows += [*(matched + sum(count for _, count in c.ngrams))]
-        # one look-up for all; n-grams that share a row by chance differ in their signs (#83)
-        found = Lookup.apply(*table, torch.stack(rows, -1))  # (B, T, tables, D)
-        of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
+        # n-grams that share a row by chance differ in their signs (#83)
+        patterns = None
         if c.ngrams and c.ngram_signs:
-            patterns = sign_pattern(torch.stack(hashed_keys, -1), c.ngram_signs)
-            of_ngrams = of_ngrams * F.embedding(patterns, self.signs)
-        return of_ngrams.sum(-2) + of_matches.sum(-2)
+            patterns = sign_pattern(torch.stack(hashed_keys, -1), c.ngram_signs)  # (B, T, tables of n-grams)
+        return SumOfRows.apply(*table, torch.stack(rows, -1), patterns, self.signs)
 
     def block(
         self, x: Tensor, x0: Shared, attention_input: Shared | None, residual: Tensor,
