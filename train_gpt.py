@@ -6,9 +6,9 @@
     python train_gpt.py --help                              every field, its values and its meaning
 
 A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of processes N:
-a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided once by the global token
-count. Record numbers such as #42 are those of the public speedrun (KellerJordan/modded-nanogpt); numbers such
-as 2505.16932 are papers on arXiv.
+a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided once by the global
+count of targets. Record numbers such as #42 are those of the public speedrun (KellerJordan/modded-nanogpt);
+numbers such as 2505.16932 are papers on arXiv.
 
 Contents, in the order in which a token meets them:
     1 Tracks      every number of a run, as data
@@ -110,12 +110,13 @@ class Stage(NamedTuple):
     begin: float  # the stage begins at step begin * schedule.steps; 1 is the start of the extension
     # Attention windows (short, long), in positions; paired heads have two positions for each token.
     windows: tuple[int, int]
-    batch: int = 1  # factor on the rows of a step
+    batch: int = 1  # factor on the rows of a step: a growing batch, and a taper at the end
     document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
-    lr: float = 1.0  # factor on the learning rates above their floor
+    lr: float = 1.0  # factor on the learning rates, which the cooldown fades to the floor
     # For the targets 2, 3, ... tokens ahead: (first, last) weight of their loss, linear in between (#53).
     ahead: tuple[tuple[float, float], ...] = ()
-    candidates: int = 0  # classes of the training softmax of a row, see `sample_classes`; 0: all (#92)
+    # Sampled softmax: classes that a row has in training, see `sample_classes`; 0: all of them (#92).
+    candidates: int = 0
 
 
 Numbers = tuple[int, ...]
@@ -229,7 +230,7 @@ class Model(Settings):
     attention_source: int = field(-1, "block whose output all later attention reads; -1: none (#77)")
     # what is added to the stream
     ngrams: Pairs = field((), "(n, rows): hashed embeddings of the last n tokens (#62)")
-    ngram_fold: int = field(0, "bytes: from this n on A is a and a line end a space; 0: never")
+    ngram_fold: int = field(0, "folded bytes: from this n on A is a, a line end a space; 0: never")
     ngram_signs: int = field(0, "sign patterns for the rows of n-grams; 0: none (#83)", 0)
     matches: Numbers = field((), "n: what followed the last n tokens before, in the document")
     skips: Pairs = field((), "(source, target): block output added before a block (#11, #45)")
@@ -241,7 +242,8 @@ class Model(Settings):
     softcap: tuple[float, float, float] = field(
         (30.0, 0.0, 7.5), "(A, B, C): logits are A sigmoid((l + B) / C) (#18, #54)"
     )
-    tied: float = field(0.0, "share of the steps with one table for head and embedding (#51, #53)", 0)
+    # Of the scheduled steps; 1: until the extension. `untie_step` rounds up to where no gradients wait.
+    tied: float = field(0.0, "share of the steps before head and embedding untie (#51, #53)", 0)
     # how weights are stored and multiplied
     qk_parts: int = field(1, "row blocks of q and of k, each orthogonalised by itself (#80)", 1)
     low_precision: tuple[str, ...] = field(
@@ -269,22 +271,26 @@ class Muon(Settings):
 
     lr: float = field(0.03, "learning rate at factor 1", 0)
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
-    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    cautious: bool = field(False, "cautious decay: where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
+    # rowcol balances rows and columns by their sums of squares now, before orthogonalising; both does it
+    # weakly by running means of these, before and after
     equilibrate: Literal["none", "row", "col", "rowcol", "both"] = field(
-        "row", "MuonEq; both: also after orthogonalising"
+        "row", "MuonEq; both: weakly, before and after"
     )
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares, not of both")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express, newton_schulz, another of ORTHOGONALIZERS")
     norm_bound: Literal["frobenius", "spc"] = field(
-        "frobenius", "bound of the largest singular value"
+        "frobenius", "bound of the largest singular value; spc: Schatten-8"
     )
     normuon: bool = field(False, "NorMuon: equalise rows or columns by their running mean square")
     normuon_axis: Literal["auto", "row", "col"] = field(
         "auto", "what has a mean square; auto: the longer side"
     )
     beta2: float = field(0.95, "decay of NorMuon's mean square", 0, 1)
+    # by the shape of a matrix: of Muon (KellerJordan/Muon), or of Moonlight (2502.16982), with which an
+    # update has the root mean square 0.2, about that of AdamW
     scale: Literal["spectral", "match_rms_adamw"] = field(
         "spectral", "sqrt(max(1, m/n)) or 0.2 sqrt(max(m, n))"
     )
@@ -315,11 +321,10 @@ class Adam(Settings):
     betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment", 0, 1)
     eps: float = field(1.5e-13, "added to the root of the second moment of the mean over tokens", 0)
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay", 0)
-    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    cautious: bool = field(False, "cautious decay: where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
-    rowwise: bool = field(
-        False, "one second moment for a row, no first; rows not read rest (#92)"
-    )
+    # Rows that were not read stay as they are; only decay that is not cautious moves all rows.
+    rowwise: bool = field(False, "row-wise: one second moment for a row, and no first one (#92)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,11 +342,14 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Average(Settings):
-    """Weights at the end are blended with a running mean of the last steps' (#92, 1803.05407)."""
+    """Weight average: those at the end are blended with an exponential mean (EMA) of the last steps' weights.
+
+    Record #92; equal parts are stochastic weight averaging (SWA, 1803.05407).
+    """
 
     blends: Shares = field((), "(parameter, share of its mean in the end)")
     span: float = field(0.25, "last share of all steps whose weights are averaged", 0)
-    memory: float = field(0.5, "share of the span that the mean reaches back; 1: all alike", 0)
+    memory: float = field(0.5, "time constant of the EMA as a share of the span; 1: equal parts", 0)
     every: int = field(4, "steps between two weights of the mean", 1)
 
 
@@ -449,9 +457,9 @@ TINY = Track(
 
 # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89
 # without its gate networks (#81, #85), head mixing (#85) and prefix loss (#88), with the averages, the
-# sampled softmax, the end and the fewer blocks of #92 (a block and three attentions less), and with what
-# followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as 1,200
-# or 1,650; records/README.md has the reasons.
+# sampled softmax, the batch taper and the fewer blocks of #92 (a block and three attentions less), and with
+# what followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as
+# 1,200 or 1,650; records/README.md has the reasons.
 SHORT = Track(
     model=Model(
         padded_vocab=50304, width=768, heads=6, layers=10, attention_free=(4, 6, 8), long_blocks=(3, 9),
@@ -481,6 +489,7 @@ SHORT = Track(
             Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), 2, 2048, lr=1.52, ahead=((0.5, 0.0),), candidates=10_240),
             Stage(2 / 3, (640, 1408), 3, 2048, lr=1.73, candidates=10_240),
+            # batch taper, with the full softmax
             Stage(0.94, (640, 1408), 2, 2048, lr=1.73),
             Stage(1, (768, 1664), 1, 2048),
         ),
@@ -591,7 +600,7 @@ class SampledBatch(NamedTuple):
 def sample_classes(
     targets: np.ndarray, count: int, vocab: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` classes, of `vocab`, that the softmax of a row has in training, and their log counts.
+    """Sampled softmax: the `count` classes, of `vocab`, that a row has in training, and their log counts.
 
     They are the row's targets, which stand for themselves, and, to fill up, a window of a sweep over all
     classes, another window for each row `number`: these stand for all other classes, so that the sum of the
@@ -832,9 +841,10 @@ def in_blocks(x: Tensor, C: int, previous: bool = False) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d) -> (B, T, H, d); the softmax scale is already in q.
 
-    In blocks the cost is T x window, and the exponentials need no running maximum: heads are
-    RMS-normalised, so |q k| is at most the softmax scale times d. `model_rules` holds that below 40 at the
-    first window, and it grows slowly with the windows; fp32 overflows at 88.
+    In blocks the cost is T x window, and the exponentials need no running maximum: heads are RMS-normalised,
+    so |q k| is at most the softmax scale times d, with a key offset, which joins parts of two keys, sqrt(2)
+    times that. `model_rules` holds scale times d at most at 40 at the first window, and it grows slowly with
+    the windows; fp32 overflows at 88.
     """
     if layout.mask is not None:
         C = layout.mask.size(-2)
@@ -886,7 +896,7 @@ def supports(device: torch.device, feature: str) -> bool:
 # time, and `GPT.stream` hands each block its slices. To read a forward pass, begin at `GPT.forward`:
 #   forward -> body -> stream -> embedding, layouts, then block after block (attention, feed_forward)
 #                   -> loss -> logits
-# `compile_parts` says which of these become graphs of torch.compile. There is no train() and eval():
+# `GPT.COMPILED` names those that become graphs of torch.compile. There is no train() and eval():
 # what only training does (recomputation, FP8) asks `torch.is_grad_enabled()`.
 # ----------------------------------------------------------------------------------------------------
 
@@ -925,13 +935,13 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
 
 
 def fold_bytes(inputs: Tensor) -> Tensor:
-    """Bytes with capital letters as small ones and line ends as spaces."""
+    """Folded bytes: capital letters as small ones, line ends as spaces."""
     capital = (inputs >= ord("A")) & (inputs <= ord("Z"))
     return torch.where(inputs == ord("\n"), ord(" "), inputs + 32 * capital)
 
 
 def ngram_keys(inputs: Tensor, document: Tensor, longest: int) -> list[Tensor]:
-    """A number below 2**31 for the last n tokens at each place, (B, T), for n from 1 to `longest`.
+    """A hash below 2**31 of the last n tokens at each place, (B, T), for n from 1 to `longest`.
 
     Tokens of other documents, by the number of the `document` (B, T) at each place, count as none.
     """
@@ -971,7 +981,7 @@ def place_before(key: Tensor, document: Tensor) -> Tensor:
     """
     T = key.size(1)
     order = (key * T + torch.arange(T, device=key.device)).argsort(1)
-    in_front = order.roll(1, 1)  # of the first one the last, which is a later place
+    in_front = order.roll(1, 1)  # of the first one the last: another key or a later place
     alike = (key.gather(1, order) == key.gather(1, in_front)) & (in_front < order)
     alike = alike & (document.gather(1, order) == document.gather(1, in_front))
     return torch.zeros_like(order).scatter(1, order, torch.where(alike, in_front, -1))
@@ -980,11 +990,11 @@ def place_before(key: Tensor, document: Tensor) -> Tensor:
 def match_rows(
     inputs: Tensor, keys: Sequence[Tensor], document: Tensor, lengths: Sequence[int], vocab: int
 ) -> list[Tensor]:
-    """For each n of `lengths` the row of the token that followed the last n tokens, where the document
-    had them before: (B, T).
+    """Matches: for each n of `lengths` a row for the token that followed the last n tokens, (B, T).
 
-    A table has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the
-    other. Copying as an input: after #92, there for the longest match alone.
+    It followed them where the document had them last; n-grams with the same key count as the same. A table
+    has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the other.
+    Copying as an input: after #92, there for the longest match alone.
     """
     rows = []
     for number, n in enumerate(lengths):
@@ -1060,7 +1070,8 @@ def fp8_product(
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors of x, w and the gradient.
 
-    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, an fp32 parameter, is fp32.
+    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, the fp32 head or the rows of it
+    that are sampled, is fp32.
     """
 
     @staticmethod
@@ -1109,10 +1120,11 @@ class Reading(torch.autograd.Function):
 
 
 class Shared(NamedTuple):
-    """Activations (B, T, D) that several blocks read, and the `sums` of their gradients, None: autograd adds.
+    """Activations x (B, T, D) that several blocks read, and the `sums` of what they add to its gradient.
 
-    Autograd would write the gradient of each block and read it again. The sums are complete where `Joined`
-    takes them: the stream itself goes through all blocks that read.
+    None: autograd adds, which would write the gradient of each block and read it again. The sums are complete
+    when the backward of `Joined` adds them: the stream goes through `Joined` before it comes to any block
+    that reads, so that the backward of each of these has run.
     """
 
     x: Tensor
@@ -1146,7 +1158,7 @@ def call_directly(part: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The decoder of records #42 to #89.
+    """The decoder of the index above, after records #42 to #92.
 
     All sizes come from `model`, `max_tokens` is the longest row, activations and the parameters in
     `model.low_precision` have `dtype`. Weights are undefined until `init_weights`.
@@ -1191,7 +1203,7 @@ class GPT(nn.Module):
         self.gate = parameter(A, H, model.gate_inputs)  # (7, 6, 12)
         self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
         self.smear_gate = parameter(1, model.gate_inputs)
-        # tables: a row of D channels for each token or n-gram
+        # tables: a row of D channels for each token, hashed n-gram or follower of a match (these in one bank)
         self.embed = parameter(V, D)  # (50304, 768)
         table_rows = [*(rows for _, rows in model.ngrams), *(V + 1 for _ in model.matches)]
         self.ngram_embed = parameter(sum(table_rows), D)  # (477890, 768)
@@ -1294,8 +1306,8 @@ class GPT(nn.Module):
     def tables(self) -> list[Table]:
         """The tables of tokens, n-grams and value embeddings. In training each has a `.grad`, zeros at first.
 
-        Graphs take them as arguments: none could be traced that meets a parameter of low precision beside an
-        fp32 gradient.
+        Graphs take them as arguments: torch.compile traces no graph that meets a parameter of low precision
+        which has an fp32 gradient.
         """
         # while they are tied, the table is that of the head; `embed` takes over when they part
         embed = self.lm_head if self.tied else self.embed
@@ -1309,10 +1321,11 @@ class GPT(nn.Module):
             if p.grad is None:
                 p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-                # for `RowUnit`; the head has a gradient in each row
+                # for `RowUnit`; unless its classes are sampled, the head has a gradient in each row
                 if p is not self.lm_head:
                     p.grad.rows_read = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            # `data`: autograd, which adds to the same tensor for the head, does not mind the order
+            # `data`: autograd adds to the same tensor for a tied head, and would call that a change of what
+            # `Lookup` has saved
             sums, read = p.grad.data, getattr(p.grad, "rows_read", None)
         return Table(rows, sums, read)
 
@@ -1321,6 +1334,10 @@ class GPT(nn.Module):
         tables: Sequence[Table], head: Table | None = None, classes: Tensor | None = None,
         log_counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """The losses of `forward`, (1 + ahead,), with `windows` of `window_sizes` and tables of `GPT.tables`.
+
+        `head` is the head's table where `classes` are sampled. As one graph: "whole" of COMPILED.
+        """
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
             # Keep the inputs of each part and compute the rest again; nothing in it is random.
@@ -1343,7 +1360,7 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Activations (B, T, D) of tokens (B, T) before the last norm. `call` calls a block.
 
-        `windows` are those of `window_sizes`, `tables` those of the method.
+        `windows` are those of `GPT.window_sizes`, `tables` those of `GPT.tables`.
         """
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
@@ -1450,7 +1467,8 @@ class GPT(nn.Module):
         # keys of the last 1, 2, ... tokens
         document = starts.cumsum(1)  # (B, T), its number in the row
         keys = ngram_keys(inputs, document, max(*c.matches, *(n for n, _ in c.ngrams), 1, 1))
-        # n-grams: a row for each length; long ones are seldom met again, so that alike ones share a row
+        # n-grams: a row for each length; long ones are seldom met again, so that those share a row which are
+        # alike once they are folded
         hashed_keys = keys
         if c.ngram_fold:
             folded = ngram_keys(fold_bytes(inputs), document, len(keys))
@@ -1541,14 +1559,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
 
-        Where training samples P classes, a `head` (P, D) stands for `lm_head`, and each class counts as many
-        times in the softmax as `log_counts` (P,) say; targets count once.
+        Where training samples P classes (sampled softmax), a `head` (P, D) stands for `lm_head`, and a class
+        counts exp(log_counts) times in the softmax, `log_counts` (P,); targets count once.
 
         This is the training loss AND the validation loss, on which the claim of a record rests. A term that
         only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
-        z = self.logits(x, head)  # (n, V)
+        z = self.logits(x, head)  # (n, V), or (n, P) of sampled classes
         # A sum over classes picks the logit of the target: the backward of a gather would first write
         # zeros of the size of z.
         classes = torch.arange(z.size(1), device=z.device)
@@ -3507,7 +3525,7 @@ def long_windows(schedule: Schedule, step: int) -> list[int]:
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
-    """The factor on all learning rates: the stage's, and from the cooldown on linearly down to the floor."""
+    """The factor on all learning rates: the stage's, which the cooldown fades linearly to the floor."""
     remaining = max(0.0, 1 - step / schedule.steps)  # share of the scheduled steps
     if schedule.cooldown:
         share = min(1.0, remaining / schedule.cooldown)
@@ -4277,7 +4295,7 @@ def rows_per_pass(
 
 
 def untie_step(track: Track, period: int) -> int:
-    """The step before which head and embedding part.
+    """The step before which head and embedding part (untie, split).
 
     It is rounded up to a multiple of `period`: then no gradients wait for an update.
     """
@@ -4286,7 +4304,7 @@ def untie_step(track: Track, period: int) -> int:
 
 
 class WeightMeans:
-    """Running means of some parameters, fp32, whole on every rank: all ranks compute the same ones."""
+    """Weight averages (EMA) of some parameters, fp32, whole on every rank: all compute the same ones."""
 
     def __init__(self, model: GPT, average: Average):
         params = dict(model.named_parameters())
