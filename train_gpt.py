@@ -1616,7 +1616,7 @@ class GPT(nn.Module):
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
 # Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
-LARGEST_SQUARED = 1e18
+LARGEST_TO_SQUARE = 1e18
 # Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
 ROW = 1024
 
@@ -1738,7 +1738,7 @@ def sums_of_squares(x: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True).square()
 
 
-def with_gradient(grad: Tensor, sums: Tensor) -> Tensor:
+def has_gradient(grad: Tensor, sums: Tensor) -> Tensor:
     """Which matrices of `grad` (K, m, n) are not zero: (K, 1, 1). `sums` are the sums of their numbers."""
     alive = sums != 0
     # a sum of zero says nothing; asking a GPU would take longer than looking
@@ -1915,7 +1915,7 @@ def adam_pass(
     scale, blend1, blend2, size, root, eps, decay = numbers
     if stored is not None:
         weights.copy_(followed(weights, stored))
-    mean = (grad * scale).clamp(-LARGEST_SQUARED, LARGEST_SQUARED)
+    mean = (grad * scale).clamp(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
     exp_avg.lerp_(mean, blend1)
     exp_avg_sq.lerp_(mean.square(), blend2)
     decay_numbers(weights, exp_avg, decay, cautious)
@@ -1933,7 +1933,7 @@ def row_pass(
     scale, blend, correction, lr, eps, decay = numbers
     if stored is not None:
         weights.copy_(followed(weights, stored))
-    bound = LARGEST_SQUARED / grad.size(1) ** 0.5
+    bound = LARGEST_TO_SQUARE / grad.size(1) ** 0.5
     mean = (grad * scale).clamp(-bound, bound)
     second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
     decay_numbers(weights, mean, decay, cautious)
@@ -1947,7 +1947,7 @@ def row_pass(
 def update_together(jobs: Sequence[tuple]) -> None:
     """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
     for unit, stored, *arguments in jobs:
-        unit.update_stored(stored, *arguments)
+        unit.update_in_graph(stored, *arguments)
 
 
 @functools.cache
@@ -2317,7 +2317,7 @@ class Unit:
         self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
         return None
 
-    def update_stored(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
+    def update_in_graph(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
         """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
         self.sums = self.sum(grad)
         if "master" in self.state:
@@ -2326,7 +2326,7 @@ class Unit:
         if "master" in self.state:
             stored.copy_(weights)
 
-    def note_finite(self, step: int) -> None:
+    def note_bad(self, step: int) -> None:
         """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
         finite = self.sums.isfinite().all()
         self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
@@ -2345,7 +2345,7 @@ class Unit:
         self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
+        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
             self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
@@ -2364,7 +2364,7 @@ class Unit:
         group, (scale, lr, mu, decay), (m, n) = self.group, numbers, self.tail
         lr = lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
         # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
-        alive = with_gradient(grad, self.sums[self.part])  # (C, 1, 1)
+        alive = has_gradient(grad, self.sums[self.part])  # (C, 1, 1)
         momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
         add_scaled(momentum, grad, (1 - mu) * scale)
         if group["nesterov"]:
@@ -2582,7 +2582,7 @@ class RowUnit(Unit):
             weights[rows] = followed(weights[rows], own[rows])
         # a larger gradient counts as this one, whose square is finite; norms are (n, 1)
         if grad.is_cuda or not self.norms.isfinite().all():
-            grad = (grad * scale).clamp_(-LARGEST_SQUARED / root, LARGEST_SQUARED / root)
+            grad = (grad * scale).clamp_(-LARGEST_TO_SQUARE / root, LARGEST_TO_SQUARE / root)
             self.norms, scale = torch.linalg.vector_norm(grad, dim=1, keepdim=True), 1.0
         # the second moment of all rows falls: the others have nothing to add
         second_moment = self.state["exp_avg_sq"].mul_(beta2)
@@ -3250,7 +3250,7 @@ class MuonEq(torch.optim.Optimizer):
         for unit, full, _, work in gathering:
             work.wait()
             unit.receive(full)
-            unit.note_finite(self.step_count)
+            unit.note_bad(self.step_count)
 
     def _check_settings(self) -> None:
         """Check again what is no number, where it was changed since the last step."""
