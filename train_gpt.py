@@ -1617,33 +1617,6 @@ class GPT(nn.Module):
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
 # Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
 LARGEST_TO_SQUARE = 1e18
-# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
-ROW = 1024
-
-
-class Polynomial(NamedTuple):
-    """An iteration x -> a x + (b g + c g^2) x with g = x xT, which moves singular values towards 1."""
-
-    margin: float  # by which the bound of the largest singular value is enlarged before the first iteration
-    first: tuple[tuple[float, float, float], ...]  # (a, b, c) of the first iterations
-    then: tuple[float, float, float]  # (a, b, c) of all further ones
-
-
-# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of your own goes.
-ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
-    "polar_express": Polynomial(  # 2505.16932: 5 iterations, safety 2e-2
-        margin=1.02,
-        first=(
-            (8.156554524902461, -22.48329292557795, 15.878769915207462),
-            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-        ),
-        then=(1.875, -1.25, 0.375),
-    ),
-    "newton_schulz": Polynomial(margin=1.0, first=(), then=(3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
-}
 
 
 class Comm:
@@ -1826,6 +1799,31 @@ def balance_again(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return x.mul_(before / after.clamp_min(TINY_NUMBER))
 
 
+class Polynomial(NamedTuple):
+    """An iteration x -> a x + (b g + c g^2) x with g = x xT, which moves singular values towards 1."""
+
+    margin: float  # by which the bound of the largest singular value is enlarged before the first iteration
+    first: tuple[tuple[float, float, float], ...]  # (a, b, c) of the first iterations
+    then: tuple[float, float, float]  # (a, b, c) of all further ones
+
+
+# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of your own goes.
+ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
+    "polar_express": Polynomial(  # 2505.16932: 5 iterations, safety 2e-2
+        margin=1.02,
+        first=(
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        then=(1.875, -1.25, 0.375),
+    ),
+    "newton_schulz": Polynomial(margin=1.0, first=(), then=(3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
+}
+
+
 def orthogonalize(
     x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
     work_dtype: torch.dtype = torch.bfloat16,
@@ -1897,65 +1895,6 @@ def followed(master: Tensor, stored: Tensor) -> Tensor:
     return torch.where(changed_bits(master, stored) == 0, master, stored)
 
 
-def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
-    """Decoupled decay of weights that Adam updates, in a graph; as `Unit.decay`."""
-    decayed = weights * amount
-    weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
-
-
-def adam_pass(
-    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
-    numbers: Sequence[Tensor], cautious: bool,
-) -> Tensor:  # fmt: skip
-    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
-
-    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
-    `Unit.update_compiled`. Returns the sum of the gradients.
-    """
-    scale, blend1, blend2, size, root, eps, decay = numbers
-    if stored is not None:
-        weights.copy_(followed(weights, stored))
-    mean = (grad * scale).clamp(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
-    exp_avg.lerp_(mean, blend1)
-    exp_avg_sq.lerp_(mean.square(), blend2)
-    decay_numbers(weights, exp_avg, decay, cautious)
-    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
-    if stored is not None:
-        stored.copy_(weights)
-    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
-
-
-def row_pass(
-    weights: Tensor, grad: Tensor, second_moment: Tensor, stored: Tensor | None = None, *,
-    numbers: Sequence[Tensor], cautious: bool,
-) -> Tensor:  # fmt: skip
-    """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
-    scale, blend, correction, lr, eps, decay = numbers
-    if stored is not None:
-        weights.copy_(followed(weights, stored))
-    bound = LARGEST_TO_SQUARE / grad.size(1) ** 0.5
-    mean = (grad * scale).clamp(-bound, bound)
-    second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
-    decay_numbers(weights, mean, decay, cautious)
-    size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
-    weights.sub_(lr * mean / size)
-    if stored is not None:
-        stored.copy_(weights)
-    return grad.sum(1).sum()
-
-
-def update_together(jobs: Sequence[tuple]) -> None:
-    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
-    for unit, stored, *arguments in jobs:
-        unit.update_in_graph(stored, *arguments)
-
-
-@functools.cache
-def graph_of(function: Callable) -> Callable:
-    """The function as torch.compile makes it, for each of the settings that it meets."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
 class StepNumbers(NamedTuple):
     """What changes from step to step in an update; in a graph tensors of no dimension."""
 
@@ -1986,6 +1925,8 @@ class Unit:
     STATE = (  # the tensors of `state`
         "momentum", "second_moment", "row_norm", "col_norm", "exp_avg", "exp_avg_sq", "master",
     )  # fmt: skip
+
+    # ---- division and state
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
         self.group, self.comm = group, comm
@@ -2075,6 +2016,10 @@ class Unit:
         zeros = first.new_zeros(self.padding, *entry).reshape(-1, *tensors[0].shape[1:])
         return torch.cat([*tensors, zeros]).detach().reshape(-1, *entry)
 
+    def unstack(self, full: Tensor) -> Sequence[Tensor]:
+        """The part of each parameter in a stack or a stacked state (N C, ...)."""
+        return full[: self.size].split(self.counts)
+
     def views(self) -> list[dict[str, Tensor]]:
         """What this rank holds of the state of each parameter, as `optimizer.state` shows it.
 
@@ -2091,56 +2036,12 @@ class Unit:
             found.append(views)
         return found
 
-    def unstack(self, full: Tensor) -> Sequence[Tensor]:
-        """The part of each parameter in a stack or a stacked state (N C, ...)."""
-        return full[: self.size].split(self.counts)
-
-    def receive(self, full: Tensor) -> None:
-        """Write the new weights of a stack (N C, *tail) to the parameters."""
-        if self.direct:
-            return
-        held = self.held()
-        if {x.shape for x in held} == {self.tail}:
-            parts = full[: self.size].unbind()
-        else:
-            parts = [part.view(x.shape) for x, part in zip(held, self.unstack(full))]
-        # one call for all
-        torch._foreach_copy_(held, parts)
-
     def shape_of(self, p: Tensor, key: str) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
         return p.shape[: p.ndim - len(self.tail)] + self.state[key].shape[1:]
 
-    def saved(self, key: str) -> list[Tensor]:
-        """A state of each parameter for `state_dict`, gathered from all ranks."""
-        chunk = self.state[key]
-        full = chunk.new_empty(self.size + self.padding, *chunk.shape[1:])
-        self.comm.all_gather(full, chunk).wait()
-        parts = self.unstack(full)
-        return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
-
-    def load(self, key: str, saved: Sequence[Tensor]) -> None:
-        """Take over a state of each parameter as `saved` returned it, at any number of ranks."""
-        self.state[key].copy_(self.stack(saved)[self.own])
-
-    def take_moments(self, other: Unit) -> None:
-        """Take over the moments of a unit with the same `moments`."""
-        for key in other.moments():
-            self.state[key].copy_(other.state[key])
-
-    def join(self, comm: Comm) -> None:
-        """In a copy of an optimizer, belong to its processes; ValueError if these are others."""
-        self.comm = comm
-        processes = (self.size + self.padding) // self.chunk
-        if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
-            raise ValueError(
-                f"this rank of {comm.world_size} did not write this copy of an optimizer on "
-                f"{processes} processes; a state_dict fits any number"
-            )
-
-    def moments(self) -> dict[str, torch.Size]:
-        """The shapes of the state that does not follow from the parameters."""
-        return {key: value.shape for key, value in self.state.items() if key != "master"}
+    # ---- the step, in the order of its calls: reduce; update, which is count_updates and, slice by slice,
+    # update_chunk (update_matrices or update_elements), or update_compiled on a GPU; send; receive; note_bad
 
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
         """What is sent, the owned chunk of the gradients, `summed` over ranks or not, and the work.
@@ -2176,6 +2077,32 @@ class Unit:
             if grad is not None and grad.layout != torch.strided:
                 raise ValueError(f"the gradient of parameter {name!r} is sparse; MuonEq takes dense ones")
 
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
+        """Update the owned chunk with `grad` * scale.
+
+        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
+        job that `update_together` still has to do.
+        """
+        full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
+        stored = full[self.own]  # the chunk of the parameters
+        weights = self.state.get("master", stored)  # fp32, changed in place
+        skipped, spans = self.count_updates(grad)
+        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
+            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
+            return full, stored, job
+        if "master" in self.state:
+            self.take_over(stored)
+        self.update_chunk(weights, grad, scale, skipped, spans)
+        return full, weights.to(self.dtype), None
+
+    def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Count an update of each parameter but those that are skipped; these, and the `spans`."""
+        # which parameters, and how often they have been updated
+        skipped = self.skipped(grad)
+        self.updates += 1
+        self.updates[skipped] -= 1
+        return skipped, self.spans(skipped)
+
     def skipped(self, grad: Tensor) -> list[int]:
         """The parameters that are left alone in this step: those without a gradient, on any rank.
 
@@ -2209,52 +2136,6 @@ class Unit:
             spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
         return spans
 
-    def sum(self, grad: Tensor) -> Tensor:
-        """A number for each matrix of the chunk, or for all of it, that is finite where its numbers are."""
-        # a largest absolute value takes a CPU 40 times as long
-        return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
-
-    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The saved state of a parameter as this unit has it."""
-        return state
-
-    def clear(self) -> bool:
-        """Make the gradients zero in a way of its own; false: there is none."""
-        return False
-
-    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
-        """Update the owned chunk with `grad` * scale.
-
-        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
-        job that `update_together` still has to do.
-        """
-        full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
-        stored = full[self.own]  # the chunk of the parameters
-        weights = self.state.get("master", stored)  # fp32, changed in place
-        skipped, spans = self.count_updates(grad)
-        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
-            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
-            return full, stored, job
-        if "master" in self.state:
-            self.take_over(stored)
-        self.update_chunk(weights, grad, scale, skipped, spans)
-        return full, weights.to(self.dtype), None
-
-    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Send the new weights of the chunk: the stack, what is sent, and the work to wait for.
-
-        Both must live until the work is done; then `receive` takes the stack.
-        """
-        return full, chunk, self.comm.all_gather(full, chunk)
-
-    def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Count an update of each parameter but those that are skipped; these, and the `spans`."""
-        # which parameters, and how often they have been updated
-        skipped = self.skipped(grad)
-        self.updates += 1
-        self.updates[skipped] -= 1
-        return skipped, self.spans(skipped)
-
     def update_chunk(
         self, weights: Tensor, grad: Tensor, scale: float, skipped: list[int],
         spans: list[tuple[int, int, int]],
@@ -2284,78 +2165,10 @@ class Unit:
         lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
         return StepNumbers(scale, lr, momentum, lr * self.group["weight_decay"])
 
-    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
-        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
-        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
-
-    def fits_graph(self, stored: Tensor) -> bool:
-        """Whether a graph takes this unit, whose chunk of the parameters is `stored`."""
-        if self.matrix:  # neither a function that may be untraceable nor a mode that changes with the steps
-            method, mode = self.group["orthogonalize"], self.group["equilibrate"]
-            changes = mode == "rowcol" and self.group["phase"] is not None
-            return stored.is_cuda and not changes and not callable(ORTHOGONALIZERS.get(method, method))
-        return stored.is_cuda and len(stored) >= 2 * ROW and len(stored) % ROW == 0
-
-    def update_compiled(
-        self, stored: Tensor, weights: Tensor, grad: Tensor, scale: float, updates: int
-    ) -> tuple | None:
-        """Adam in one kernel; for matrices the job that `update_together` has to do."""
-        group, numbers = self.group, self.numbers(scale)
-        if self.matrix:
-            self.part = slice(0, self.chunk)
-            return self, stored, weights, grad, StepNumbers(*self.on_device(numbers))
-        _, lr, _, decay = numbers
-        beta1, beta2 = group["betas"]
-        updates = max(updates, 1)  # on tensors without content it is 0
-        size, root = lr / (1 - beta1**updates), math.sqrt(1 - beta2**updates)  # with bias corrections
-        changing = self.on_device([scale, 1 - beta1, 1 - beta2, size, root, group["eps"], decay])
-        chunks = [weights, grad, self.state["exp_avg"], self.state["exp_avg_sq"]]
-        rows = [x.reshape(-1, ROW) for x in (*chunks, *([stored] if "master" in self.state else []))]
-        for x in rows:
-            torch._dynamo.mark_dynamic(x, 0)
-        cautious = group["cautious"] or not decay
-        self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
-        return None
-
-    def update_in_graph(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
-        """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
-        self.sums = self.sum(grad)
-        if "master" in self.state:
-            self.take_over(stored)
-        self.update_matrices(weights, grad, numbers, self.state, 0)
-        if "master" in self.state:
-            stored.copy_(weights)
-
-    def note_bad(self, step: int) -> None:
-        """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
-        finite = self.sums.isfinite().all()
-        self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
-
-    def take_over(self, now: Tensor) -> None:
-        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
-        now, master = now.flatten(), self.state["master"].view(-1)
-        size = len(now) if now.is_cuda else self.SLICE["adam"]
-        for old, new in zip(master.split(size), now.split(size)):
-            different = changed_bits(old, new)
-            # a GPU would have to be waited for
-            if now.is_cuda or (len(new) and (different.max() or different.min())):
-                old.copy_(torch.where(different == 0, old, new))
-
-    def update_elements(
-        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
-    ) -> None:
-        """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
-        beta1, beta2 = group["betas"]
-        if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
-        # torch.tensor would wait for the device
-        count = torch.full((), float(updates), device=weights.device)
-        torch._fused_adamw_(
-            [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
-            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
-            weight_decay=0.0, amsgrad=False, maximize=False,
-        )  # fmt: skip
+    def sum(self, grad: Tensor) -> Tensor:
+        """A number for each matrix of the chunk, or for all of it, that is finite where its numbers are."""
+        # a largest absolute value takes a CPU 40 times as long
+        return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
 
     def update_matrices(
         self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
@@ -2420,6 +2233,139 @@ class Unit:
         else:
             kept = 1 - amount
             weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
+
+    def update_elements(
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
+    ) -> None:
+        """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
+        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
+        beta1, beta2 = group["betas"]
+        if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
+        # torch.tensor would wait for the device
+        count = torch.full((), float(updates), device=weights.device)
+        torch._fused_adamw_(
+            [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
+            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+            weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def take_over(self, now: Tensor) -> None:
+        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
+        now, master = now.flatten(), self.state["master"].view(-1)
+        size = len(now) if now.is_cuda else self.SLICE["adam"]
+        for old, new in zip(master.split(size), now.split(size)):
+            different = changed_bits(old, new)
+            # a GPU would have to be waited for
+            if now.is_cuda or (len(new) and (different.max() or different.min())):
+                old.copy_(torch.where(different == 0, old, new))
+
+    def fits_graph(self, stored: Tensor) -> bool:
+        """Whether a graph takes this unit, whose chunk of the parameters is `stored`."""
+        if self.matrix:  # neither a function that may be untraceable nor a mode that changes with the steps
+            method, mode = self.group["orthogonalize"], self.group["equilibrate"]
+            changes = mode == "rowcol" and self.group["phase"] is not None
+            return stored.is_cuda and not changes and not callable(ORTHOGONALIZERS.get(method, method))
+        return stored.is_cuda and len(stored) >= 2 * ROW and len(stored) % ROW == 0
+
+    def update_compiled(
+        self, stored: Tensor, weights: Tensor, grad: Tensor, scale: float, updates: int
+    ) -> tuple | None:
+        """Adam in one kernel; for matrices the job that `update_together` has to do."""
+        group, numbers = self.group, self.numbers(scale)
+        if self.matrix:
+            self.part = slice(0, self.chunk)
+            return self, stored, weights, grad, StepNumbers(*self.on_device(numbers))
+        _, lr, _, decay = numbers
+        beta1, beta2 = group["betas"]
+        updates = max(updates, 1)  # on tensors without content it is 0
+        size, root = lr / (1 - beta1**updates), math.sqrt(1 - beta2**updates)  # with bias corrections
+        changing = self.on_device([scale, 1 - beta1, 1 - beta2, size, root, group["eps"], decay])
+        chunks = [weights, grad, self.state["exp_avg"], self.state["exp_avg_sq"]]
+        rows = [x.reshape(-1, ROW) for x in (*chunks, *([stored] if "master" in self.state else []))]
+        for x in rows:
+            torch._dynamo.mark_dynamic(x, 0)
+        cautious = group["cautious"] or not decay
+        self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
+        return None
+
+    def update_in_graph(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
+        """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
+        self.sums = self.sum(grad)
+        if "master" in self.state:
+            self.take_over(stored)
+        self.update_matrices(weights, grad, numbers, self.state, 0)
+        if "master" in self.state:
+            stored.copy_(weights)
+
+    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
+        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
+        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
+
+    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Send the new weights of the chunk: the stack, what is sent, and the work to wait for.
+
+        Both must live until the work is done; then `receive` takes the stack.
+        """
+        return full, chunk, self.comm.all_gather(full, chunk)
+
+    def receive(self, full: Tensor) -> None:
+        """Write the new weights of a stack (N C, *tail) to the parameters."""
+        if self.direct:
+            return
+        held = self.held()
+        if {x.shape for x in held} == {self.tail}:
+            parts = full[: self.size].unbind()
+        else:
+            parts = [part.view(x.shape) for x, part in zip(held, self.unstack(full))]
+        # one call for all
+        torch._foreach_copy_(held, parts)
+
+    def note_bad(self, step: int) -> None:
+        """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
+        finite = self.sums.isfinite().all()
+        self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
+
+    def clear(self) -> bool:
+        """Make the gradients zero in a way of its own; false: there is none."""
+        return False
+
+    # ---- checkpoints and copies
+
+    def moments(self) -> dict[str, torch.Size]:
+        """The shapes of the state that does not follow from the parameters."""
+        return {key: value.shape for key, value in self.state.items() if key != "master"}
+
+    def saved(self, key: str) -> list[Tensor]:
+        """A state of each parameter for `state_dict`, gathered from all ranks."""
+        chunk = self.state[key]
+        full = chunk.new_empty(self.size + self.padding, *chunk.shape[1:])
+        self.comm.all_gather(full, chunk).wait()
+        parts = self.unstack(full)
+        return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
+
+    def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        """Take over a state of each parameter as `saved` returned it, at any number of ranks."""
+        self.state[key].copy_(self.stack(saved)[self.own])
+
+    def take_moments(self, other: Unit) -> None:
+        """Take over the moments of a unit with the same `moments`."""
+        for key in other.moments():
+            self.state[key].copy_(other.state[key])
+
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The saved state of a parameter as this unit has it."""
+        return state
+
+    def join(self, comm: Comm) -> None:
+        """In a copy of an optimizer, belong to its processes; ValueError if these are others."""
+        self.comm = comm
+        processes = (self.size + self.padding) // self.chunk
+        if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
+            raise ValueError(
+                f"this rank of {comm.world_size} did not write this copy of an optimizer on "
+                f"{processes} processes; a state_dict fits any number"
+            )
 
 
 class RowUnit(Unit):
@@ -2629,6 +2575,74 @@ class RowUnit(Unit):
         grad.rows_read.zero_()
         self.mine = None
         return True
+
+
+# ---- as graphs, on a GPU
+#
+# The formulas of `Unit.update_elements` and `RowUnit.update_rows` once more, each as one kernel that
+# torch.compile makes. Matrices are updated by `Unit.update_matrices` itself, traced for all units together.
+
+# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
+ROW = 1024
+
+
+def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
+    """Decoupled decay of weights that Adam updates, in a graph; as `Unit.decay`."""
+    decayed = weights * amount
+    weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
+
+
+def adam_pass(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
+
+    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
+    `Unit.update_compiled`. Returns the sum of the gradients.
+    """
+    scale, blend1, blend2, size, root, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(followed(weights, stored))
+    mean = (grad * scale).clamp(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
+    exp_avg.lerp_(mean, blend1)
+    exp_avg_sq.lerp_(mean.square(), blend2)
+    decay_numbers(weights, exp_avg, decay, cautious)
+    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
+
+
+def row_pass(
+    weights: Tensor, grad: Tensor, second_moment: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
+    scale, blend, correction, lr, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(followed(weights, stored))
+    bound = LARGEST_TO_SQUARE / grad.size(1) ** 0.5
+    mean = (grad * scale).clamp(-bound, bound)
+    second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
+    decay_numbers(weights, mean, decay, cautious)
+    size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
+    weights.sub_(lr * mean / size)
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()
+
+
+def update_together(jobs: Sequence[tuple]) -> None:
+    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
+    for unit, stored, *arguments in jobs:
+        unit.update_in_graph(stored, *arguments)
+
+
+@functools.cache
+def graph_of(function: Callable) -> Callable:
+    """The function as torch.compile makes it, for each of the settings that it meets."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 # ---- parameters that are DTensors, as those of FSDP2 (fully_shard)
@@ -2938,6 +2952,9 @@ class ShardedMatrices(Shards):
             work.wait()
             rows = chunk
         self.state[key].copy_(rows)
+
+
+# ---- the groups of an optimizer, and the class that has them
 
 
 @dataclasses.dataclass(frozen=True)
