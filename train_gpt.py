@@ -5,10 +5,10 @@
     python train_gpt.py --track tiny --seed 3 --matrix.equilibrate row
     python train_gpt.py --help                              every field, its values and its meaning
 
-A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of processes N:
-a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided once by the global
-count of targets. Record numbers such as #42 are those of the public speedrun (KellerJordan/modded-nanogpt);
-numbers such as 2505.16932 are papers on arXiv.
+A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of
+processes N: a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided
+once by the global count of targets. Record numbers such as #42 are those of the public speedrun
+(KellerJordan/modded-nanogpt); numbers such as 2505.16932 are papers on arXiv.
 
 Contents, in the order in which a token meets them:
     1 Tracks      every number of a run, as data
@@ -115,7 +115,7 @@ class Stage(NamedTuple):
     lr: float = 1.0  # factor on the learning rates, which the cooldown fades to the floor
     # For the targets 2, 3, ... tokens ahead: (first, last) weight of their loss, linear in between (#53).
     ahead: tuple[tuple[float, float], ...] = ()
-    # Sampled softmax: classes that a row has in training, see `sample_classes`; 0: all of them (#92).
+    # Sampled softmax: classes of a row in training, see `sample_classes`; 0: all of them (#92).
     candidates: int = 0
 
 
@@ -242,7 +242,7 @@ class Model(Settings):
     softcap: tuple[float, float, float] = field(
         (30.0, 0.0, 7.5), "(A, B, C): logits are A sigmoid((l + B) / C) (#18, #54)"
     )
-    # Of the scheduled steps; 1: until the extension. `untie_step` rounds up to where no gradients wait.
+    # Of the scheduled steps; 1: until the extension. `untie_step` rounds up: no gradients wait there.
     tied: float = field(0.0, "share of the steps before head and embedding untie (#51, #53)", 0)
     # how weights are stored and multiplied
     qk_parts: int = field(1, "row blocks of q and of k, each orthogonalised by itself (#80)", 1)
@@ -273,8 +273,8 @@ class Muon(Settings):
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
     cautious: bool = field(False, "cautious decay: where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
-    # rowcol balances rows and columns by their sums of squares now, before orthogonalising; both does it
-    # weakly by running means of these, before and after
+    # rowcol balances rows and columns by their sums of squares now, before orthogonalising; both
+    # does it weakly by running means of these, before and after
     equilibrate: Literal["none", "row", "col", "rowcol", "both"] = field(
         "row", "MuonEq; both: weakly, before and after"
     )
@@ -289,8 +289,8 @@ class Muon(Settings):
         "auto", "what has a mean square; auto: the longer side"
     )
     beta2: float = field(0.95, "decay of NorMuon's mean square", 0, 1)
-    # by the shape of a matrix: of Muon (KellerJordan/Muon), or of Moonlight (2502.16982), with which an
-    # update has the root mean square 0.2, about that of AdamW
+    # by the shape of a matrix: of Muon (KellerJordan/Muon), or of Moonlight (2502.16982), with
+    # which an update has the root mean square 0.2, about that of AdamW
     scale: Literal["spectral", "match_rms_adamw"] = field(
         "spectral", "sqrt(max(1, m/n)) or 0.2 sqrt(max(m, n))"
     )
@@ -342,7 +342,7 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Average(Settings):
-    """Weight average: those at the end are blended with an exponential mean (EMA) of the last steps' weights.
+    """Weight average: the last weights are blended with an exponential mean (EMA) of earlier ones.
 
     Record #92; equal parts are stochastic weight averaging (SWA, 1803.05407).
     """
@@ -457,9 +457,9 @@ TINY = Track(
 
 # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89
 # without its gate networks (#81, #85), head mixing (#85) and prefix loss (#88), with the averages, the
-# sampled softmax, the batch taper and the fewer blocks of #92 (a block and three attentions less), and with
-# what followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as
-# 1,200 or 1,650; records/README.md has the reasons.
+# sampled softmax, the batch taper, the fewer blocks of #92 (a block and three attentions less), and with what
+# followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as 1,200
+# or 1,650; records/README.md has the reasons.
 SHORT = Track(
     model=Model(
         padded_vocab=50304, width=768, heads=6, layers=10, attention_free=(4, 6, 8), long_blocks=(3, 9),
@@ -600,7 +600,7 @@ class SampledBatch(NamedTuple):
 def sample_classes(
     targets: np.ndarray, count: int, vocab: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sampled softmax: the `count` classes, of `vocab`, that a row has in training, and their log counts.
+    """Sampled softmax: `count` classes, of `vocab`, of a row in training, and their log counts.
 
     They are the row's targets, which stand for themselves, and, to fill up, a window of a sweep over all
     classes, another window for each row `number`: these stand for all other classes, so that the sum of the
@@ -841,10 +841,10 @@ def in_blocks(x: Tensor, C: int, previous: bool = False) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d) -> (B, T, H, d); the softmax scale is already in q.
 
-    In blocks the cost is T x window, and the exponentials need no running maximum: heads are RMS-normalised,
-    so |q k| is at most the softmax scale times d, with a key offset, which joins parts of two keys, sqrt(2)
-    times that. `model_rules` holds scale times d at most at 40 at the first window, and it grows slowly with
-    the windows; fp32 overflows at 88.
+    In blocks the cost is T x window, and the exponentials need no running maximum: heads are
+    RMS-normalised, so |q k| is at most the softmax scale times d, with a key offset, which joins
+    parts of two keys, sqrt(2) times that. `model_rules` holds scale times d at most at 40 at the
+    first window, and it grows slowly with the windows; fp32 overflows at 88.
     """
     if layout.mask is not None:
         C = layout.mask.size(-2)
@@ -992,9 +992,9 @@ def match_rows(
 ) -> list[Tensor]:
     """Matches: for each n of `lengths` a row for the token that followed the last n tokens, (B, T).
 
-    It followed them where the document had them last; n-grams with the same key count as the same. A table
-    has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the other.
-    Copying as an input: after #92, there for the longest match alone.
+    It followed them where the document had them last; n-grams with the same key count as the same.
+    A table has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after
+    the other. Copying as an input: after #92, there for the longest match alone.
     """
     rows = []
     for number, n in enumerate(lengths):
@@ -1070,8 +1070,8 @@ def fp8_product(
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors of x, w and the gradient.
 
-    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, the fp32 head or the rows of it
-    that are sampled, is fp32.
+    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, the fp32 head or the rows
+    of it that are sampled, is fp32.
     """
 
     @staticmethod
@@ -1120,11 +1120,11 @@ class Reading(torch.autograd.Function):
 
 
 class Shared(NamedTuple):
-    """Activations x (B, T, D) that several blocks read, and the `sums` of what they add to its gradient.
+    """Activations x (B, T, D) that several blocks read, and `sums` of the gradients that they give it.
 
-    None: autograd adds, which would write the gradient of each block and read it again. The sums are complete
-    when the backward of `Joined` adds them: the stream goes through `Joined` before it comes to any block
-    that reads, so that the backward of each of these has run.
+    None: autograd adds, which would write the gradient of each block and read it again. The sums
+    are complete when the backward of `Joined` adds them: the stream goes through `Joined` before it
+    comes to any block that reads, so that the backward of each of these has run.
     """
 
     x: Tensor
@@ -1203,7 +1203,8 @@ class GPT(nn.Module):
         self.gate = parameter(A, H, model.gate_inputs)  # (7, 6, 12)
         self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
         self.smear_gate = parameter(1, model.gate_inputs)
-        # tables: a row of D channels for each token, hashed n-gram or follower of a match (these in one bank)
+        # tables: a row of D channels for each token or hashed n-gram; the bank of the n-grams has those of
+        # matches too
         self.embed = parameter(V, D)  # (50304, 768)
         table_rows = [*(rows for _, rows in model.ngrams), *(V + 1 for _ in model.matches)]
         self.ngram_embed = parameter(sum(table_rows), D)  # (477890, 768)
@@ -1306,8 +1307,8 @@ class GPT(nn.Module):
     def tables(self) -> list[Table]:
         """The tables of tokens, n-grams and value embeddings. In training each has a `.grad`, zeros at first.
 
-        Graphs take them as arguments: torch.compile traces no graph that meets a parameter of low precision
-        which has an fp32 gradient.
+        Graphs take them as arguments: torch.compile traces no graph that meets a parameter of low
+        precision which has an fp32 gradient.
         """
         # while they are tied, the table is that of the head; `embed` takes over when they part
         embed = self.lm_head if self.tied else self.embed
@@ -1324,8 +1325,8 @@ class GPT(nn.Module):
                 # for `RowUnit`; unless its classes are sampled, the head has a gradient in each row
                 if p is not self.lm_head:
                     p.grad.rows_read = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            # `data`: autograd adds to the same tensor for a tied head, and would call that a change of what
-            # `Lookup` has saved
+            # `data`: autograd adds to the same tensor for a tied head, and would call that a change
+            # of what `Lookup` has saved
             sums, read = p.grad.data, getattr(p.grad, "rows_read", None)
         return Table(rows, sums, read)
 
@@ -1334,9 +1335,10 @@ class GPT(nn.Module):
         tables: Sequence[Table], head: Table | None = None, classes: Tensor | None = None,
         log_counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The losses of `forward`, (1 + ahead,), with `windows` of `window_sizes` and tables of `GPT.tables`.
+        """The losses of `forward`, (1 + ahead,); the graph of the mode "whole".
 
-        `head` is the head's table where `classes` are sampled. As one graph: "whole" of COMPILED.
+        `windows` are those of `window_sizes`, `tables` those of `GPT.tables`, and `head` is the table of the
+        head where `classes` are sampled.
         """
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
@@ -1467,8 +1469,8 @@ class GPT(nn.Module):
         # keys of the last 1, 2, ... tokens
         document = starts.cumsum(1)  # (B, T), its number in the row
         keys = ngram_keys(inputs, document, max(*c.matches, *(n for n, _ in c.ngrams), 1, 1))
-        # n-grams: a row for each length; long ones are seldom met again, so that those share a row which are
-        # alike once they are folded
+        # n-grams: a row for each length; long ones are seldom met again, so that those share a row
+        # which are alike once they are folded
         hashed_keys = keys
         if c.ngram_fold:
             folded = ngram_keys(fold_bytes(inputs), document, len(keys))
@@ -1559,8 +1561,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
 
-        Where training samples P classes (sampled softmax), a `head` (P, D) stands for `lm_head`, and a class
-        counts exp(log_counts) times in the softmax, `log_counts` (P,); targets count once.
+        Where training samples P classes (sampled softmax), a `head` (P, D) stands for `lm_head`,
+        and a class counts exp(log_counts) times in the softmax, `log_counts` (P,); targets count
+        once.
 
         This is the training loss AND the validation loss, on which the claim of a record rests. A term that
         only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
@@ -1583,7 +1586,7 @@ class GPT(nn.Module):
 # 5. Optimizer
 #
 # `MuonEq` updates matrices by Muon and its relatives and everything else by Adam. One matrix W (m, n)
-# with gradient G, in ten lines (`Unit.update_matrices` does it for a stack of them):
+# with gradient G, in nine lines:
 #
 #     M = mu M + (1 - mu) G                      momentum
 #     U = mu M + (1 - mu) G                      Nesterov: the gradient once more
@@ -1595,8 +1598,15 @@ class GPT(nn.Module):
 #     W = W - lr decay W
 #     W = W - lr sqrt(max(1, m / n)) X
 #
-# Parameters whose matrices have one shape are one `Unit`: a stack (S, m, n), padded to N equal chunks,
-# one for each rank. Of the track `short` on 8 ranks, for example:
+# Balance has more modes than this one ("row"): "rowcol" divides by the sums of rows and of columns,
+# "both" balances weakly by running means of them, before the polynomial and again after it
+# (`balance_factors`). To change the update read `Unit.update_matrices`, which does it for a stack
+# of matrices, and what it calls; its reference, in float64, is `matrix_reference` in
+# tests/test_optimizer.py.
+#
+# The matrices of one shape in a group are one `Unit`: a stack (S, m, n), padded to N equal chunks,
+# one for each rank. For Adam a large parameter is a unit, and so are all small ones of a group. Of
+# the track `short` on 8 ranks, for example:
 #
 #     bank       matrices       chunk of a rank   padded to
 #     qk         42 x 256 x 768         6             48
@@ -1608,14 +1618,18 @@ class GPT(nn.Module):
 #     reduce   gradients are summed over ranks, each rank receives the chunk that it owns (reduce_scatter);
 #     update   each rank updates its chunk, with the state that only it holds;
 #     gather   the new weights of all chunks go to all ranks (all_gather).
-# Large units are reduced first and updated last: their transfers hide behind the work on small ones.
-# With one process the same code runs and nothing is sent. Two kinds of units differ: of a row-wise table
-# (`RowUnit`) only rows that were read are sent and updated, and matrices that FSDP2 has cut into rows
-# (`ShardedMatrices`) are put together by an owner.
+# Units are updated in one order, those of Adam before matrices and small before large, and reduced
+# in the reverse one: the large transfers begin first. New weights travel while the next units are
+# updated, so that those of Adam hide behind the products of matrices. NCCL does one transfer after
+# the other: over it the first update waits for all sums. With one process nothing is sent.
+#
+# There are four kinds of units. `Unit` is described above. A row-wise table is a `RowUnit`: only
+# rows that were read are sent and updated. Of DTensors, as FSDP2 makes them, `Shards` updates what
+# a rank holds, and `ShardedMatrices` has an owner for each matrix that is cut into rows.
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
-# Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
+# Adam clamps gradients to this size: the square of a larger one could be infinite, and nothing moves then.
 LARGEST_TO_SQUARE = 1e18
 
 
@@ -1744,8 +1758,9 @@ def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtyp
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (2603.28254): scale rows and / or columns of u (K, m, n) by their sums of squares.
 
-    The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. The floor of
-    a sum is 1e-8 of their mean, so that with exponent -1/2 the scale of u has no effect.
+    The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. 1e-8
+    of their mean is added to the sums: with exponent -1/2 the scale of u has no effect ("row",
+    "col") or the inverse one ("rowcol", and what follows divides by the norm).
     """
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     sums = [sums_of_squares(u, dim) for dim in dims]
@@ -1765,10 +1780,11 @@ def balance_factors(
 
         D = B^-1/2 polar(B^-1/2 U A^-1/2) A^-1/2, in the size of the polar factor
 
-    (the public speedrun's IsoMuon with the energy of the momentum in place of the noise of the gradient).
-    An energy is the running mean, decay 0.95, of the sums of squares of the momentum: u without `power`.
-    `norms`, (K, m, 1) and (K, 1, n), are their roots, updated in place where `alive` is true. A correction
-    of the mean's first steps would be the same for all rows, so that e / e' is without it what it is with it.
+    (the public speedrun's IsoMuon with the energy of the update in place of the noise of the
+    gradient). An energy is the running mean, decay 0.95, of the sums of squares of u without
+    `power`: of the momentum, blended with the gradient where `nesterov` says so. `norms`, (K, m, 1)
+    and (K, 1, n), are their roots, updated in place where `alive` is true. The means begin at zero;
+    a correction for it, as Adam has, would be one factor for all rows, which e / e' does not see.
 
     A row or column that has always been zero does not count in e', and stays zero.
     """
@@ -1831,8 +1847,9 @@ def orthogonalize(
     """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately, in `work_dtype`.
 
     x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter,
-    ||(x xT)^2||_F^(1/4) ("spc"), and goes through the `Polynomial` of the method `steps` times: the last
-    ones of its list where it has more. A method that is a function gets x in `work_dtype` as it is.
+    the Schatten-8 norm ||(x xT)^2||_F^(1/4) ("spc"), and goes through the `Polynomial` of the
+    method `steps` times: the last ones of its list where it has more. A method that is a function
+    gets x in `work_dtype` as it is.
     """
     method = ORTHOGONALIZERS.get(method, method)
     if callable(method):
@@ -1879,26 +1896,33 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: T
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-    """x + factor * y, in place."""
+    """x + factor * y, in place; shapes as one, the factor a number or, in a graph, a tensor ()."""
     return x.add_(y, alpha=factor) if isinstance(factor, float) else x.add_(y * factor)
 
 
 def changed_bits(master: Tensor, weights: Tensor) -> Tensor:
-    """Integers that are not zero where the fp32 `master` copy does not round to weights of low precision."""
+    """Integers, not zero where the fp32 `master` copy does not round to weights of 1 or 2 bytes.
+
+    All have one shape. Bits are compared: a weight of -0 is another one than 0.
+    """
     # of integers this takes a CPU a tenth of the time that a comparison takes
     bits = {1: torch.int8, 2: torch.int16}[weights.dtype.itemsize]
     return master.to(weights.dtype).view(bits) ^ weights.view(bits)
 
 
 def followed(master: Tensor, stored: Tensor) -> Tensor:
-    """The fp32 `master` copy, and the `stored` weights of low precision where others have changed them."""
+    """The fp32 `master` copy, but `stored` weights of low precision where others have changed them.
+
+    All have one shape. A change that rounding hides is not seen.
+    """
     return torch.where(changed_bits(master, stored) == 0, master, stored)
 
 
 class StepNumbers(NamedTuple):
     """What changes from step to step in an update; in a graph tensors of no dimension."""
 
-    scale: Tensor | float  # on the gradient
+    # on the gradient: 1 / targets since the last update; with grads="mean" 1 / steps
+    scale: Tensor | float
     lr: Tensor | float  # of the group
     momentum: Tensor | float  # of matrices
     decay: Tensor | float  # lr * weight_decay
@@ -1929,6 +1953,11 @@ class Unit:
     # ---- division and state
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
+        """Divide the members over the processes of `comm`, and make their state.
+
+        They have one dtype and device, matrices (m, n) or (K, m, n) also one (m, n). The settings in `group`
+        are read at every step.
+        """
         self.group, self.comm = group, comm
         self.group_number = 0  # its place in `param_groups`
         self.words: list[Any] = []  # the settings that are no numbers, as they were checked last
@@ -1948,6 +1977,7 @@ class Unit:
         self.reset()
 
     def entry_shape(self) -> torch.Size:
+        """The tail of the stack: (m, n) for matrices, () for numbers."""
         return self.params[0].shape[-2:] if self.matrix else torch.Size()
 
     def divide(self) -> None:
@@ -1977,6 +2007,7 @@ class Unit:
         return F.pad(stack, (0, self.padding))[self.own, None, None]
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each state of the chunk that the group's settings need, by its name in STATE."""
         shapes = {}
         for key in ("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"):
             shapes[key] = (self.chunk, *self.tail)
@@ -2040,13 +2071,14 @@ class Unit:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
         return p.shape[: p.ndim - len(self.tail)] + self.state[key].shape[1:]
 
-    # ---- the step, in the order of its calls: reduce; update, which is count_updates and, slice by slice,
-    # update_chunk (update_matrices or update_elements), or update_compiled on a GPU; send; receive; note_bad
+    # ---- the step, in the order of its calls: reduce; update: count_updates, then update_chunk (for each
+    # slice update_matrices or update_elements) or, on a GPU, update_compiled; send; receive; note_bad
 
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
-        """What is sent, the owned chunk of the gradients, `summed` over ranks or not, and the work.
+        """Begin to reduce: what is sent, the owned chunk (C, *tail) of the gradients, and the work.
 
-        What is sent must live until the work is done.
+        Gradients that are not to be `summed` over ranks are not sent. What is sent must live until the work
+        is done, and the chunk is complete only then. ValueError from `check_gradients`.
         """
         full = self.gradients()
         chunk, work = self.comm.reduce_scatter(full) if summed else (full[self.own], Comm.DONE)
@@ -2078,7 +2110,7 @@ class Unit:
                 raise ValueError(f"the gradient of parameter {name!r} is sparse; MuonEq takes dense ones")
 
     def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
-        """Update the owned chunk with `grad` * scale.
+        """Update the owned chunk with `grad` (C, *tail) times `scale`, see `StepNumbers`.
 
         Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
         job that `update_together` still has to do.
@@ -2096,8 +2128,7 @@ class Unit:
         return full, weights.to(self.dtype), None
 
     def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Count an update of each parameter but those that are skipped; these, and the `spans`."""
-        # which parameters, and how often they have been updated
+        """Count an update of each parameter that is not skipped; returns those that are, and the `spans`."""
         skipped = self.skipped(grad)
         self.updates += 1
         self.updates[skipped] -= 1
@@ -2162,11 +2193,15 @@ class Unit:
             part.copy_(before)
 
     def numbers(self, scale: float) -> StepNumbers:
+        """The numbers of a step as floats, from the group as it is now."""
         lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
         return StepNumbers(scale, lr, momentum, lr * self.group["weight_decay"])
 
     def sum(self, grad: Tensor) -> Tensor:
-        """A number for each matrix of the chunk, or for all of it, that is finite where its numbers are."""
+        """The sum of each matrix of the chunk, (C, 1, 1), or of all its numbers, (): whether all are finite.
+
+        Finite gradients with a sum beyond fp32 count as not finite too, in `bad_since`.
+        """
         # a largest absolute value takes a CPU 40 times as long
         return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
 
@@ -2220,10 +2255,12 @@ class Unit:
         self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
         alive: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Decoupled decay by `amount`, without lr_mul and the factors of the shape.
+        """Decoupled decay (1711.05101) of weights, in place, by `amount` = lr * weight_decay.
 
-        Of matrices only those that are `alive`; cautious: only where update and weight `agree` in sign
-        (2510.12402).
+        Without lr_mul and the factors of the shape. Of matrices (C, m, n) only those that are
+        `alive` (C, 1, 1). Cautious (2510.12402): only where the `update`, not yet subtracted, and
+        the weight `agree` in sign; torch.ge, for matrices, counts a zero as agreement, torch.gt,
+        for Adam, does not.
         """
         if isinstance(amount, float) and not amount:
             return
@@ -2238,7 +2275,8 @@ class Unit:
         self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
+        group, largest = self.group, LARGEST_TO_SQUARE
+        mean = (grad * numbers.scale).clamp_(-largest, largest)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
             self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
@@ -2371,10 +2409,12 @@ class Unit:
 class RowUnit(Unit):
     """A table (R, D) of an Adam group with `rowwise`: a row has one second moment, and no first one.
 
-    A row whose gradient is zero does not move. So a step computes with the others alone, and over ranks they
-    alone are sent: gradients to their owners, rank r having the rows [r C, (r + 1) C), and new weights to
-    all. Whoever makes a gradient may attach a mask (R,), `p.grad.rows_read`, of the rows that may be other
-    than zero; else they are looked for. Row-wise state: record #92, and torchrec's row-wise optimizers.
+    A row whose gradient is zero does not move, but for decay that is not cautious, with which all
+    rows are updated. Else a step computes with the other rows alone, and over ranks they alone are
+    sent: gradients to their owners, rank r having the rows [r C, (r + 1) C), and new weights to
+    all. Whoever makes a gradient may attach a mask (R,), `p.grad.rows_read`, of the rows that may
+    be other than zero; else they are looked for. Row-wise state: record #92, and torchrec's
+    row-wise optimizers.
     """
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
@@ -2579,15 +2619,18 @@ class RowUnit(Unit):
 
 # ---- as graphs, on a GPU
 #
-# The formulas of `Unit.update_elements` and `RowUnit.update_rows` once more, each as one kernel that
-# torch.compile makes. Matrices are updated by `Unit.update_matrices` itself, traced for all units together.
+# The formulas of `Unit.update_elements` and `RowUnit.update_rows` once more, each as one kernel of
+# torch.compile. Matrices are updated by `Unit.update_matrices` itself, traced for all units together.
 
 # Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
 ROW = 1024
 
 
 def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
-    """Decoupled decay of weights that Adam updates, in a graph; as `Unit.decay`."""
+    """Decoupled decay of weights that Adam updates, in a graph, as `Unit.decay` does it.
+
+    Weights and `update`, which is subtracted later, have one shape, `amount` () is lr * weight_decay.
+    """
     decayed = weights * amount
     weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
 
@@ -2788,6 +2831,10 @@ class ShardedMatrices(Shards):
     """
 
     def divide(self) -> None:
+        """The rows that this rank holds, the matrices that it owns, and the ways between these.
+
+        ValueError for parameters that are not cut as torch.chunk cuts them.
+        """
         comm, (m, n) = self.comm, self.tail
         self.counts = [p.numel() // (m * n) for p in self.params]
         self.size, self.padding, self.direct = sum(self.counts), 0, False
@@ -2928,6 +2975,10 @@ class ShardedMatrices(Shards):
             self.load(key, other.saved(key))
 
     def saved(self, key: str) -> list[Tensor]:
+        """A state of each parameter: whole where it is in SMALL_STATE, else a DTensor like the parameter.
+
+        The momentum goes from owners to those who hold the rows, and so must another state of its shape.
+        """
         state = self.state[key]
         if key in self.SMALL_STATE:
             # each rank adds its own to zeros
@@ -2942,6 +2993,7 @@ class ShardedMatrices(Shards):
         return self.as_dtensors(state.split(self.rows))
 
     def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        """Take over what `saved` returned, or whole tensors; rows of the momentum go to the owners."""
         if key in self.SMALL_STATE:
             full = torch.cat([x.reshape(-1, *self.state[key].shape[1:]) for x in saved])
             self.state[key].copy_(full[self.own.to(full.device)])
@@ -3048,10 +3100,11 @@ class MuonEq(torch.optim.Optimizer):
         process_group: the processes that hold these parameters and share the work; all of them by default.
             DTensors know theirs.
 
-    Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
-    processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
-    the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
-    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+    Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one
+    group are processed as one stack. Each rank updates its share, and all ranks receive the result.
+    Everything but the products of `orthogonalize` is fp32, or fp64 for parameters in fp64:
+    parameters of lower precision keep an fp32 master copy, and with "token_sum" their `.grad` is an
+    fp32 sum. Decay is lr * weight_decay, decoupled.
 
     DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that
     is sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the
@@ -3063,9 +3116,9 @@ class MuonEq(torch.optim.Optimizer):
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
     zero, an expert without tokens; before its first gradient it decays.
 
-    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by running
-    energies that are state (`balance_factors`). `normuon` takes the result for the orthogonal matrix: on its
-    own side it evens out what the second balance has done.
+    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by
+    running energies that are state (`balance_factors`). `normuon` comes after the second balance,
+    and undoes it on the side on which it makes rows or columns equal.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -3125,7 +3178,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.group_number = len(self.param_groups) - 1
             self.units.append(unit)
             self._show_state(unit)
-        # the order of the updates: small before large
+        # the order of the updates: Adam before matrices, small before large
         self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
         if self.defaults:  # else there are more groups to come
             self._compare_ranks()
@@ -3220,6 +3273,9 @@ class MuonEq(torch.optim.Optimizer):
 
         A `closure` computes the gradients first; what it returns, the loss, is returned. `tokens` is the
         global count of targets behind the gradients, for grads="token_sum" only.
+
+        ValueError for `tokens` that are missing, 0 or not wanted, for settings that were changed to
+        what does not fit, and for gradients that are sparse.
         """
         summed = self.grads == "token_sum"
         if summed != (tokens is not None) or tokens == 0:
@@ -3243,12 +3299,12 @@ class MuonEq(torch.optim.Optimizer):
         active = self._active(self.step_count)
         self.step_count += 1
 
-        # reduce: the largest unit first; its sum is needed last
+        # reduce: matrices before Adam, the largest unit first; its sum is needed last
         reducing = []
         for unit in reversed(active):
             reducing.append((unit, *unit.reduce(summed)))
 
-        # update: the smallest unit first
+        # update: Adam before matrices, the smallest unit first
         gathering, together = [], []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
@@ -3270,7 +3326,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.note_bad(self.step_count)
 
     def _check_settings(self) -> None:
-        """Check again what is no number, where it was changed since the last step."""
+        """Take the groups as they are now; check those in which a word, truth value or function changed."""
         for unit in self.units:
             # somebody may have put a new group there
             unit.group = group = self.param_groups[unit.group_number]
@@ -3288,7 +3344,8 @@ class MuonEq(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the groups that the last step updated; the others go on accumulating.
 
-        With `set_to_none` false they become zeros.
+        With `set_to_none` false they become zeros. So does that of a row-wise table with
+        `rows_read` in any case: it is kept, and cleared in the rows that were read.
         """
         for unit in self._active(self.step_count - 1):
             for p in () if unit.clear() else unit.params:
@@ -3542,7 +3599,7 @@ def long_windows(schedule: Schedule, step: int) -> list[int]:
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
-    """The factor on all learning rates: the stage's, which the cooldown fades linearly to the floor."""
+    """The factor on all learning rates: that of the stage, faded to the floor over the cooldown."""
     remaining = max(0.0, 1 - step / schedule.steps)  # share of the scheduled steps
     if schedule.cooldown:
         share = min(1.0, remaining / schedule.cooldown)
@@ -4321,7 +4378,7 @@ def untie_step(track: Track, period: int) -> int:
 
 
 class WeightMeans:
-    """Weight averages (EMA) of some parameters, fp32, whole on every rank: all compute the same ones."""
+    """Weight averages (EMA) of some parameters, fp32, whole on every rank: all have the same ones."""
 
     def __init__(self, model: GPT, average: Average):
         params = dict(model.named_parameters())
