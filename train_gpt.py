@@ -1588,13 +1588,13 @@ class GPT(nn.Module):
 # `MuonEq` updates matrices by Muon and its relatives and everything else by Adam. One matrix W (m, n)
 # with gradient G, in nine lines:
 #
-#     M = mu M + (1 - mu) G                      momentum
+#     M = mu M + (1 - mu) G                      `blended`: momentum
 #     U = mu M + (1 - mu) G                      Nesterov: the gradient once more
-#     r = row sums of U * U                      MuonEq: balance the rows (or the columns) ...
+#     r = row sums of U * U                      `direction`: MuonEq, balance the rows (or the columns) ...
 #     U = U / sqrt(r)                            ... before they are orthogonalised
 #     X = U / (1.02 ||U||)                       singular values between 0 and 1
 #     X = a X + (b X X' + c (X X')^2) X          Polar Express: five times, towards singular values of 1
-#     X = X / sqrt(running mean square)          NorMuon: by rows or columns, norm restored
+#     X = X / sqrt(running mean square)          `update_matrices`: NorMuon, by rows or columns, norm restored
 #     W = W - lr decay W
 #     W = W - lr sqrt(max(1, m / n)) X
 #
@@ -2208,26 +2208,62 @@ class Unit:
     def update_matrices(
         self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
-        """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
-        group, (scale, lr, mu, decay), (m, n) = self.group, numbers, self.tail
-        lr = lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
-        # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
-        alive = has_gradient(grad, self.sums[self.part])  # (C, 1, 1)
+        """Muon with its relatives, as at the head of this section, for a slice of the chunk.
+
+        Weights and `grad` (c, m, n) and the `state` are those of the slice `self.part`; weights and state are
+        changed in place. Padding is matrices of zeros, which must stay zero. `updates` counts this one too.
+
+        At an owner under FSDP2 weights are zeros: what is added to them is sent to those who hold the rows.
+        On a CUDA GPU this is traced as a whole: numbers are tensors, `updates` is 0, and nothing is read on
+        the host.
+        """
+        group, (m, n) = self.group, self.tail
+        lr = numbers.lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
+        update, alive, power = self.blended(grad, numbers, state)
+        update = self.direction(update, alive, power, state, updates)
+        # the size of the update: by shape, as Muon or Moonlight (2502.16982) has it, and by row or column
+        if group["scale"] == "spectral":
+            factor = lr * math.sqrt(max(1.0, m / n))
+        else:
+            factor = lr * (0.2 * math.sqrt(max(m, n)))
+        if group["normuon"]:
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
+        self.decay(weights, update, torch.ge, numbers.decay, alive)
+        if isinstance(factor, float):
+            weights.add_(update, alpha=-factor)
+        else:
+            weights.sub_(update * factor)
+
+    def blended(
+        self, grad: Tensor, numbers: StepNumbers, state: dict
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The momentum, with the gradient once more for Nesterov, (c, m, n); which matrices move, (c, 1, 1).
+
+        Third, a power of two by which it was multiplied, so that nothing overflows; 0 for what rests.
+        """
+        group, scale, mu = self.group, numbers.scale, numbers.momentum
+        # momentum, as an exponential mean; that of a matrix whose gradient is zero stays as it is
+        alive = has_gradient(grad, self.sums[self.part])  # (c, 1, 1)
         momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
         add_scaled(momentum, grad, (1 - mu) * scale)
         if group["nesterov"]:
             update = add_scaled(momentum.mul(mu), grad, (1 - mu) * scale)
         else:
             update = momentum
-        # a size at which nothing overflows; a function gets the momentum as it is
-        method, bound = group["orthogonalize"], group["norm_bound"]
+        # the size; a function of your own gets what is blended as large as it is
+        method = group["orthogonalize"]
         own = callable(ORTHOGONALIZERS.get(method, method))
         power = alive if own else power_of_two(update, alive)
         if isinstance(power, Tensor):
             alive = alive | (largest(momentum) == 0)  # before its first gradient a matrix decays
             update = update * power
-        # balance, then orthogonalise
-        mode = group["equilibrate"]
+        return update, alive, power
+
+    def direction(
+        self, update: Tensor, alive: Tensor, power: Tensor | float, state: dict, updates: int
+    ) -> Tensor:
+        """What `blended` returns, balanced and orthogonalised: (c, m, n), in `work_dtype` but for "both"."""
+        group, mode = self.group, self.group["equilibrate"]
         if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
             mode = "row"
         if mode == "both":
@@ -2235,21 +2271,9 @@ class Unit:
             update = (update * factors[0]).mul_(factors[1])
         else:
             update = equilibrate(update, mode, group["equilibrate_exponent"])
+        method, bound = group["orthogonalize"], group["norm_bound"]
         update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
-        if mode == "both":
-            update = balance_again(update, factors)
-        # the size of the update: by shape, and by row or column
-        if group["scale"] == "spectral":
-            factor = lr * math.sqrt(max(1.0, m / n))
-        else:
-            factor = lr * (0.2 * math.sqrt(max(m, n)))
-        if group["normuon"]:
-            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
-        self.decay(weights, update, torch.ge, decay, alive)
-        if isinstance(factor, float):
-            weights.add_(update, alpha=-factor)
-        else:
-            weights.sub_(update * factor)
+        return balance_again(update, factors) if mode == "both" else update
 
     def decay(
         self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
@@ -2275,8 +2299,8 @@ class Unit:
         self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
     ) -> None:
         """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, largest = self.group, LARGEST_TO_SQUARE
-        mean = (grad * numbers.scale).clamp_(-largest, largest)
+        group, bound = self.group, LARGEST_TO_SQUARE
+        mean = (grad * numbers.scale).clamp_(-bound, bound)
         beta1, beta2 = group["betas"]
         if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
             self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
