@@ -14,7 +14,7 @@ Contents, in the order in which a token meets them:
     1 Tracks      every number of a run, as data
     2 Data        shards, documents packed into rows, validation rows
     3 Attention   who sees whom, and the kernels
-    4 Model       class GPT
+    4 Model       class GPT; above it an index of all techniques by the field's names
     5 Optimizer   class MuonEq: Muon, NorMuon, MuonEq and Adam, sharded over ranks
     6 Schedule    pure functions of the step
     7 Run         data check, log, checkpoints, class Trainer
@@ -880,17 +880,67 @@ def supports(device: torch.device, feature: str) -> bool:
 # ----------------------------------------------------------------------------------------------------
 # 4. Model
 #
-# A decoder-only GPT. What it has, with the record or paper that brought it:
-#   tokens     n-gram embeddings with sign patterns (#62, #83), what followed earlier matches in the
-#              document, smear from the token before (#34), value embeddings with gates (#14, #63, #55),
-#              head and embedding that part (#51, #53)
-#   attention  norm of q and k (2010.04245), rotary positions on half of the channels (#17) with YaRN
-#              (#31), short and long windows (#20), gates per head (#28), exclusive self-attention
-#              (#82), keys from the position before (#49), paired heads (#58), one source for all later
-#              blocks (#77), blocks without attention (#17)
-#   MLP        ReLU squared (2109.08668)
-#   stream     factors on stream and embedding (#45), skips (#11, #45), backout (#40)
-#   logits     soft cap (#18, #54), FP8 products (#19), targets further ahead (#53)
+# A decoder-only GPT. Here is what this file knows to train it with, sections 2 to 6 included: the field's
+# name of a technique (with the record or paper that brought it), its setting, and where it is done.
+#
+#   tokens
+#     n-gram embeddings, hashed (#62)             model.ngrams                ngram_hashes
+#     sign patterns of n-grams (#83)              model.ngram_signs           GPT.ngrams
+#     folded bytes                                model.ngram_fold            fold_bytes
+#     matches: what followed the last match       model.matches               match_rows
+#     smear: the token before (#34)               model.gate_inputs           GPT.embedding
+#     value embeddings (#14, #63)                 model.value_tables          GPT.mix_value
+#     gates of value embeddings (#55)             model.value_gate_inputs     GPT.mix_value
+#     tied head, untied (split) later (#51, #53)  model.tied                  untie_step
+#     gradients of read rows alone                -                           Table, Lookup
+#   attention
+#     norm of q and k (2010.04245)                -                           GPT.attention
+#     rotary positions, RoPE, by half (#17)       model.rotary_base           rotary_frequencies
+#     YaRN (2309.00071, #31)                      Stage.windows               rotary_frequencies
+#     softmax scale (#31)                         model.attention_scale       rotary_frequencies
+#     short and long windows (#20)                model.long_blocks           GPT.layouts
+#     gates per head (#28)                        model.gate_inputs           GPT.attention
+#     exclusive self-attention, XSA (#82)         model.xsa                   GPT.attention
+#     key offset by a position (#49)              model.key_offset            GPT.attention
+#     paired heads (#58)                          model.paired                GPT.attention
+#     one source for all later blocks (#77)       model.attention_source      GPT.stream
+#     blocks without attention (#17)              model.attention_free        GPT.stream
+#   MLP and stream
+#     MLP width, ReLU squared (2109.08668)        model.mlp_ratio             GPT.feed_forward
+#     factors on stream and embedding (#45)       model.residual_start        GPT.block
+#     skips, as in a U-net (#11, #45)             model.skips                 GPT.add_earlier
+#     backout (#40)                               model.backout               GPT.stream
+#     standard deviations at the start (#64)      model.o_std                 GPT.init_weights
+#     weights of low precision (#57)              model.low_precision         GPT.__init__
+#   logits and loss
+#     soft cap (#18, #54)                         model.softcap               GPT.logits
+#     FP8 head (#19)                              model.fp8_head              FP8Linear
+#     multi-token prediction, ahead (#53)         Stage.ahead                 loss_weights
+#     sampled softmax (#92)                       Stage.candidates            sample_classes
+#   optimizer
+#     Muon: Polar Express, Newton-Schulz          matrix.orthogonalize        orthogonalize
+#     MuonEq: equilibrate (2603.28254)            matrix.equilibrate          equilibrate
+#     two-sided balance: equilibrate=both         matrix.equilibrate          balance_factors
+#     NorMuon (2510.05491)                        matrix.normuon              normuon_factor
+#     q and k orthogonalised in parts (#80)       model.qk_parts              GPT.make_parameters
+#     learning rates of the MLP (#42)             matrix.mlp_lr_mul           build_optimizer
+#     cautious weight decay (2510.12402)          matrix.cautious             Unit.decay
+#     overflow guard                              -                           power_of_two
+#     row-wise tables, row-wise Adam (#92)        tables.rowwise              RowUnit
+#     updates every few steps (#39)               head.every                  MuonEq._active
+#     weights changed from outside, masters       model.low_precision         followed
+#     Adam in one kernel, on a GPU                -                           adam_pass
+#     FSDP2, DTensors                             -                           ShardedMatrices
+#   schedule and data
+#     cooldown                                    schedule.cooldown           learning_rate_factor
+#     floor of the learning rate (#19)            schedule.floor              learning_rate_factor
+#     extension at the floor (#35)                schedule.extension          total_steps
+#     decay by a power of the schedule (#43)      schedule.decay_power        Trainer.advance
+#     momentum warmup (#9)                        schedule.momentum_warmup    momentum_at
+#     momentum cooldown (#39)                     schedule.momentum_cooldown  momentum_at
+#     growing batch, batch taper (#46)            Stage.batch                 training_steps
+#     weight average, exponential mean (EMA)      average.blends              WeightMeans
+#     documents packed and cut (#29)              Stage.document_cut          Packer
 #
 # Weights of one shape live in one bank, a stacked `nn.Parameter`: the optimizer updates a bank at a
 # time, and `GPT.stream` hands each block its slices. To read a forward pass, begin at `GPT.forward`:
