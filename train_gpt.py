@@ -2264,8 +2264,8 @@ class Unit:
         changed in place. Padding is matrices of zeros, which must stay zero. `updates` counts this one too.
 
         At an owner under FSDP2 weights are zeros: what is added to them is sent to those who hold the rows.
-        On a CUDA GPU this is traced as a whole: numbers are tensors, `updates` is 0, and nothing is read on
-        the host.
+        On a CUDA GPU, where `fits_graph` allows it, this is traced as a whole: numbers are tensors, `updates`
+        is 0, and nothing is read on the host.
         """
         group, (m, n) = self.group, self.tail
         lr = numbers.lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
