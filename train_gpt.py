@@ -5,16 +5,16 @@
     python train_gpt.py --track tiny --seed 3 --matrix.equilibrate row
     python train_gpt.py --help                              every field, its values and its meaning
 
-A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of processes N:
-a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided once by the global token
-count. Record numbers such as #42 are those of the public speedrun (KellerJordan/modded-nanogpt); numbers such
-as 2505.16932 are papers on arXiv.
+A step is R packed rows of T tokens (times the batch factor of a stage) whatever the number of
+processes N: a rank takes R / N rows, gradients are sums over tokens, reduced in fp32 and divided
+once by the global count of targets. Record numbers such as #42 are those of the public speedrun
+(KellerJordan/modded-nanogpt); numbers such as 2505.16932 are papers on arXiv.
 
 Contents, in the order in which a token meets them:
     1 Tracks      every number of a run, as data
     2 Data        shards, documents packed into rows, validation rows
     3 Attention   who sees whom, and the kernels
-    4 Model       class GPT
+    4 Model       class GPT; above it an index of all techniques by the field's names
     5 Optimizer   class MuonEq: Muon, NorMuon, MuonEq and Adam, sharded over ranks
     6 Schedule    pure functions of the step
     7 Run         data check, log, checkpoints, class Trainer
@@ -111,12 +111,13 @@ class Stage(NamedTuple):
     begin: float  # the stage begins at step begin * schedule.steps; 1 is the start of the extension
     # Attention windows (short, long), in positions; paired heads have two positions for each token.
     windows: tuple[int, int]
-    batch: int = 1  # factor on the rows of a step
+    batch: int = 1  # factor on the rows of a step: a growing batch, and a taper at the end
     document_cut: int = 4096  # tokens kept of a document; the tail is dropped (#29)
-    lr: float = 1.0  # factor on the learning rates above their floor
+    lr: float = 1.0  # factor on the learning rates, which the cooldown fades to the floor
     # For the targets 2, 3, ... tokens ahead: (first, last) weight of their loss, linear in between (#53).
     ahead: tuple[tuple[float, float], ...] = ()
-    candidates: int = 0  # classes of the training softmax of a row, see `sample_classes`; 0: all (#92)
+    # Sampled softmax: classes of a row in training, see `sample_classes`; 0: all of them (#92).
+    candidates: int = 0
 
 
 Numbers = tuple[int, ...]
@@ -230,7 +231,7 @@ class Model(Settings):
     attention_source: int = field(-1, "block whose output all later attention reads; -1: none (#77)")
     # what is added to the stream
     ngrams: Pairs = field((), "(n, rows): hashed embeddings of the last n tokens (#62)")
-    ngram_fold: int = field(0, "bytes: from this n on A is a and a line end a space; 0: never")
+    ngram_fold: int = field(0, "folded bytes: from this n on A is a, a line end a space; 0: never")
     ngram_signs: int = field(0, "sign patterns for the rows of n-grams; 0: none (#83)", 0)
     matches: Numbers = field((), "n: what followed the last n tokens before, in the document")
     skips: Pairs = field((), "(source, target): block output added before a block (#11, #45)")
@@ -242,7 +243,8 @@ class Model(Settings):
     softcap: tuple[float, float, float] = field(
         (30.0, 0.0, 7.5), "(A, B, C): logits are A sigmoid((l + B) / C) (#18, #54)"
     )
-    tied: float = field(0.0, "share of the steps with one table for head and embedding (#51, #53)", 0)
+    # Of the scheduled steps; 1: until the extension. `untie_step` rounds up: no gradients wait there.
+    tied: float = field(0.0, "share of the steps before head and embedding untie (#51, #53)", 0)
     # how weights are stored and multiplied
     qk_parts: int = field(1, "row blocks of q and of k, each orthogonalised by itself (#80)", 1)
     low_precision: tuple[str, ...] = field(
@@ -270,22 +272,26 @@ class Muon(Settings):
 
     lr: float = field(0.03, "learning rate at factor 1", 0)
     weight_decay: float = field(0.0, "decoupled decay per step: lr * weight_decay", 0)
-    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    cautious: bool = field(False, "cautious decay: where update and weight have the same sign")
     nesterov: bool = field(True, "blend the gradient into the momentum")
+    # rowcol balances rows and columns by their sums of squares now, before orthogonalising; both
+    # does it weakly by running means of these, before and after
     equilibrate: Literal["none", "row", "col", "rowcol", "both"] = field(
-        "row", "MuonEq; both: also after orthogonalising"
+        "row", "MuonEq; both: weakly, before and after"
     )
     equilibrate_exponent: float = field(-0.5, "power of the sums of squares, not of both")
     phase: int | None = field(None, "update from which rowcol becomes row")
     orthogonalize: str = field("polar_express", "polar_express, newton_schulz, another of ORTHOGONALIZERS")
     norm_bound: Literal["frobenius", "spc"] = field(
-        "frobenius", "bound of the largest singular value"
+        "frobenius", "bound of the largest singular value; spc: Schatten-8"
     )
     normuon: bool = field(False, "NorMuon: equalise rows or columns by their running mean square")
     normuon_axis: Literal["auto", "row", "col"] = field(
         "auto", "what has a mean square; auto: the longer side"
     )
     beta2: float = field(0.95, "decay of NorMuon's mean square", 0, 1)
+    # by the shape of a matrix: of Muon (KellerJordan/Muon), or of Moonlight (2502.16982), with
+    # which an update has the root mean square 0.2, about that of AdamW
     scale: Literal["spectral", "match_rms_adamw"] = field(
         "spectral", "sqrt(max(1, m/n)) or 0.2 sqrt(max(m, n))"
     )
@@ -316,11 +322,10 @@ class Adam(Settings):
     betas: tuple[float, float] = field((0.65, 0.95), "decay of the first and second moment", 0, 1)
     eps: float = field(1.5e-13, "added to the root of the second moment of the mean over tokens", 0)
     weight_decay: float = field(0.0, "decoupled decay per update: lr * weight_decay", 0)
-    cautious: bool = field(False, "decay only where update and weight have the same sign")
+    cautious: bool = field(False, "cautious decay: where update and weight have the same sign")
     every: int = field(2, "steps between updates; gradients are kept in between (#39)", 1)
-    rowwise: bool = field(
-        False, "one second moment for a row, no first; rows not read rest (#92)"
-    )
+    # Rows that were not read stay as they are; only decay that is not cautious moves all rows.
+    rowwise: bool = field(False, "row-wise: one second moment for a row, and no first one (#92)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,11 +343,14 @@ class Schedule(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Average(Settings):
-    """Weights at the end are blended with a running mean of the last steps' (#92, 1803.05407)."""
+    """Weight average: the last weights are blended with an exponential mean (EMA) of earlier ones.
+
+    Record #92; equal parts are stochastic weight averaging (SWA, 1803.05407).
+    """
 
     blends: Shares = field((), "(parameter, share of its mean in the end)")
     span: float = field(0.25, "last share of all steps whose weights are averaged", 0)
-    memory: float = field(0.5, "share of the span that the mean reaches back; 1: all alike", 0)
+    memory: float = field(0.5, "time constant of the EMA as a share of the span; 1: equal parts", 0)
     every: int = field(4, "steps between two weights of the mean", 1)
 
 
@@ -450,7 +458,7 @@ TINY = Track(
 
 # 124M-class GPT on the data of the defaults, FineWeb in GPT-2 tokens: the public speedrun's record #89
 # without its gate networks (#81, #85), head mixing (#85) and prefix loss (#88), with the averages, the
-# sampled softmax, the end and the fewer blocks of #92 (a block and three attentions less), and with what
+# sampled softmax, the batch taper, the fewer blocks of #92 (a block and three attentions less), and with what
 # followed earlier matches. Nobody has run it: that it needs about 1,400 steps is a guess, as good as 1,200
 # or 1,650; records/README.md has the reasons.
 SHORT = Track(
@@ -482,6 +490,7 @@ SHORT = Track(
             Stage(0, (128, 384), 1, 896, ahead=((0.5, 0.5), (0.25, 0.0))),
             Stage(1 / 3, (384, 896), 2, 2048, lr=1.52, ahead=((0.5, 0.0),), candidates=10_240),
             Stage(2 / 3, (640, 1408), 3, 2048, lr=1.73, candidates=10_240),
+            # batch taper, with the full softmax
             Stage(0.94, (640, 1408), 2, 2048, lr=1.73),
             Stage(1, (768, 1664), 1, 2048),
         ),
@@ -592,7 +601,7 @@ class SampledBatch(NamedTuple):
 def sample_classes(
     targets: np.ndarray, count: int, vocab: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` classes, of `vocab`, that the softmax of a row has in training, and their log counts.
+    """Sampled softmax: `count` classes, of `vocab`, of a row in training, and their log counts.
 
     They are the row's targets, which stand for themselves, and, to fill up, a window of a sweep over all
     classes, another window for each row `number`: these stand for all other classes, so that the sum of the
@@ -834,7 +843,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k) v for q, k, v of (B, T, H, d) -> (B, T, H, d); the softmax scale is already in q.
 
     In blocks the cost is T x window, and the exponentials need no running maximum: heads are
-    RMS-normalised, so |q k| is at most the softmax scale times d. `model_rules` holds that below 40 at the
+    RMS-normalised, so |q k| is at most the softmax scale times d, with a key offset, which joins
+    parts of two keys, sqrt(2) times that. `model_rules` holds scale times d at most at 40 at the
     first window, and it grows slowly with the windows; fp32 overflows at 88.
     """
     if layout.mask is not None:
@@ -871,23 +881,73 @@ def supports(device: torch.device, feature: str) -> bool:
 # ----------------------------------------------------------------------------------------------------
 # 4. Model
 #
-# A decoder-only GPT. What it has, with the record or paper that brought it:
-#   tokens     n-gram embeddings with sign patterns (#62, #83), what followed earlier matches in the
-#              document, smear from the token before (#34), value embeddings with gates (#14, #63, #55),
-#              head and embedding that part (#51, #53)
-#   attention  norm of q and k (2010.04245), rotary positions on half of the channels (#17) with YaRN
-#              (#31), short and long windows (#20), gates per head (#28), exclusive self-attention
-#              (#82), keys from the position before (#49), paired heads (#58), one source for all later
-#              blocks (#77), blocks without attention (#17)
-#   MLP        ReLU squared (2109.08668)
-#   stream     factors on stream and embedding (#45), skips (#11, #45), backout (#40)
-#   logits     soft cap (#18, #54), FP8 products (#19), targets further ahead (#53)
+# A decoder-only GPT. Here is what this file knows to train it with, sections 2 to 6 included: the field's
+# name of a technique (with the record or paper that brought it), its setting, and where it is done.
+#
+#   tokens
+#     n-gram embeddings, hashed (#62)             model.ngrams                ngram_rows
+#     sign patterns of n-grams (#83)              model.ngram_signs           sign_pattern
+#     folded bytes                                model.ngram_fold            fold_bytes
+#     matches: what followed the last match       model.matches               match_rows
+#     smear: the token before (#34)               model.gate_inputs           GPT.embedding
+#     value embeddings (#14, #63)                 model.value_tables          GPT.mix_value
+#     gates of value embeddings (#55)             model.value_gate_inputs     GPT.mix_value
+#     tied head, untied (split) later (#51, #53)  model.tied                  untie_step
+#     gradients of read rows alone                -                           Table, Lookup
+#   attention
+#     norm of q and k (2010.04245)                -                           GPT.attention
+#     rotary positions, RoPE, by half (#17)       model.rotary_base           rotary_frequencies
+#     YaRN (2309.00071, #31)                      Stage.windows               rotary_frequencies
+#     softmax scale (#31)                         model.attention_scale       rotary_frequencies
+#     short and long windows (#20)                model.long_blocks           GPT.layouts
+#     gates per head (#28)                        model.gate_inputs           GPT.attention
+#     exclusive self-attention, XSA (#82)         model.xsa                   GPT.attention
+#     key offset by a position (#49)              model.key_offset            GPT.attention
+#     paired heads (#58)                          model.paired                GPT.attention
+#     one source for all later blocks (#77)       model.attention_source      GPT.stream
+#     blocks without attention (#17)              model.attention_free        GPT.stream
+#   MLP and stream
+#     MLP width, ReLU squared (2109.08668)        model.mlp_ratio             GPT.feed_forward
+#     factors on stream and embedding (#45)       model.residual_start        GPT.block
+#     skips, as in a U-net (#11, #45)             model.skips                 GPT.add_earlier
+#     backout (#40)                               model.backout               GPT.stream
+#     standard deviations at the start (#64)      model.o_std                 GPT.init_weights
+#     weights of low precision (#57)              model.low_precision         GPT.__init__
+#   logits and loss
+#     soft cap (#18, #54)                         model.softcap               GPT.logits
+#     FP8 head (#19)                              model.fp8_head              FP8Linear
+#     multi-token prediction, ahead (#53)         Stage.ahead                 loss_weights
+#     sampled softmax (#92)                       Stage.candidates            sample_classes
+#   optimizer
+#     Muon: Polar Express, Newton-Schulz          matrix.orthogonalize        orthogonalize
+#     MuonEq: equilibrate (2603.28254)            matrix.equilibrate          equilibrate
+#     two-sided balance: equilibrate=both         matrix.equilibrate          balance_factors
+#     NorMuon (2510.05491)                        matrix.normuon              normuon_factor
+#     q and k orthogonalised in parts (#80)       model.qk_parts              GPT.make_parameters
+#     learning rates of the MLP (#42)             matrix.mlp_lr_mul           build_optimizer
+#     cautious weight decay (2510.12402)          matrix.cautious             Unit.decay
+#     overflow guard                              -                           power_of_two
+#     row-wise tables, row-wise Adam (#92)        tables.rowwise              RowUnit
+#     updates every few steps (#39)               head.every                  MuonEq._active
+#     weights changed from outside, masters       model.low_precision         followed
+#     Adam in one kernel, on a GPU                -                           adam_pass
+#     FSDP2, DTensors                             -                           ShardedMatrices
+#   schedule and data
+#     cooldown                                    schedule.cooldown           learning_rate_factor
+#     floor of the learning rate (#19)            schedule.floor              learning_rate_factor
+#     extension at the floor (#35)                schedule.extension          total_steps
+#     decay by a power of the schedule (#43)      schedule.decay_power        Trainer.advance
+#     momentum warmup (#9)                        schedule.momentum_warmup    momentum_at
+#     momentum cooldown (#39)                     schedule.momentum_cooldown  momentum_at
+#     growing batch, batch taper (#46)            Stage.batch                 training_steps
+#     weight average, exponential mean (EMA)      average.blends              WeightMeans
+#     documents packed and cut (#29)              Stage.document_cut          Packer
 #
 # Weights of one shape live in one bank, a stacked `nn.Parameter`: the optimizer updates a bank at a
 # time, and `GPT.stream` hands each block its slices. To read a forward pass, begin at `GPT.forward`:
 #   forward -> body -> stream -> embedding, layouts, then block after block (attention, feed_forward)
 #                   -> loss -> logits
-# `compile_parts` says which of these become graphs of torch.compile. There is no train() and eval():
+# `GPT.COMPILED` names those that become graphs of torch.compile. There is no train() and eval():
 # what only training does (recomputation, FP8) asks `torch.is_grad_enabled()`.
 # ----------------------------------------------------------------------------------------------------
 
@@ -926,13 +986,13 @@ def rotary_frequencies(model: Model, windows: Sequence[int]) -> tuple[Tensor, fl
 
 
 def fold_bytes(inputs: Tensor) -> Tensor:
-    """Bytes with capital letters as small ones and line ends as spaces."""
+    """Folded bytes: capital letters as small ones, line ends as spaces."""
     capital = (inputs >= ord("A")) & (inputs <= ord("Z"))
     return torch.where(inputs == ord("\n"), ord(" "), inputs + 32 * capital)
 
 
 def ngram_keys(inputs: Tensor, document: Tensor, longest: int) -> list[Tensor]:
-    """A number below 2**31 for the last n tokens at each place, (..., T), for n from 1 to `longest`.
+    """A hash below 2**31 of the last n tokens at each place, (..., T), for n from 1 to `longest`.
 
     Tokens of other documents, by the number of the `document` (..., T) at each place, count as none. So does
     what lies before the row.
@@ -973,18 +1033,18 @@ def place_before(key: Tensor, document: Tensor) -> Tensor:
     """
     T = key.size(-1)
     order = (key * T + torch.arange(T, device=key.device)).argsort(-1)
-    in_front = order.roll(1, -1)  # of the first one the last, which is a later place
+    in_front = order.roll(1, -1)  # of the first one the last: another key or a later place
     alike = (key.gather(-1, order) == key.gather(-1, in_front)) & (in_front < order)
     alike = alike & (document.gather(-1, order) == document.gather(-1, in_front))
     return torch.zeros_like(order).scatter(-1, order, torch.where(alike, in_front, -1))
 
 
 def match_rows(inputs: Tensor, keys: Sequence[Tensor], document: Tensor, vocab: int) -> Tensor:
-    """The row of the token that followed the same key where the document had it before: (tables, B, T).
+    """Matches: rows for the token that followed the last n tokens where the document had them last.
 
-    Each table has its `keys` (B, T), those of the last n tokens; inputs and document are (B, T). It has a row
-    for "not seen before" and one for each of `vocab` tokens; tables lie one after the other. Copying as an
-    input: after #92, there for the longest match alone.
+    Each table has its `keys` (B, T), those of `ngram_keys` for one n; n-grams with the same key count as the
+    same. A table has a row for "not seen before" and one for each of `vocab` tokens; tables lie one after the
+    other. Returns (tables, B, T). Copying as an input: after #92, there for the longest match alone.
     """
     key = torch.stack([*keys])
     before = place_before(key, document.expand_as(key))
@@ -1095,7 +1155,8 @@ def fp8_product(
 class FP8Linear(torch.autograd.Function):
     """x (n, D) times the transpose of w (V, D) in FP8 with fixed divisors of x, w and the gradient.
 
-    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, an fp32 parameter, is fp32.
+    Records #19, #42: e4m3 forward and e5m2 gradients. The gradient of w, the fp32 head or the rows
+    of it that are sampled, is fp32.
     """
 
     @staticmethod
@@ -1144,10 +1205,11 @@ class Reading(torch.autograd.Function):
 
 
 class Shared(NamedTuple):
-    """Activations (B, T, D) that several blocks read, and the `sums` of their gradients, None: autograd adds.
+    """Activations x (B, T, D) that several blocks read, and `sums` of the gradients that they give it.
 
-    Autograd would write the gradient of each block and read it again. The sums are complete where `Joined`
-    takes them: the stream itself goes through all blocks that read.
+    None: autograd adds, which would write the gradient of each block and read it again. The sums
+    are complete when the backward of `Joined` adds them: the stream goes through `Joined` before it
+    comes to any block that reads, so that the backward of each of these has run.
     """
 
     x: Tensor
@@ -1181,7 +1243,7 @@ def call_directly(part: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The decoder of records #42 to #89.
+    """The decoder of the index above, after records #42 to #92.
 
     All sizes come from `model`, `max_tokens` is the longest row, activations and the parameters in
     `model.low_precision` have `dtype`. Weights are undefined until `init_weights`.
@@ -1226,7 +1288,8 @@ class GPT(nn.Module):
         self.gate = parameter(A, H, model.gate_inputs)  # (7, 6, 12)
         self.value_gate = parameter(A if model.value_gate_inputs else 0, H, 2 * model.value_gate_inputs)
         self.smear_gate = parameter(1, model.gate_inputs)
-        # tables: a row of D channels for each token or n-gram
+        # tables: a row of D channels for each token or hashed n-gram; the bank of the n-grams has those of
+        # matches too
         self.embed = parameter(V, D)  # (50304, 768)
         table_rows = [*(rows for _, rows in model.ngrams), *(V + 1 for _ in model.matches)]
         self.ngram_embed = parameter(sum(table_rows), D)  # (477890, 768)
@@ -1329,8 +1392,8 @@ class GPT(nn.Module):
     def tables(self) -> list[Table]:
         """The tables of tokens, n-grams and value embeddings. In training each has a `.grad`, zeros at first.
 
-        Graphs take them as arguments: none could be traced that meets a parameter of low precision beside an
-        fp32 gradient.
+        Graphs take them as arguments: torch.compile traces no graph that meets a parameter of low
+        precision which has an fp32 gradient.
         """
         # while they are tied, the table is that of the head; `embed` takes over when they part
         embed = self.lm_head if self.tied else self.embed
@@ -1344,10 +1407,11 @@ class GPT(nn.Module):
             if p.grad is None:
                 p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-                # for `RowUnit`; the head has a gradient in each row
+                # for `RowUnit`; unless its classes are sampled, the head has a gradient in each row
                 if p is not self.lm_head:
                     p.grad.rows_read = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            # `data`: autograd, which adds to the same tensor for the head, does not mind the order
+            # `data`: autograd adds to the same tensor for a tied head, and would call that a change
+            # of what `Lookup` has saved
             sums, read = p.grad.data, getattr(p.grad, "rows_read", None)
         return Table(rows, sums, read)
 
@@ -1356,6 +1420,11 @@ class GPT(nn.Module):
         tables: Sequence[Table], head: Table | None = None, classes: Tensor | None = None,
         log_counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """The losses of `forward`, (1 + ahead,); the graph of the mode "whole".
+
+        `windows` are those of `window_sizes`, `tables` those of `GPT.tables`, and `head` is the table of the
+        head where `classes` are sampled.
+        """
         call = call_directly
         if self.low_memory and torch.is_grad_enabled():
             # Keep the inputs of each part and compute the rest again; nothing in it is random.
@@ -1378,7 +1447,7 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Activations (B, T, D) of tokens (B, T) before the last norm. `call` calls a block.
 
-        `windows` are those of `window_sizes`, `tables` those of the method.
+        `windows` are those of `GPT.window_sizes`, `tables` those of `GPT.tables`.
         """
         c, dtype = self.config, self.dtype
         layouts = self.layouts(offsets, inputs.size(1), windows, longest)
@@ -1483,7 +1552,8 @@ class GPT(nn.Module):
         """What the last tokens are and what followed them before: sums of rows of the `table`, (B, T, D)."""
         c = self.config
         document = starts.cumsum(1)  # (B, T), its number in the row
-        # n-grams: a row for each length; long ones are seldom met again, so that alike ones share a row
+        # n-grams: a row for each length; long ones are seldom met again, so that those share a row
+        # which are alike once they are folded
         texts = torch.stack([inputs, fold_bytes(inputs)] if c.ngram_fold else [inputs])
         longest = max(*c.matches, *(n for n, _ in c.ngrams), 1, 1)
         keys = ngram_keys(texts, document.expand_as(texts), longest)  # of the last 1, 2, ... tokens
@@ -1573,14 +1643,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Summed cross entropies (K,) in nats, fp32, of activations (n, D) and targets (n, K), -1 for none.
 
-        Where training samples P classes, a `head` (P, D) stands for `lm_head`, and each class counts as many
-        times in the softmax as `log_counts` (P,) say; targets count once.
+        Where training samples P classes (sampled softmax), a `head` (P, D) stands for `lm_head`,
+        and a class counts exp(log_counts) times in the softmax, `log_counts` (P,); targets count
+        once.
 
         This is the training loss AND the validation loss, on which the claim of a record rests. A term that
         only training minimises (z-loss, say) stands behind `torch.is_grad_enabled()`, as FP8 does in
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
-        z = self.logits(x, head)  # (n, V)
+        z = self.logits(x, head)  # (n, V), or (n, P) of sampled classes
         # A sum over classes picks the logit of the target: the backward of a gather would first write
         # zeros of the size of z.
         classes = torch.arange(z.size(1), device=z.device)
@@ -1597,20 +1668,27 @@ class GPT(nn.Module):
 # 5. Optimizer
 #
 # `MuonEq` updates matrices by Muon and its relatives and everything else by Adam. One matrix W (m, n)
-# with gradient G, in ten lines (`Unit.update_matrices` does it for a stack of them):
+# with gradient G, in nine lines:
 #
-#     M = mu M + (1 - mu) G                      momentum
+#     M = mu M + (1 - mu) G                      `blended`: momentum
 #     U = mu M + (1 - mu) G                      Nesterov: the gradient once more
-#     r = row sums of U * U                      MuonEq: balance the rows (or the columns) ...
+#     r = row sums of U * U                      `direction`: MuonEq, balance the rows (or the columns) ...
 #     U = U / sqrt(r)                            ... before they are orthogonalised
 #     X = U / (1.02 ||U||)                       singular values between 0 and 1
 #     X = a X + (b X X' + c (X X')^2) X          Polar Express: five times, towards singular values of 1
-#     X = X / sqrt(running mean square)          NorMuon: by rows or columns, norm restored
+#     X = X / sqrt(running mean square)          `update_matrices`: NorMuon, by rows or columns, norm restored
 #     W = W - lr decay W
 #     W = W - lr sqrt(max(1, m / n)) X
 #
-# Parameters whose matrices have one shape are one `Unit`: a stack (S, m, n), padded to N equal chunks,
-# one for each rank. Of the track `short` on 8 ranks, for example:
+# Balance has more modes than this one ("row"): "rowcol" divides by the sums of rows and of columns,
+# "both" balances weakly by running means of them, before the polynomial and again after it
+# (`balance_factors`). To change the update read `Unit.update_matrices`, which does it for a stack
+# of matrices, and what it calls; its reference, in float64, is `matrix_reference` in
+# tests/test_optimizer.py.
+#
+# The matrices of one shape in a group are one `Unit`: a stack (S, m, n), padded to N equal chunks,
+# one for each rank. For Adam a large parameter is a unit, and so are all small ones of a group. Of
+# the track `short` on 8 ranks, for example:
 #
 #     bank       matrices       chunk of a rank   padded to
 #     qk         42 x 256 x 768         6             48
@@ -1622,42 +1700,19 @@ class GPT(nn.Module):
 #     reduce   gradients are summed over ranks, each rank receives the chunk that it owns (reduce_scatter);
 #     update   each rank updates its chunk, with the state that only it holds;
 #     gather   the new weights of all chunks go to all ranks (all_gather).
-# Large units are reduced first and updated last: their transfers hide behind the work on small ones.
-# With one process the same code runs and nothing is sent. Two kinds of units differ: of a row-wise table
-# (`RowUnit`) only rows that were read are sent and updated, and matrices that FSDP2 has cut into rows
-# (`ShardedMatrices`) are put together by an owner.
+# Units are updated in one order, those of Adam before matrices and small before large, and reduced
+# in the reverse one: the large transfers begin first. New weights travel while the next units are
+# updated, so that those of Adam hide behind the products of matrices. NCCL does one transfer after
+# the other: over it the first update waits for all sums. With one process nothing is sent.
+#
+# There are four kinds of units. `Unit` is described above. A row-wise table is a `RowUnit`: only
+# rows that were read are sent and updated. Of DTensors, as FSDP2 makes them, `Shards` updates what
+# a rank holds, and `ShardedMatrices` has an owner for each matrix that is cut into rows.
 # ----------------------------------------------------------------------------------------------------
 
 TINY_NUMBER = 1e-30  # guards divisions; a zero matrix stays exactly zero
-# Adam takes a larger gradient as this one: its square would be infinite, and nothing would move.
-LARGEST_SQUARED = 1e18
-# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
-ROW = 1024
-
-
-class Polynomial(NamedTuple):
-    """An iteration x -> a x + (b g + c g^2) x with g = x xT, which moves singular values towards 1."""
-
-    margin: float  # by which the bound of the largest singular value is enlarged before the first iteration
-    first: tuple[tuple[float, float, float], ...]  # (a, b, c) of the first iterations
-    then: tuple[float, float, float]  # (a, b, c) of all further ones
-
-
-# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of your own goes.
-ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
-    "polar_express": Polynomial(  # 2505.16932: 5 iterations, safety 2e-2
-        margin=1.02,
-        first=(
-            (8.156554524902461, -22.48329292557795, 15.878769915207462),
-            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-        ),
-        then=(1.875, -1.25, 0.375),
-    ),
-    "newton_schulz": Polynomial(margin=1.0, first=(), then=(3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
-}
+# Adam clamps gradients to this size: the square of a larger one could be infinite, and nothing moves then.
+LARGEST_TO_SQUARE = 1e18
 
 
 class Comm:
@@ -1752,7 +1807,7 @@ def sums_of_squares(x: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True).square()
 
 
-def with_gradient(grad: Tensor, sums: Tensor) -> Tensor:
+def has_gradient(grad: Tensor, sums: Tensor) -> Tensor:
     """Which matrices of `grad` (K, m, n) are not zero: (K, 1, 1). `sums` are the sums of their numbers."""
     alive = sums != 0
     # a sum of zero says nothing; asking a GPU would take longer than looking
@@ -1785,8 +1840,9 @@ def where_alive(alive: Tensor, value: float, otherwise: float, dtype: torch.dtyp
 def equilibrate(u: Tensor, mode: str, exponent: float = -0.5) -> Tensor:
     """MuonEq (2603.28254): scale rows and / or columns of u (K, m, n) by their sums of squares.
 
-    The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. The floor of
-    a sum is 1e-8 of their mean, so that with exponent -1/2 the scale of u has no effect.
+    The factor is the sum to the power `exponent`. Both sums of "rowcol" come from the same u. 1e-8
+    of their mean is added to the sums: with exponent -1/2 the scale of u has no effect ("row",
+    "col") or the inverse one ("rowcol", and what follows divides by the norm).
     """
     dims = {"none": (), "row": (-1,), "col": (-2,), "rowcol": (-1, -2)}[mode]
     sums = [sums_of_squares(u, dim) for dim in dims]
@@ -1806,10 +1862,11 @@ def balance_factors(
 
         D = B^-1/2 polar(B^-1/2 U A^-1/2) A^-1/2, in the size of the polar factor
 
-    (the public speedrun's IsoMuon with the energy of the momentum in place of the noise of the gradient).
-    An energy is the running mean, decay 0.95, of the sums of squares of the momentum: u without `power`.
-    `norms`, (K, m, 1) and (K, 1, n), are their roots, updated in place where `alive` is true. A correction
-    of the mean's first steps would be the same for all rows, so that e / e' is without it what it is with it.
+    (the public speedrun's IsoMuon with the energy of the update in place of the noise of the
+    gradient). An energy is the running mean, decay 0.95, of the sums of squares of u without
+    `power`: of the momentum, blended with the gradient where `nesterov` says so. `norms`, (K, m, 1)
+    and (K, 1, n), are their roots, updated in place where `alive` is true. The means begin at zero;
+    a correction for it, as Adam has, would be one factor for all rows, which e / e' does not see.
 
     A row or column that has always been zero does not count in e', and stays zero.
     """
@@ -1840,6 +1897,31 @@ def balance_again(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return x.mul_(before / after.clamp_min(TINY_NUMBER))
 
 
+class Polynomial(NamedTuple):
+    """An iteration x -> a x + (b g + c g^2) x with g = x xT, which moves singular values towards 1."""
+
+    margin: float  # by which the bound of the largest singular value is enlarged before the first iteration
+    first: tuple[tuple[float, float, float], ...]  # (a, b, c) of the first iterations
+    then: tuple[float, float, float]  # (a, b, c) of all further ones
+
+
+# A function (K, m, n) -> (K, m, n) is an entry too: that is where an optimizer of your own goes.
+ORTHOGONALIZERS: dict[str, Polynomial | Callable[[Tensor], Tensor]] = {
+    "polar_express": Polynomial(  # 2505.16932: 5 iterations, safety 2e-2
+        margin=1.02,
+        first=(
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        then=(1.875, -1.25, 0.375),
+    ),
+    "newton_schulz": Polynomial(margin=1.0, first=(), then=(3.4445, -4.7750, 2.0315)),  # KellerJordan/Muon
+}
+
+
 def orthogonalize(
     x: Tensor, method: str | Callable = "polar_express", steps: int = 5, norm_bound: str = "frobenius",
     work_dtype: torch.dtype = torch.bfloat16,
@@ -1847,8 +1929,9 @@ def orthogonalize(
     """Nearest (semi-)orthogonal matrices to x (K, m, n), approximately, in `work_dtype`.
 
     x is divided by an upper bound of its largest singular value, its Frobenius norm or, tighter,
-    ||(x xT)^2||_F^(1/4) ("spc"), and goes through the `Polynomial` of the method `steps` times: the last
-    ones of its list where it has more. A method that is a function gets x in `work_dtype` as it is.
+    the Schatten-8 norm ||(x xT)^2||_F^(1/4) ("spc"), and goes through the `Polynomial` of the
+    method `steps` times: the last ones of its list where it has more. A method that is a function
+    gets x in `work_dtype` as it is.
     """
     method = ORTHOGONALIZERS.get(method, method)
     if callable(method):
@@ -1895,85 +1978,33 @@ def normuon_factor(update: Tensor, second_moment: Tensor, beta2: float, alive: T
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-    """x + factor * y, in place."""
+    """x + factor * y, in place; shapes as one, the factor a number or, in a graph, a tensor ()."""
     return x.add_(y, alpha=factor) if isinstance(factor, float) else x.add_(y * factor)
 
 
 def changed_bits(master: Tensor, weights: Tensor) -> Tensor:
-    """Integers that are not zero where the fp32 `master` copy does not round to weights of low precision."""
+    """Integers, not zero where the fp32 `master` copy does not round to weights of 1 or 2 bytes.
+
+    All have one shape. Bits are compared: a weight of -0 is another one than 0.
+    """
     # of integers this takes a CPU a tenth of the time that a comparison takes
     bits = {1: torch.int8, 2: torch.int16}[weights.dtype.itemsize]
     return master.to(weights.dtype).view(bits) ^ weights.view(bits)
 
 
 def followed(master: Tensor, stored: Tensor) -> Tensor:
-    """The fp32 `master` copy, and the `stored` weights of low precision where others have changed them."""
-    return torch.where(changed_bits(master, stored) == 0, master, stored)
+    """The fp32 `master` copy, but `stored` weights of low precision where others have changed them.
 
-
-def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
-    """Decoupled decay of weights that Adam updates, in a graph; as `Unit.decay`."""
-    decayed = weights * amount
-    weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
-
-
-def adam_pass(
-    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
-    numbers: Sequence[Tensor], cautious: bool,
-) -> Tensor:  # fmt: skip
-    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
-
-    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
-    `Unit.update_compiled`. Returns the sum of the gradients.
+    All have one shape. A change that rounding hides is not seen.
     """
-    scale, blend1, blend2, size, root, eps, decay = numbers
-    if stored is not None:
-        weights.copy_(followed(weights, stored))
-    mean = (grad * scale).clamp(-LARGEST_SQUARED, LARGEST_SQUARED)
-    exp_avg.lerp_(mean, blend1)
-    exp_avg_sq.lerp_(mean.square(), blend2)
-    decay_numbers(weights, exp_avg, decay, cautious)
-    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
-    if stored is not None:
-        stored.copy_(weights)
-    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
-
-
-def row_pass(
-    weights: Tensor, grad: Tensor, second_moment: Tensor, stored: Tensor | None = None, *,
-    numbers: Sequence[Tensor], cautious: bool,
-) -> Tensor:  # fmt: skip
-    """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
-    scale, blend, correction, lr, eps, decay = numbers
-    if stored is not None:
-        weights.copy_(followed(weights, stored))
-    bound = LARGEST_SQUARED / grad.size(1) ** 0.5
-    mean = (grad * scale).clamp(-bound, bound)
-    second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
-    decay_numbers(weights, mean, decay, cautious)
-    size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
-    weights.sub_(lr * mean / size)
-    if stored is not None:
-        stored.copy_(weights)
-    return grad.sum(1).sum()
-
-
-def update_together(jobs: Sequence[tuple]) -> None:
-    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
-    for unit, stored, *arguments in jobs:
-        unit.update_stored(stored, *arguments)
-
-
-@functools.cache
-def graph_of(function: Callable) -> Callable:
-    """The function as torch.compile makes it, for each of the settings that it meets."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.where(changed_bits(master, stored) == 0, master, stored)
 
 
 class StepNumbers(NamedTuple):
     """What changes from step to step in an update; in a graph tensors of no dimension."""
 
-    scale: Tensor | float  # on the gradient
+    # on the gradient: 1 / targets since the last update; with grads="mean" 1 / steps
+    scale: Tensor | float
     lr: Tensor | float  # of the group
     momentum: Tensor | float  # of matrices
     decay: Tensor | float  # lr * weight_decay
@@ -2001,7 +2032,14 @@ class Unit:
         "momentum", "second_moment", "row_norm", "col_norm", "exp_avg", "exp_avg_sq", "master",
     )  # fmt: skip
 
+    # ---- division and state
+
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
+        """Divide the members over the processes of `comm`, and make their state.
+
+        They have one dtype and device, matrices (m, n) or (K, m, n) also one (m, n). The settings in `group`
+        are read at every step.
+        """
         self.group, self.comm = group, comm
         self.group_number = 0  # its place in `param_groups`
         self.words: list[Any] = []  # the settings that are no numbers, as they were checked last
@@ -2021,6 +2059,7 @@ class Unit:
         self.reset()
 
     def entry_shape(self) -> torch.Size:
+        """The tail of the stack: (m, n) for matrices, () for numbers."""
         return self.params[0].shape[-2:] if self.matrix else torch.Size()
 
     def divide(self) -> None:
@@ -2050,6 +2089,7 @@ class Unit:
         return F.pad(stack, (0, self.padding))[self.own, None, None]
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each state of the chunk that the group's settings need, by its name in STATE."""
         shapes = {}
         for key in ("momentum",) if self.matrix else ("exp_avg", "exp_avg_sq"):
             shapes[key] = (self.chunk, *self.tail)
@@ -2089,6 +2129,10 @@ class Unit:
         zeros = first.new_zeros(self.padding, *entry).reshape(-1, *tensors[0].shape[1:])
         return torch.cat([*tensors, zeros]).detach().reshape(-1, *entry)
 
+    def unstack(self, full: Tensor) -> Sequence[Tensor]:
+        """The part of each parameter in a stack or a stacked state (N C, ...)."""
+        return full[: self.size].split(self.counts)
+
     def views(self) -> list[dict[str, Tensor]]:
         """What this rank holds of the state of each parameter, as `optimizer.state` shows it.
 
@@ -2105,61 +2149,18 @@ class Unit:
             found.append(views)
         return found
 
-    def unstack(self, full: Tensor) -> Sequence[Tensor]:
-        """The part of each parameter in a stack or a stacked state (N C, ...)."""
-        return full[: self.size].split(self.counts)
-
-    def receive(self, full: Tensor) -> None:
-        """Write the new weights of a stack (N C, *tail) to the parameters."""
-        if self.direct:
-            return
-        held = self.held()
-        if {x.shape for x in held} == {self.tail}:
-            parts = full[: self.size].unbind()
-        else:
-            parts = [part.view(x.shape) for x, part in zip(held, self.unstack(full))]
-        # one call for all
-        torch._foreach_copy_(held, parts)
-
     def shape_of(self, p: Tensor, key: str) -> torch.Size:
         """The shape that a state has in `state_dict`: that of the parameter, or (.., m, 1) of NorMuon."""
         return p.shape[: p.ndim - len(self.tail)] + self.state[key].shape[1:]
 
-    def saved(self, key: str) -> list[Tensor]:
-        """A state of each parameter for `state_dict`, gathered from all ranks."""
-        chunk = self.state[key]
-        full = chunk.new_empty(self.size + self.padding, *chunk.shape[1:])
-        self.comm.all_gather(full, chunk).wait()
-        parts = self.unstack(full)
-        return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
-
-    def load(self, key: str, saved: Sequence[Tensor]) -> None:
-        """Take over a state of each parameter as `saved` returned it, at any number of ranks."""
-        self.state[key].copy_(self.stack(saved)[self.own])
-
-    def take_moments(self, other: Unit) -> None:
-        """Take over the moments of a unit with the same `moments`."""
-        for key in other.moments():
-            self.state[key].copy_(other.state[key])
-
-    def join(self, comm: Comm) -> None:
-        """In a copy of an optimizer, belong to its processes; ValueError if these are others."""
-        self.comm = comm
-        processes = (self.size + self.padding) // self.chunk
-        if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
-            raise ValueError(
-                f"this rank of {comm.world_size} did not write this copy of an optimizer on "
-                f"{processes} processes; a state_dict fits any number"
-            )
-
-    def moments(self) -> dict[str, torch.Size]:
-        """The shapes of the state that does not follow from the parameters."""
-        return {key: value.shape for key, value in self.state.items() if key != "master"}
+    # ---- the step, in the order of its calls: reduce; update: count_updates, then update_chunk (for each
+    # slice update_matrices or update_elements) or, on a GPU, update_compiled; send; receive; note_bad
 
     def reduce(self, summed: bool) -> tuple[Any, Tensor, Any]:
-        """What is sent, the owned chunk of the gradients, `summed` over ranks or not, and the work.
+        """Begin to reduce: what is sent, the owned chunk (C, *tail) of the gradients, and the work.
 
-        What is sent must live until the work is done.
+        Gradients that are not to be `summed` over ranks are not sent. What is sent must live until the work
+        is done, and the chunk is complete only then. ValueError from `check_gradients`.
         """
         full = self.gradients()
         chunk, work = self.comm.reduce_scatter(full) if summed else (full[self.own], Comm.DONE)
@@ -2189,6 +2190,31 @@ class Unit:
                 )
             if grad is not None and grad.layout != torch.strided:
                 raise ValueError(f"the gradient of parameter {name!r} is sparse; MuonEq takes dense ones")
+
+    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
+        """Update the owned chunk with `grad` (C, *tail) times `scale`, see `StepNumbers`.
+
+        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
+        job that `update_together` still has to do.
+        """
+        full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
+        stored = full[self.own]  # the chunk of the parameters
+        weights = self.state.get("master", stored)  # fp32, changed in place
+        skipped, spans = self.count_updates(grad)
+        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
+            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
+            return full, stored, job
+        if "master" in self.state:
+            self.take_over(stored)
+        self.update_chunk(weights, grad, scale, skipped, spans)
+        return full, weights.to(self.dtype), None
+
+    def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Count an update of each parameter that is not skipped; returns those that are, and the `spans`."""
+        skipped = self.skipped(grad)
+        self.updates += 1
+        self.updates[skipped] -= 1
+        return skipped, self.spans(skipped)
 
     def skipped(self, grad: Tensor) -> list[int]:
         """The parameters that are left alone in this step: those without a gradient, on any rank.
@@ -2223,52 +2249,6 @@ class Unit:
             spans[-1] = (spans[-1][0], self.chunk, spans[-1][2])
         return spans
 
-    def sum(self, grad: Tensor) -> Tensor:
-        """A number for each matrix of the chunk, or for all of it, that is finite where its numbers are."""
-        # a largest absolute value takes a CPU 40 times as long
-        return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
-
-    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The saved state of a parameter as this unit has it."""
-        return state
-
-    def clear(self) -> bool:
-        """Make the gradients zero in a way of its own; false: there is none."""
-        return False
-
-    def update(self, grad: Tensor, scale: float, compiled: bool) -> tuple[Tensor, Tensor, tuple | None]:
-        """Update the owned chunk with `grad` * scale.
-
-        Returns the stack, the chunk of new weights, which may lie in it, and with `compiled` for matrices the
-        job that `update_together` still has to do.
-        """
-        full = self.stack(self.params)  # a copy, or the parameter itself where the unit is direct
-        stored = full[self.own]  # the chunk of the parameters
-        weights = self.state.get("master", stored)  # fp32, changed in place
-        skipped, spans = self.count_updates(grad)
-        if compiled and not skipped and len(spans) == 1 and self.fits_graph(stored):
-            job = self.update_compiled(stored, weights, grad, scale, spans[0][2])
-            return full, stored, job
-        if "master" in self.state:
-            self.take_over(stored)
-        self.update_chunk(weights, grad, scale, skipped, spans)
-        return full, weights.to(self.dtype), None
-
-    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Send the new weights of the chunk: the stack, what is sent, and the work to wait for.
-
-        Both must live until the work is done; then `receive` takes the stack.
-        """
-        return full, chunk, self.comm.all_gather(full, chunk)
-
-    def count_updates(self, grad: Tensor) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Count an update of each parameter but those that are skipped; these, and the `spans`."""
-        # which parameters, and how often they have been updated
-        skipped = self.skipped(grad)
-        self.updates += 1
-        self.updates[skipped] -= 1
-        return skipped, self.spans(skipped)
-
     def update_chunk(
         self, weights: Tensor, grad: Tensor, scale: float, skipped: list[int],
         spans: list[tuple[int, int, int]],
@@ -2295,12 +2275,134 @@ class Unit:
             part.copy_(before)
 
     def numbers(self, scale: float) -> StepNumbers:
+        """The numbers of a step as floats, from the group as it is now."""
         lr, momentum = float(self.group["lr"]), float(self.group.get("momentum", 0.0))
         return StepNumbers(scale, lr, momentum, lr * self.group["weight_decay"])
 
-    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
-        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
-        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
+    def sum(self, grad: Tensor) -> Tensor:
+        """The sum of each matrix of the chunk, (C, 1, 1), or of all its numbers, (): whether all are finite.
+
+        Finite gradients with a sum beyond fp32 count as not finite too, in `bad_since`.
+        """
+        # a largest absolute value takes a CPU 40 times as long
+        return grad.sum((-2, -1), keepdim=True) if self.matrix else grad.sum()
+
+    def update_matrices(
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
+    ) -> None:
+        """Muon with its relatives, as at the head of this section, for a slice of the chunk.
+
+        Weights and `grad` (c, m, n) and the `state` are those of the slice `self.part`; weights and state are
+        changed in place. Padding is matrices of zeros, which must stay zero. `updates` counts this one too.
+
+        At an owner under FSDP2 weights are zeros: what is added to them is sent to those who hold the rows.
+        On a CUDA GPU, where `fits_graph` allows it, this is traced as a whole: numbers are tensors, `updates`
+        is 0, and nothing is read on the host.
+        """
+        group, (m, n) = self.group, self.tail
+        lr = numbers.lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
+        update, alive, power = self.blended(grad, numbers, state)
+        update = self.direction(update, alive, power, state, updates)
+        # the size of the update: by shape, as Muon or Moonlight (2502.16982) has it, and by row or column
+        if group["scale"] == "spectral":
+            factor = lr * math.sqrt(max(1.0, m / n))
+        else:
+            factor = lr * (0.2 * math.sqrt(max(m, n)))
+        if group["normuon"]:
+            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
+        self.decay(weights, update, torch.ge, numbers.decay, alive)
+        if isinstance(factor, float):
+            weights.add_(update, alpha=-factor)
+        else:
+            weights.sub_(update * factor)
+
+    def blended(
+        self, grad: Tensor, numbers: StepNumbers, state: dict
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The momentum, with the gradient once more for Nesterov, (c, m, n); which matrices move, (c, 1, 1).
+
+        Third, a power of two by which it was multiplied, so that nothing overflows; 0 for what rests.
+        """
+        group, scale, mu = self.group, numbers.scale, numbers.momentum
+        # momentum, as an exponential mean; that of a matrix whose gradient is zero stays as it is
+        alive = has_gradient(grad, self.sums[self.part])  # (c, 1, 1)
+        momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
+        add_scaled(momentum, grad, (1 - mu) * scale)
+        if group["nesterov"]:
+            update = add_scaled(momentum.mul(mu), grad, (1 - mu) * scale)
+        else:
+            update = momentum
+        # the size; a function of your own gets what is blended as large as it is
+        method = group["orthogonalize"]
+        own = callable(ORTHOGONALIZERS.get(method, method))
+        power = alive if own else power_of_two(update, alive)
+        if isinstance(power, Tensor):
+            alive = alive | (largest(momentum) == 0)  # before its first gradient a matrix decays
+            update = update * power
+        return update, alive, power
+
+    def direction(
+        self, update: Tensor, alive: Tensor, power: Tensor | float, state: dict, updates: int
+    ) -> Tensor:
+        """What `blended` returns, balanced and orthogonalised: (c, m, n), in `work_dtype` but for "both"."""
+        group, mode = self.group, self.group["equilibrate"]
+        if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
+            mode = "row"
+        if mode == "both":
+            factors = balance_factors(update, [state["row_norm"], state["col_norm"]], power, alive)
+            update = (update * factors[0]).mul_(factors[1])
+        else:
+            update = equilibrate(update, mode, group["equilibrate_exponent"])
+        method, bound = group["orthogonalize"], group["norm_bound"]
+        update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
+        return balance_again(update, factors) if mode == "both" else update
+
+    def decay(
+        self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
+        alive: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Decoupled decay (1711.05101) of weights, in place, by `amount` = lr * weight_decay.
+
+        Without lr_mul and the factors of the shape. Of matrices (C, m, n) only those that are
+        `alive` (C, 1, 1). Cautious (2510.12402): only where the `update`, not yet subtracted, and
+        the weight `agree` in sign; torch.ge, for matrices, counts a zero as agreement, torch.gt,
+        for Adam, does not.
+        """
+        if isinstance(amount, float) and not amount:
+            return
+        if self.group["cautious"]:
+            where = agree(update * weights, 0)
+            weights.sub_(amount * weights * (where if alive is None else where & alive))
+        else:
+            kept = 1 - amount
+            weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
+
+    def update_elements(
+        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
+    ) -> None:
+        """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
+        group, bound = self.group, LARGEST_TO_SQUARE
+        mean = (grad * numbers.scale).clamp_(-bound, bound)
+        beta1, beta2 = group["betas"]
+        if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
+            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
+        # torch.tensor would wait for the device
+        count = torch.full((), float(updates), device=weights.device)
+        torch._fused_adamw_(
+            [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
+            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
+            weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def take_over(self, now: Tensor) -> None:
+        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
+        now, master = now.flatten(), self.state["master"].view(-1)
+        size = len(now) if now.is_cuda else self.SLICE["adam"]
+        for old, new in zip(master.split(size), now.split(size)):
+            different = changed_bits(old, new)
+            # a GPU would have to be waited for
+            if now.is_cuda or (len(new) and (different.max() or different.min())):
+                old.copy_(torch.where(different == 0, old, new))
 
     def fits_graph(self, stored: Tensor) -> bool:
         """Whether a graph takes this unit, whose chunk of the parameters is `stored`."""
@@ -2331,7 +2433,7 @@ class Unit:
         self.sums = graph_of(adam_pass)(*rows, numbers=changing, cautious=cautious)
         return None
 
-    def update_stored(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
+    def update_in_graph(self, stored: Tensor, weights: Tensor, grad: Tensor, numbers: StepNumbers) -> None:
         """All matrices of the chunk, whose rounded weights are `stored`; traced, see `update_together`."""
         self.sums = self.sum(grad)
         if "master" in self.state:
@@ -2340,109 +2442,85 @@ class Unit:
         if "master" in self.state:
             stored.copy_(weights)
 
-    def note_finite(self, step: int) -> None:
+    def on_device(self, numbers: Sequence[float]) -> tuple[Tensor, ...]:
+        """Numbers as a graph takes them: it would be made anew for another float. Nothing waits for it."""
+        return torch.tensor(numbers, dtype=self.precision).to(self.device, non_blocking=True).unbind()
+
+    def send(self, full: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Send the new weights of the chunk: the stack, what is sent, and the work to wait for.
+
+        Both must live until the work is done; then `receive` takes the stack.
+        """
+        return full, chunk, self.comm.all_gather(full, chunk)
+
+    def receive(self, full: Tensor) -> None:
+        """Write the new weights of a stack (N C, *tail) to the parameters."""
+        if self.direct:
+            return
+        held = self.held()
+        if {x.shape for x in held} == {self.tail}:
+            parts = full[: self.size].unbind()
+        else:
+            parts = [part.view(x.shape) for x, part in zip(held, self.unstack(full))]
+        # one call for all
+        torch._foreach_copy_(held, parts)
+
+    def note_bad(self, step: int) -> None:
         """Remember the first step, counted from 1, in which a gradient of the chunk was not finite."""
         finite = self.sums.isfinite().all()
         self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp_max(step))
 
-    def take_over(self, now: Tensor) -> None:
-        """The master copy follows weights (C, *tail) that others changed: those it does not round to."""
-        now, master = now.flatten(), self.state["master"].view(-1)
-        size = len(now) if now.is_cuda else self.SLICE["adam"]
-        for old, new in zip(master.split(size), now.split(size)):
-            different = changed_bits(old, new)
-            # a GPU would have to be waited for
-            if now.is_cuda or (len(new) and (different.max() or different.min())):
-                old.copy_(torch.where(different == 0, old, new))
+    def clear(self) -> bool:
+        """Make the gradients zero in a way of its own; false: there is none."""
+        return False
 
-    def update_elements(
-        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
-    ) -> None:
-        """Adam (1412.6980) with decoupled decay (1711.05101) on fp32 (C,), in one pass of torch's kernel."""
-        group, mean = self.group, (grad * numbers.scale).clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
-        beta1, beta2 = group["betas"]
-        if group["weight_decay"]:  # the new first moment has the sign of the update; 0 in rows never read
-            self.decay(weights, state["exp_avg"].lerp(mean, 1 - beta1), torch.gt, numbers.decay)
-        # torch.tensor would wait for the device
-        count = torch.full((), float(updates), device=weights.device)
-        torch._fused_adamw_(
-            [weights], [mean], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count],
-            lr=numbers.lr, beta1=beta1, beta2=beta2, eps=group["eps"],
-            weight_decay=0.0, amsgrad=False, maximize=False,
-        )  # fmt: skip
+    # ---- checkpoints and copies
 
-    def update_matrices(
-        self, weights: Tensor, grad: Tensor, numbers: StepNumbers, state: dict, updates: int
-    ) -> None:
-        """Muon with its relatives, as at the head of this section; fp32 (C, m, n)."""
-        group, (scale, lr, mu, decay), (m, n) = self.group, numbers, self.tail
-        lr = lr * (self.lr_mul if isinstance(self.lr_mul, float) else self.lr_mul[self.part])
-        # momentum, as an exponential mean; a matrix whose gradient is zero keeps it
-        alive = with_gradient(grad, self.sums[self.part])  # (C, 1, 1)
-        momentum = state["momentum"].mul_(where_alive(alive, mu, 1.0, grad.dtype))
-        add_scaled(momentum, grad, (1 - mu) * scale)
-        if group["nesterov"]:
-            update = add_scaled(momentum.mul(mu), grad, (1 - mu) * scale)
-        else:
-            update = momentum
-        # a size at which nothing overflows; a function gets the momentum as it is
-        method, bound = group["orthogonalize"], group["norm_bound"]
-        own = callable(ORTHOGONALIZERS.get(method, method))
-        power = alive if own else power_of_two(update, alive)
-        if isinstance(power, Tensor):
-            alive = alive | (largest(momentum) == 0)  # before its first gradient a matrix decays
-            update = update * power
-        # balance, then orthogonalise
-        mode = group["equilibrate"]
-        if mode == "rowcol" and group["phase"] is not None and updates >= group["phase"]:
-            mode = "row"
-        if mode == "both":
-            factors = balance_factors(update, [state["row_norm"], state["col_norm"]], power, alive)
-            update = (update * factors[0]).mul_(factors[1])
-        else:
-            update = equilibrate(update, mode, group["equilibrate_exponent"])
-        update = orthogonalize(update, method, group["steps"], bound, group["work_dtype"])
-        if mode == "both":
-            update = balance_again(update, factors)
-        # the size of the update: by shape, and by row or column
-        if group["scale"] == "spectral":
-            factor = lr * math.sqrt(max(1.0, m / n))
-        else:
-            factor = lr * (0.2 * math.sqrt(max(m, n)))
-        if group["normuon"]:
-            factor = factor * normuon_factor(update, state["second_moment"], group["beta2"], alive)
-        self.decay(weights, update, torch.ge, decay, alive)
-        if isinstance(factor, float):
-            weights.add_(update, alpha=-factor)
-        else:
-            weights.sub_(update * factor)
+    def moments(self) -> dict[str, torch.Size]:
+        """The shapes of the state that does not follow from the parameters."""
+        return {key: value.shape for key, value in self.state.items() if key != "master"}
 
-    def decay(
-        self, weights: Tensor, update: Tensor, agree: Callable, amount: Tensor | float,
-        alive: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Decoupled decay by `amount`, without lr_mul and the factors of the shape.
+    def saved(self, key: str) -> list[Tensor]:
+        """A state of each parameter for `state_dict`, gathered from all ranks."""
+        chunk = self.state[key]
+        full = chunk.new_empty(self.size + self.padding, *chunk.shape[1:])
+        self.comm.all_gather(full, chunk).wait()
+        parts = self.unstack(full)
+        return [part.reshape(self.shape_of(p, key)).clone() for p, part in zip(self.params, parts)]
 
-        Of matrices only those that are `alive`; cautious: only where update and weight `agree` in sign
-        (2510.12402).
-        """
-        if isinstance(amount, float) and not amount:
-            return
-        if self.group["cautious"]:
-            where = agree(update * weights, 0)
-            weights.sub_(amount * weights * (where if alive is None else where & alive))
-        else:
-            kept = 1 - amount
-            weights.mul_(kept if alive is None else where_alive(alive, kept, 1.0, weights.dtype))
+    def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        """Take over a state of each parameter as `saved` returned it, at any number of ranks."""
+        self.state[key].copy_(self.stack(saved)[self.own])
+
+    def take_moments(self, other: Unit) -> None:
+        """Take over the moments of a unit with the same `moments`."""
+        for key in other.moments():
+            self.state[key].copy_(other.state[key])
+
+    def converted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The saved state of a parameter as this unit has it."""
+        return state
+
+    def join(self, comm: Comm) -> None:
+        """In a copy of an optimizer, belong to its processes; ValueError if these are others."""
+        self.comm = comm
+        processes = (self.size + self.padding) // self.chunk
+        if processes != comm.world_size or self.own.start != comm.rank * self.chunk:
+            raise ValueError(
+                f"this rank of {comm.world_size} did not write this copy of an optimizer on "
+                f"{processes} processes; a state_dict fits any number"
+            )
 
 
 class RowUnit(Unit):
     """A table (R, D) of an Adam group with `rowwise`: a row has one second moment, and no first one.
 
-    A row whose gradient is zero does not move. So a step computes with the others alone, and over ranks they
-    alone are sent: gradients to their owners, rank r having the rows [r C, (r + 1) C), and new weights to
-    all. Whoever makes a gradient may attach a mask (R,), `p.grad.rows_read`, of the rows that may be other
-    than zero; else they are looked for. Row-wise state: record #92, and torchrec's row-wise optimizers.
+    A row whose gradient is zero does not move, but for decay that is not cautious, with which all
+    rows are updated. Else a step computes with the other rows alone, and over ranks they alone are
+    sent: gradients to their owners, rank r having the rows [r C, (r + 1) C), and new weights to
+    all. Whoever makes a gradient may attach a mask (R,), `p.grad.rows_read`, of the rows that may
+    be other than zero; else they are looked for. Row-wise state: record #92, and torchrec's
+    row-wise optimizers.
     """
 
     def __init__(self, group: dict, members: Sequence[Member], comm: Comm):
@@ -2596,7 +2674,7 @@ class RowUnit(Unit):
             weights[rows] = followed(weights[rows], own[rows])
         # a larger gradient counts as this one, whose square is finite; norms are (n, 1)
         if grad.is_cuda or not self.norms.isfinite().all():
-            grad = (grad * scale).clamp_(-LARGEST_SQUARED / root, LARGEST_SQUARED / root)
+            grad = (grad * scale).clamp_(-LARGEST_TO_SQUARE / root, LARGEST_TO_SQUARE / root)
             self.norms, scale = torch.linalg.vector_norm(grad, dim=1, keepdim=True), 1.0
         # the second moment of all rows falls: the others have nothing to add
         second_moment = self.state["exp_avg_sq"].mul_(beta2)
@@ -2643,6 +2721,77 @@ class RowUnit(Unit):
         grad.rows_read.zero_()
         self.mine = None
         return True
+
+
+# ---- as graphs, on a GPU
+#
+# The formulas of `Unit.update_elements` and `RowUnit.update_rows` once more, each as one kernel of
+# torch.compile. Matrices are updated by `Unit.update_matrices` itself, traced for all units together.
+
+# Numbers of a row of `adam_pass`. With rows of a fixed size one graph serves units of all sizes.
+ROW = 1024
+
+
+def decay_numbers(weights: Tensor, update: Tensor, amount: Tensor, cautious: bool) -> None:
+    """Decoupled decay of weights that Adam updates, in a graph, as `Unit.decay` does it.
+
+    Weights and `update`, which is subtracted later, have one shape, `amount` () is lr * weight_decay.
+    """
+    decayed = weights * amount
+    weights.sub_(torch.where(update * weights > 0, decayed, 0.0) if cautious else decayed)
+
+
+def adam_pass(
+    weights: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`Unit.update_elements` and what goes with it, all (n, ROW): a graph of it reads and writes each once.
+
+    `stored` are weights of low precision, of which `weights` is the master copy. `numbers` are made by
+    `Unit.update_compiled`. Returns the sum of the gradients.
+    """
+    scale, blend1, blend2, size, root, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(followed(weights, stored))
+    mean = (grad * scale).clamp(-LARGEST_TO_SQUARE, LARGEST_TO_SQUARE)
+    exp_avg.lerp_(mean, blend1)
+    exp_avg_sq.lerp_(mean.square(), blend2)
+    decay_numbers(weights, exp_avg, decay, cautious)
+    weights.sub_(size * exp_avg / (exp_avg_sq.sqrt() / root + eps))
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()  # by rows first: that goes into the same kernel
+
+
+def row_pass(
+    weights: Tensor, grad: Tensor, second_moment: Tensor, stored: Tensor | None = None, *,
+    numbers: Sequence[Tensor], cautious: bool,
+) -> Tensor:  # fmt: skip
+    """`RowUnit.update_rows` for rows (n, D) of a table with second moments (n, 1); else as `adam_pass`."""
+    scale, blend, correction, lr, eps, decay = numbers
+    if stored is not None:
+        weights.copy_(followed(weights, stored))
+    bound = LARGEST_TO_SQUARE / grad.size(1) ** 0.5
+    mean = (grad * scale).clamp(-bound, bound)
+    second_moment.lerp_(mean.square().mean(1, keepdim=True), blend)
+    decay_numbers(weights, mean, decay, cautious)
+    size = ((second_moment / correction).sqrt() + eps).clamp_min(TINY_NUMBER)
+    weights.sub_(lr * mean / size)
+    if stored is not None:
+        stored.copy_(weights)
+    return grad.sum(1).sum()
+
+
+def update_together(jobs: Sequence[tuple]) -> None:
+    """Update the matrices of several units, (unit, its stored weights, arguments): one graph for them all."""
+    for unit, stored, *arguments in jobs:
+        unit.update_in_graph(stored, *arguments)
+
+
+@functools.cache
+def graph_of(function: Callable) -> Callable:
+    """The function as torch.compile makes it, for each of the settings that it meets."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 # ---- parameters that are DTensors, as those of FSDP2 (fully_shard)
@@ -2788,6 +2937,10 @@ class ShardedMatrices(Shards):
     """
 
     def divide(self) -> None:
+        """The rows that this rank holds, the matrices that it owns, and the ways between these.
+
+        ValueError for parameters that are not cut as torch.chunk cuts them.
+        """
         comm, (m, n) = self.comm, self.tail
         self.counts = [p.numel() // (m * n) for p in self.params]
         self.size, self.padding, self.direct = sum(self.counts), 0, False
@@ -2928,6 +3081,10 @@ class ShardedMatrices(Shards):
             self.load(key, other.saved(key))
 
     def saved(self, key: str) -> list[Tensor]:
+        """A state of each parameter: whole where it is in SMALL_STATE, else a DTensor like the parameter.
+
+        The momentum goes from owners to those who hold the rows, and so must another state of its shape.
+        """
         state = self.state[key]
         if key in self.SMALL_STATE:
             # each rank adds its own to zeros
@@ -2942,6 +3099,7 @@ class ShardedMatrices(Shards):
         return self.as_dtensors(state.split(self.rows))
 
     def load(self, key: str, saved: Sequence[Tensor]) -> None:
+        """Take over what `saved` returned, or whole tensors; rows of the momentum go to the owners."""
         if key in self.SMALL_STATE:
             full = torch.cat([x.reshape(-1, *self.state[key].shape[1:]) for x in saved])
             self.state[key].copy_(full[self.own.to(full.device)])
@@ -2952,6 +3110,9 @@ class ShardedMatrices(Shards):
             work.wait()
             rows = chunk
         self.state[key].copy_(rows)
+
+
+# ---- the groups of an optimizer, and the class that has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3045,10 +3206,11 @@ class MuonEq(torch.optim.Optimizer):
         process_group: the processes that hold these parameters and share the work; all of them by default.
             DTensors know theirs.
 
-    Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one group are
-    processed as one stack. Each rank updates its share, and all ranks receive the result. Everything but
-    the products of `orthogonalize` is fp32: parameters of lower precision keep an fp32 master copy, and
-    with "token_sum" their `.grad` is an fp32 sum. Decay is lr * weight_decay, decoupled.
+    Matrix parameters are (m, n) or banks (K, m, n), "row" is dim -2; those of one shape in one
+    group are processed as one stack. Each rank updates its share, and all ranks receive the result.
+    Everything but the products of `orthogonalize` is fp32, or fp64 for parameters in fp64:
+    parameters of lower precision keep an fp32 master copy, and with "token_sum" their `.grad` is an
+    fp32 sum. Decay is lr * weight_decay, decoupled.
 
     DTensors, as of FSDP2 (make the optimizer after `fully_shard`), take grads="mean". A matrix that
     is sharded over rows along one dimension of a mesh, with copies along others (HSDP), gets the
@@ -3060,9 +3222,9 @@ class MuonEq(torch.optim.Optimizer):
     "token_sum": on all ranks) is left alone, decay and state included. So is a matrix whose gradient is
     zero, an expert without tokens; before its first gradient it decays.
 
-    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by running
-    energies that are state (`balance_factors`). `normuon` takes the result for the orthogonal matrix: on its
-    own side it evens out what the second balance has done.
+    `equilibrate="both"` balances rows and columns weakly, before and after `orthogonalize`, by
+    running energies that are state (`balance_factors`). `normuon` comes after the second balance,
+    and undoes it on the side on which it makes rows or columns equal.
 
     Example, the MLP of a GPT whose up projections move half as fast as those down:
         MuonEq([dict(kind="matrix", params=[("mlp", bank)], lr=0.02, lr_mul=(1.0, 2.0), equilibrate="col"),
@@ -3122,7 +3284,7 @@ class MuonEq(torch.optim.Optimizer):
             unit.group_number = len(self.param_groups) - 1
             self.units.append(unit)
             self._show_state(unit)
-        # the order of the updates: small before large
+        # the order of the updates: Adam before matrices, small before large
         self.units.sort(key=lambda unit: (unit.matrix, unit.size * unit.tail.numel()))
         if self.defaults:  # else there are more groups to come
             self._compare_ranks()
@@ -3217,6 +3379,9 @@ class MuonEq(torch.optim.Optimizer):
 
         A `closure` computes the gradients first; what it returns, the loss, is returned. `tokens` is the
         global count of targets behind the gradients, for grads="token_sum" only.
+
+        ValueError for `tokens` that are missing, 0 or not wanted, for settings that were changed to
+        what does not fit, and for gradients that are sparse.
         """
         summed = self.grads == "token_sum"
         if summed != (tokens is not None) or tokens == 0:
@@ -3240,12 +3405,12 @@ class MuonEq(torch.optim.Optimizer):
         active = self._active(self.step_count)
         self.step_count += 1
 
-        # reduce: the largest unit first; its sum is needed last
+        # reduce: matrices before Adam, the largest unit first; its sum is needed last
         reducing = []
         for unit in reversed(active):
             reducing.append((unit, *unit.reduce(summed)))
 
-        # update: the smallest unit first
+        # update: Adam before matrices, the smallest unit first
         gathering, together = [], []
         for unit, _, chunk, work in reversed(reducing):
             work.wait()
@@ -3264,10 +3429,10 @@ class MuonEq(torch.optim.Optimizer):
         for unit, full, _, work in gathering:
             work.wait()
             unit.receive(full)
-            unit.note_finite(self.step_count)
+            unit.note_bad(self.step_count)
 
     def _check_settings(self) -> None:
-        """Check again what is no number, where it was changed since the last step."""
+        """Take the groups as they are now; check those in which a word, truth value or function changed."""
         for unit in self.units:
             # somebody may have put a new group there
             unit.group = group = self.param_groups[unit.group_number]
@@ -3285,7 +3450,8 @@ class MuonEq(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the groups that the last step updated; the others go on accumulating.
 
-        With `set_to_none` false they become zeros.
+        With `set_to_none` false they become zeros. So does that of a row-wise table with
+        `rows_read` in any case: it is kept, and cleared in the rows that were read.
         """
         for unit in self._active(self.step_count - 1):
             for p in () if unit.clear() else unit.params:
@@ -3539,7 +3705,7 @@ def long_windows(schedule: Schedule, step: int) -> list[int]:
 
 
 def learning_rate_factor(schedule: Schedule, step: int) -> float:
-    """The factor on all learning rates: the stage's, and from the cooldown on linearly down to the floor."""
+    """The factor on all learning rates: that of the stage, faded to the floor over the cooldown."""
     remaining = max(0.0, 1 - step / schedule.steps)  # share of the scheduled steps
     if schedule.cooldown:
         share = min(1.0, remaining / schedule.cooldown)
@@ -4309,7 +4475,7 @@ def rows_per_pass(
 
 
 def untie_step(track: Track, period: int) -> int:
-    """The step before which head and embedding part.
+    """The step before which head and embedding part (untie, split).
 
     It is rounded up to a multiple of `period`: then no gradients wait for an update.
     """
@@ -4318,7 +4484,7 @@ def untie_step(track: Track, period: int) -> int:
 
 
 class WeightMeans:
-    """Running means of some parameters, fp32, whole on every rank: all ranks compute the same ones."""
+    """Weight averages (EMA) of some parameters, fp32, whole on every rank: all have the same ones."""
 
     def __init__(self, model: GPT, average: Average):
         params = dict(model.named_parameters())

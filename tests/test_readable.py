@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,40 @@ def test_the_script_imports_nothing_of_the_repository() -> None:
             assert node.level == 0
             imported.add(node.module.partition(".")[0])
     assert {"torch", "numpy"} <= imported and not imported & own
+
+
+def index_of_techniques() -> dict[str, tuple[list[str], list[str]]]:
+    """The index at the head of section 4: the settings and the functions of each technique."""
+    begin = next(i for i, line in enumerate(LINES) if line.startswith("# A decoder-only GPT."))
+    rows = [line[6:] for line in LINES[begin : LINES.index("#", begin + 4)] if line.startswith("#     ")]
+    parts = [re.split(r" {2,}", row) for row in rows]
+    assert {len(part) for part in parts} == {3}
+    found = {name: (re.findall(r"[\w.]+", s), re.findall(r"[\w.]+", f)) for name, s, f in parts}
+    assert len(found) == len(rows) > 40
+    return found
+
+
+def test_the_index_leads_to_settings_and_functions_that_exist() -> None:
+    """A setting is --section.field, or a field of `Stage`; a function may be a method."""
+    sections = vars(train_gpt.Track()) | {"Stage": train_gpt.Stage}
+    for name, (settings, functions) in index_of_techniques().items():
+        assert functions, name
+        for place in settings:
+            section, field = place.split(".")
+            assert hasattr(sections[section], field), place
+        for place in functions:
+            attrgetter(place)(train_gpt)  # AttributeError names what is missing
+
+
+def test_the_index_has_every_setting_that_names_a_record() -> None:
+    """And the words of the field under which people look for what has no record."""
+    index = index_of_techniques()
+    listed = {setting.split(".")[1] for settings, _ in index.values() for setting in settings}
+    for section in vars(train_gpt.Track()).values():
+        for f in train_gpt.dataclasses.fields(section):
+            assert f.name in listed or not re.search(r"#\d", f.metadata["meaning"]), f.name
+    words = ["folded", "matches", "MLP width", "EMA", "two-sided", "FSDP2", "overflow", "cautious", "taper"]
+    assert not [word for word in words if not any(word in name for name in index)]
 
 
 # ----------------------------------------------------------------------------------------------------
