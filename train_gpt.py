@@ -3380,11 +3380,11 @@ class MuonEq(torch.optim.Optimizer):
         A `closure` computes the gradients first; what it returns, the loss, is returned. `tokens` is the
         global count of targets behind the gradients, for grads="token_sum" only.
 
-        ValueError for `tokens` that are missing, 0 or not wanted, for settings that were changed to
+        ValueError for `tokens` that are missing, not above 0 or not wanted, for settings that were changed to
         what does not fit, and for gradients that are sparse.
         """
         summed = self.grads == "token_sum"
-        if summed != (tokens is not None) or tokens == 0:
+        if summed != (tokens is not None) or summed and not tokens > 0:
             raise ValueError('step(tokens=n) with n > 0 goes with grads="token_sum"')
         loss = None
         if closure is not None:

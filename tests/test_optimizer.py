@@ -1509,8 +1509,9 @@ def test_refuses_what_it_would_silently_ignore():
         with pytest.raises(ValueError, match="appears twice"):
             opt.add_param_group(dict(kind="matrix", params=params, **MATRIX))
     assert len(opt.param_groups) == len(opt.units) == 1
-    with pytest.raises(ValueError, match="tokens"):
-        opt.step(tokens=0)
+    for tokens in (0, -3, math.nan):  # a negative count would turn the update around
+        with pytest.raises(ValueError, match="tokens"):
+            opt.step(tokens=tokens)
     with pytest.raises(ValueError, match="lr is at least 0"):
         optimizer("matrix", [w], lr=-0.1)
     saved = opt.state_dict()
