@@ -425,17 +425,17 @@ TINY = Track(
         "shakespeare", vocab_size=257, document_start=256, predict_start=False, rows=2, row_tokens=1024
     ),
     model=Model(
-        width=128, heads=2, layers=2, mlp_ratio=2, attention_free=(0,), ngram_signs=64, ngram_fold=4,
+        width=128, heads=2, layers=1, mlp_ratio=1, head_std=0.05, ngram_signs=64, ngram_fold=4,
         ngrams=((2, 8192), (3, 16_384), (4, 16_384), (5, 32_768), (6, 32_768)), matches=(2, 3, 5, 8),
     ),
     matrix=Matrix(lr=0.06, normuon=True),
     gate=MuonSection(equilibrate="none", normuon=True, normuon_axis="row"),
     embed=Adam(lr=0.6, every=1),
-    tables=Adam(lr=0.25, betas=(0, 0.9), every=1, rowwise=True),
-    head=Adam(lr=0.016, every=1),
+    tables=Adam(lr=0.18, betas=(0, 0.9), every=1, rowwise=True),
+    head=Adam(lr=0.064, every=1),
     scalar=Adam(lr=0.04, every=1),
     schedule=Schedule(
-        steps=48, extension=0, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
+        steps=46, extension=0, floor=0.2, momentum=(0.8, 0.85), momentum_warmup=40, momentum_cooldown=0,
         stages=(
             Stage(0, (32, 32)),
             Stage(1 / 3, (32, 32), batch=2, lr=1.5),
