@@ -20,6 +20,7 @@ from train_gpt import (
     document_starts,
     fold_bytes,
     match_rows,
+    mlp_width,
     ngram_keys,
     rotary_frequencies,
     sample_classes,
@@ -426,7 +427,8 @@ def test_rows_accumulate_to_the_big_batch(name, micro_rows):
         total += loss.item()
     assert total == pytest.approx(whole.item(), rel=1e-6)
     for key, found in gradients(model).items():
-        assert (found - expected[key]).norm() <= 1e-4 * expected[key].norm(), key
+        # where the terms of a sum nearly cancel, their rounding remains
+        assert (found - expected[key]).norm() <= 1e-4 * expected[key].norm() + 1e-6, key
 
 
 def test_gradients_reach_every_parameter():
@@ -686,7 +688,7 @@ def test_rotary_tables_are_set_in_place():
 def test_shapes_and_size_of_the_short_track():
     model = GPT(SHORT.model, 16_384, torch.bfloat16, "meta")
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
-        "qk": (42, 256, 768), "vo": (14, 768, 768), "mlp": (20, 768, 3072), "gate": (7, 6, 12),
+        "qk": (42, 256, 768), "vo": (14, 768, 768), "mlp": (20, 768, 2816), "gate": (7, 6, 12),
         "value_gate": (7, 6, 12), "smear_gate": (1, 12), "embed": (50304, 768),
         "ngram_embed": (377_280 + 2 * 50305, 768), "value_embed": (4 * 50304, 768), "lm_head": (50304, 768),
         "residual": (10, 2), "value_mix": (7, 2), "xsa": (7, 6), "skip": (1,), "smear": (1,),
@@ -694,10 +696,10 @@ def test_shapes_and_size_of_the_short_track():
     }  # fmt: skip
     millions = {name: round(p.numel() / 1e6, 1) for name, p in model.named_parameters()}
     table = {"embed": 38.6, "lm_head": 38.6, "value_embed": 154.5, "ngram_embed": 367.0, "qk": 8.3,
-             "vo": 8.3, "mlp": 47.2}  # fmt: skip
+             "vo": 8.3, "mlp": 43.3}  # fmt: skip
     assert table.items() <= millions.items()
     total = sum(p.numel() for p in model.parameters())
-    tables, matrices = (8 * 50304 + 2 + 377_280) * 768, 28 * 768**2 + 20 * 768 * 3072
+    tables, matrices = (8 * 50304 + 2 + 377_280) * 768, 28 * 768**2 + 20 * 768 * 2816
     gates, scalars = 2 * 7 * 6 * 12 + 12, 20 + 14 + 42 + 3
     assert total == tables + matrices + gates + scalars
     low = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
@@ -709,7 +711,7 @@ def test_shapes_and_size_of_the_short_track():
 def test_layer_map_of_the_short_track():
     """That of the notes on record #89 without block 7 and without attention in 4 and 9, as in #92."""
     c = SHORT.model
-    assert (c.layers, c.width, c.heads, c.mlp_ratio) == (10, 768, 6, 4)
+    assert (c.layers, c.width, c.heads, mlp_width(c)) == (10, 768, 6, 2816)
     assert (c.gate_inputs, c.value_gate_inputs) == (12, 6)
     assert c.attention_free == (4, 6, 8) and c.long_blocks == c.key_offset == (3, 9) and c.paired == (0, 2, 5)
     assert [block for block, _ in c.value_tables] == [1, 2, 7, 9]
@@ -720,6 +722,13 @@ def test_layer_map_of_the_short_track():
     assert c.ngrams == ((2, 377_280),) and c.matches == (1, 3)
     assert c.tied == 1 and c.width // c.qk_parts == 2 * c.width // c.heads
     assert SHORT.data.predict_start and (SHORT.data.vocab_size, SHORT.data.document_start) == (50257, 50256)
+
+
+def test_the_mlp_may_be_a_fraction_of_the_width():
+    """2,816 of 768, as #92 has it; a whole ratio of an earlier log or checkpoint is the same setting."""
+    assert mlp_width(replace(SHORT.model, mlp_ratio=3.6667)) == 2816  # as it is typed
+    former = Model(mlp_ratio=4)
+    assert former == Model(mlp_ratio=4.0) and mlp_width(former) == 4 * former.width
 
 
 def test_initial_values():

@@ -84,7 +84,7 @@ def parts_of(trainer: train_gpt.Trainer, batch: train_gpt.Batch, stage: train_gp
     windows, rows = stage.windows, trainer.rows_per_pass[stage.batch]
     inputs, targets, offsets = (x[:rows].to(device) for x in batch[:3])  # the head with all classes
     B, T, D, size = *inputs.shape, c.width, model.dtype.itemsize
-    n, A, hidden, cut = B * T, len(model.attention_blocks), c.mlp_ratio * c.width, trainer.longest
+    n, A, hidden, cut = B * T, len(model.attention_blocks), model.mlp.size(-1), trainer.longest
     passes = len(batch.inputs) // rows
 
     def leaf(*shape: int) -> Tensor:
