@@ -898,8 +898,31 @@ YARN_TURNS = 32  # a frequency that turns so often in the old window keeps its s
 HASH_KEY, HASH_ROW, HASH_SIGN = 1_000_003, 48_271, 16_807
 
 
+def one_by_one(x: Tensor) -> bool:
+    """Whether operators on x run one by one on a CPU: then each costs a pass over memory."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class RMSNorm(torch.autograd.Function):
+    """`norm` with a backward of four passes; that of F.rms_norm has a dozen where operators run one by one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, factor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, 1e-6)  # factor (..., 1): y over x
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, factor = ctx.saved_tensors
+        # what would change the norm of x has no effect
+        along = (grad * y).sum(-1, keepdim=True).div_(y.size(-1))
+        return torch.addcmul(grad, y, along, value=-1).mul_(factor.to(grad.dtype))
+
+
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    """x over the root mean square of its last dimension (1910.07467)."""
+    return RMSNorm.apply(x) if one_by_one(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
 def turning_pairs(model: Model) -> int:
