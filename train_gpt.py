@@ -1572,6 +1572,10 @@ class GPT(nn.Module):
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
         z = self.logits(x, head)  # (n, V)
+        if log_counts is None and one_by_one(z):  # torch's kernels, of one pass each
+            log_chances = F.log_softmax(z, -1)
+            sums = [F.nll_loss(log_chances, t.long(), ignore_index=-1, reduction="sum") for t in targets.mT]
+            return torch.stack(sums)
         # A sum over classes picks the logit of the target: the backward of a gather would first write
         # zeros of the size of z.
         classes = torch.arange(z.size(1), device=z.device)
