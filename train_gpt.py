@@ -839,8 +839,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     if layout.mask is not None:
         C = layout.mask.size(-2)
         scores = in_blocks(q, C) @ in_blocks(k, C, True).mT  # (B, T / C, H, C, 2 C)
-        weights = torch.where(layout.mask, scores.float().exp(), 0.0)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(q.dtype)
+        if one_by_one(scores):  # one pass each; adding, unlike a choice, leaves the gradient as it is
+            hidden = torch.where(layout.mask, 0.0, -math.inf)
+            weights = torch.softmax(scores.add_(hidden.to(q.dtype)), -1)
+        else:
+            weights = torch.where(layout.mask, scores.float().exp(), 0.0)
+            weights = (weights / weights.sum(-1, keepdim=True)).to(q.dtype)
         y = weights @ in_blocks(v, C, True)  # (B, T / C, H, C, d)
         return y.transpose(2, 3).flatten(1, 2)[:, : q.size(1)]
     from torch.nn.attention.varlen import varlen_attn
