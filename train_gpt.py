@@ -1028,6 +1028,12 @@ class Table(NamedTuple):
     sums: Tensor | None  # (R, D) fp32: its `.grad`, to which the backward adds; None: nothing is trained
     read: Tensor | None = None  # (R,) bool: the rows of `sums` to which something was added
 
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows by an index (...) -> (..., D)."""
+        # `data` again: nor that other look-ups add to them
+        sums, read = (None if x is None else x.data for x in (self.sums, self.read))
+        return Lookup.apply(self.rows, sums, read, index)
+
 
 def add_rows(sums: Tensor, index: Tensor, grad: Tensor) -> None:
     """Add rows `grad` (n, D) to the rows `index` (n,) of `sums` (R, D), in place."""
@@ -1329,7 +1335,7 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
-        """A parameter as `Lookup` takes it: an embedding, or the head where its classes are sampled."""
+        """A parameter as a forward pass takes it: an embedding, or the head where its classes are sampled."""
         rows, sums, read = p.detach(), None, None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
@@ -1359,7 +1365,7 @@ class GPT(nn.Module):
         if classes is None:
             parts = [*zip(x.flatten(0, 1).split(at_once), all_targets.flatten(0, 1).split(at_once))]
         else:  # each row by itself, with the rows of the head that are its classes
-            heads, parts = Lookup.apply(*head, classes), []  # (B, P, D)
+            heads, parts = head.look_up(classes), []  # (B, P, D)
             for row, of_row, *sample in zip(x, all_targets, heads, log_counts):
                 parts += [(*part, *sample) for part in zip(row.split(at_once), of_row.split(at_once))]
         return torch.stack([call(self.loss, *part) for part in parts]).sum(0)
@@ -1459,7 +1465,7 @@ class GPT(nn.Module):
         """First activations (B, T, D) and value embeddings (tables, B, T, D) of tokens (B, T)."""
         c, dtype = self.config, self.dtype
         starts = document_starts(offsets, inputs.size(1))
-        x = Lookup.apply(*embed, inputs).to(dtype)
+        x = embed.look_up(inputs).to(dtype)
         # the last tokens, and what followed them before
         if c.ngrams or c.matches:
             x = x + self.ngrams(inputs, starts, ngram_embed).to(dtype)
@@ -1469,7 +1475,7 @@ class GPT(nn.Module):
         x = norm(x + weight.to(dtype) * x.roll(1, 1))
         # value embeddings: all tables at once; each begins padded_vocab rows after the one before
         first_rows = torch.arange(0, len(value_embed.rows), c.padded_vocab, device=inputs.device)
-        return x, Lookup.apply(*value_embed, inputs + first_rows[:, None, None]).to(dtype)
+        return x, value_embed.look_up(inputs + first_rows[:, None, None]).to(dtype)
 
     def ngrams(self, inputs: Tensor, starts: Tensor, table: Table) -> Tensor:
         """What the last tokens are and what followed them before: sums of rows of the `table`, (B, T, D)."""
@@ -1486,12 +1492,22 @@ class GPT(nn.Module):
         # matches: what followed, however far back it is; their tables lie behind those of the n-grams
         matched = match_rows(inputs, keys, document, c.matches, c.padded_vocab)
         behind = sum(count for _, count in c.ngrams)
-        # one look-up for all; n-grams that share a row by chance differ in their signs (#83)
-        rows = torch.stack([*rows, *(row + behind for row in matched)], -1)  # (B, T, tables)
-        found = Lookup.apply(*table, rows)  # (B, T, tables, D)
+        rows += [row + behind for row in matched]
+        # n-grams that share a row by chance differ in their signs (#83)
+        patterns = [second_hash % c.ngram_signs for second_hash in second_hashes if c.ngram_signs]
+        if one_by_one(inputs):  # table after table: what is found in all of them would leave the cache
+            total = 0.0
+            for row, pattern in itertools.zip_longest(rows, patterns):
+                found = table.look_up(row)
+                found = found.to(torch.promote_types(found.dtype, torch.float32))  # (B, T, D)
+                if pattern is not None:
+                    found.mul_(F.embedding(pattern, self.signs))
+                total = found.add_(total)
+            return total
+        found = table.look_up(torch.stack(rows, -1))  # (B, T, tables, D)
         of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
-        if c.ngrams and c.ngram_signs:
-            of_ngrams = of_ngrams * F.embedding(torch.stack(second_hashes, -1) % c.ngram_signs, self.signs)
+        if patterns:
+            of_ngrams = of_ngrams * F.embedding(torch.stack(patterns, -1), self.signs)
         return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
@@ -1576,8 +1592,11 @@ class GPT(nn.Module):
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
         z = self.logits(x, head)  # (n, V)
-        if log_counts is None and one_by_one(z):  # torch's kernels, of one pass each
-            log_chances = F.log_softmax(z, -1)
+        if one_by_one(z):  # torch's kernels, of one pass each
+            if log_counts is None:
+                log_chances = F.log_softmax(z, -1)
+            else:
+                log_chances = F.log_softmax(z + log_counts, -1) - log_counts
             sums = [F.nll_loss(log_chances, t.long(), ignore_index=-1, reduction="sum") for t in targets.mT]
             return torch.stack(sums)
         # A sum over classes picks the logit of the target: the backward of a gather would first write
