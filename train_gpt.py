@@ -1319,6 +1319,9 @@ class GPT(nn.Module):
     def rotate(self, x: Tensor) -> Tensor:
         """(B, T, H, d) with each pair of channels (j, j + d / 2) turned by its angle at the position."""
         cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
+        if one_by_one(x):
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
+            return x * cos + x.roll(x.size(-1) // 2, -1) * sin
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
