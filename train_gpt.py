@@ -903,16 +903,20 @@ HASH_KEY, HASH_ROW, HASH_SIGN = 1_000_003, 48_271, 16_807
 
 
 def one_by_one(x: Tensor) -> bool:
-    """Whether operators on x run one by one on a CPU: then each costs a pass over memory."""
+    """Whether operators on x run one by one on a CPU, where each is a pass over memory.
+
+    There some have a form with fewer passes. A graph, which joins operators, has the plain one, and so has
+    a GPU, which torch has kernels of its own for.
+    """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class RMSNorm(torch.autograd.Function):
-    """`norm` with a backward of four passes; that of F.rms_norm has a dozen where operators run one by one."""
+    """`norm` with a backward of four passes; that of F.rms_norm has a dozen on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y, factor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, 1e-6)  # factor (..., 1): y over x
+        y, factor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, 1e-6)  # y / x is factor
         ctx.save_for_backward(y, factor)
         return y
 
@@ -1319,7 +1323,7 @@ class GPT(nn.Module):
     def rotate(self, x: Tensor) -> Tensor:
         """(B, T, H, d) with each pair of channels (j, j + d / 2) turned by its angle at the position."""
         cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
-        if one_by_one(x):
+        if one_by_one(x):  # fewer passes, the same bits
             cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
             return x * cos + x.roll(x.size(-1) // 2, -1) * sin
         a, b = x.chunk(2, -1)
