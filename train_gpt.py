@@ -1520,20 +1520,20 @@ class GPT(nn.Module):
         behind = sum(count for _, count in c.ngrams)
         rows += [row + behind for row in matched]
         # n-grams that share a row by chance differ in their signs (#83)
-        patterns = [second_hash % c.ngram_signs for second_hash in second_hashes if c.ngram_signs]
+        signed = second_hashes if c.ngram_signs else []
         if one_by_one(inputs):  # table after table: what is found in all of them would leave the cache
             total = 0.0
-            for row, pattern in itertools.zip_longest(rows, patterns):
+            for row, second_hash in itertools.zip_longest(rows, signed):
                 found = table.look_up(row)
                 found = found.to(torch.promote_types(found.dtype, torch.float32))  # (B, T, D)
-                if pattern is not None:
-                    found.mul_(F.embedding(pattern, self.signs))
+                if second_hash is not None:
+                    found.mul_(F.embedding(second_hash % c.ngram_signs, self.signs))
                 total = found.add_(total)
             return total
         found = table.look_up(torch.stack(rows, -1))  # (B, T, tables, D)
         of_ngrams, of_matches = found.split([len(c.ngrams), len(c.matches)], -2)
-        if patterns:
-            of_ngrams = of_ngrams * F.embedding(torch.stack(patterns, -1), self.signs)
+        if signed:
+            of_ngrams = of_ngrams * F.embedding(torch.stack(signed, -1) % c.ngram_signs, self.signs)
         return of_ngrams.sum(-2) + of_matches.sum(-2)
 
     def block(
