@@ -851,8 +851,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     if layout.mask is not None:
         C = layout.mask.size(-2)
         scores = in_blocks(q, C) @ in_blocks(k, C, True).mT  # (B, T / C, H, C, 2 C)
-        weights = torch.where(layout.mask, scores.float().exp(), 0.0)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(q.dtype)
+        if one_by_one(scores):  # one pass each; adding, unlike a choice, leaves the gradient as it is
+            hidden = torch.where(layout.mask, 0.0, -math.inf)
+            weights = torch.softmax(scores.add_(hidden.to(q.dtype)), -1)
+        else:
+            weights = torch.where(layout.mask, scores.float().exp(), 0.0)
+            weights = (weights / weights.sum(-1, keepdim=True)).to(q.dtype)
         y = weights @ in_blocks(v, C, True)  # (B, T / C, H, C, d)
         return y.transpose(2, 3).flatten(1, 2)[:, : q.size(1)]
     from torch.nn.attention.varlen import varlen_attn
@@ -960,8 +964,54 @@ YARN_TURNS = 32  # a frequency that turns so often in the old window keeps its s
 HASH_KEY, HASH_ROW, HASH_SIGN = 1_000_003, 48_271, 16_807
 
 
+def one_by_one(x: Tensor) -> bool:
+    """Whether operators on x run one by one on a CPU, where each is a pass over memory.
+
+    There some have a form with fewer passes. A graph, which joins operators, has the plain one, and so has
+    a GPU, which torch has kernels of its own for.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class RMSNorm(torch.autograd.Function):
+    """`norm` with a backward of four passes; that of F.rms_norm has a dozen on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, factor = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, 1e-6)  # y / x is factor
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, factor = ctx.saved_tensors
+        # what would change the norm of x has no effect
+        along = (grad * y).sum(-1, keepdim=True).div_(y.size(-1))
+        return torch.addcmul(grad, y, along, value=-1).mul_(factor.to(grad.dtype))
+
+
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    """x over the root mean square of its last dimension (1910.07467)."""
+    return RMSNorm.apply(x) if one_by_one(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class ReLUSquared(torch.autograd.Function):
+    """`relu_squared` with a backward of two passes in place of four."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """The square of what is positive, else 0 (2109.08668)."""
+    return ReLUSquared.apply(x) if one_by_one(x) else F.relu(x).square()
 
 
 def mlp_width(model: Model) -> int:
@@ -1406,7 +1456,7 @@ class GPT(nn.Module):
         return [self.table(p) for p in (embed, self.ngram_embed, self.value_embed)]
 
     def table(self, p: nn.Parameter) -> Table:
-        """A parameter as `Lookup` takes it: an embedding, or the head where its classes are sampled."""
+        """A parameter as a forward pass takes it: an embedding, or the head where its classes are sampled."""
         rows, sums, read = p.detach(), None, None
         if torch.is_grad_enabled() and p.requires_grad:
             rows.requires_grad_()
@@ -1416,9 +1466,9 @@ class GPT(nn.Module):
                 # for `RowUnit`; unless its classes are sampled, the head has a gradient in each row
                 if p is not self.lm_head:
                     p.grad.rows_read = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            # `data`: autograd adds to the same tensor for a tied head, and would call that a change
-            # of what `Lookup` has saved
-            sums, read = p.grad.data, getattr(p.grad, "rows_read", None)
+            # `data`: autograd adds to the same tensor for a tied head, and so do backwards of other forward
+            # passes; it would call that a change of what `Lookup` has saved
+            sums, read = (None if x is None else x.data for x in (p.grad, getattr(p.grad, "rows_read", None)))
         return Table(rows, sums, read)
 
     def body(
@@ -1589,7 +1639,7 @@ class GPT(nn.Module):
     def feed_forward(self, x: Tensor, mlp: Sequence[Tensor]) -> Tensor:
         """(B, T, D) -> (B, T, D) with two matrices (D, hidden): up as (in, out), down as (out, in)."""
         up, down = mlp
-        return F.linear(F.relu(norm(x) @ up).square(), down)
+        return F.linear(relu_squared(norm(x) @ up), down)
 
     def attention(self, x: Tensor, args: AttentionArgs) -> Tensor:
         """(B, T, D) -> (B, T, D); x is normed."""
@@ -1658,6 +1708,13 @@ class GPT(nn.Module):
         `logits`; the test `test_validation_loss_is_the_plain_cross_entropy` fails when it does not.
         """
         z = self.logits(x, head)  # (n, V), or (n, P) of sampled classes
+        if one_by_one(z):  # torch's kernels, of one pass each
+            if log_counts is None:
+                log_chances = F.log_softmax(z, -1)
+            else:
+                log_chances = F.log_softmax(z + log_counts, -1) - log_counts
+            sums = [F.nll_loss(log_chances, t.long(), ignore_index=-1, reduction="sum") for t in targets.mT]
+            return torch.stack(sums)
         # A sum over classes picks the logit of the target: the backward of a gather would first write
         # zeros of the size of z.
         classes = torch.arange(z.size(1), device=z.device)

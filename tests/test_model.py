@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_gpt
 from train_gpt import (
     GPT,
     MLP_MATRICES,
@@ -335,6 +336,41 @@ def test_validation_loss_is_the_plain_cross_entropy(name):
     counted = [(place, target) for place, target in enumerate(targets.flatten().tolist()) if target >= 0]
     expected = -sum(math.log(chances[place, target]) for place, target in counted)
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ("tiny", "short"))
+def test_operators_one_by_one_have_the_results_of_those_in_a_graph(name, monkeypatch):
+    """Norms, softmax, MLP and losses have two forms; classes are sampled or not."""
+    inputs, targets, offsets = batch_of(ROWS)
+    places, classes, log_counts = sampled(targets, 64)
+    sample = classes, log_counts + torch.linspace(0, 1, 64)
+    found = []
+    for form in (True, False):
+        monkeypatch.setattr(train_gpt, "one_by_one", lambda x, form=form: form)
+        model = build(MODELS[name], spread=0.15)
+        losses = [
+            model(inputs, targets, offsets, (3, 7), 21, 1),
+            model(inputs, places, offsets, (3, 7), 21, 1, *sample),
+        ]
+        sum(losses).backward(torch.tensor([1.0, 0.5]))
+        found.append((torch.stack(losses).detach(), gradients(model)))
+    (losses, grads), (others, expected) = found
+    torch.testing.assert_close(losses, others, rtol=1e-6, atol=0)
+    for key, grad in expected.items():
+        assert (grads[key] - grad).norm() <= 1e-5 * grad.norm(), key
+
+
+@pytest.mark.parametrize("function", (train_gpt.norm, train_gpt.relu_squared))
+def test_backwards_of_our_own(function):
+    """Against differences in float64, also where the norm of a row is near its floor; bfloat16 beside it."""
+    x, grad = torch.randn(2, 3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0, 1] = 1e-3 * x[0, 2]
+    assert torch.autograd.gradcheck(function, x.requires_grad_(), atol=1e-7)
+    exact, rounded = (
+        torch.autograd.grad(function(x.to(dtype)), x, grad.to(dtype))[0]
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert (rounded - exact).norm() <= 2**-7 * exact.norm()
 
 
 def test_every_matrix_of_the_mlp_is_known_where_there_are_two():
