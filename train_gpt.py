@@ -898,7 +898,7 @@ def supports(device: torch.device, feature: str) -> bool:
 #     value embeddings (#14, #63)                 model.value_tables          GPT.mix_value
 #     gates of value embeddings (#55)             model.value_gate_inputs     GPT.mix_value
 #     tied head, untied (split) later (#51, #53)  model.tied                  untie_step
-#     gradients of read rows alone                -                           Table, Lookup
+#     gradients of read rows alone                -                           Lookup, SumOfRows
 #   attention
 #     norm of q and k (2010.04245)                -                           GPT.attention
 #     rotary positions, RoPE, by half (#17)       model.rotary_base           rotary_frequencies

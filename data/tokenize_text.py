@@ -24,6 +24,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -480,7 +481,7 @@ def how_to_train(folder: Path, corpus: Corpus, tokenizer: str) -> list[str]:
     packed = train_gpt.pack_schedule(track, training, MOST_EPOCHS)
     if packed.packed < packed.rows:  # fewer steps, though not so few that little of the track is left
         steps = track.schedule.steps
-        steps = max(steps // 4, steps * packed.packed // packed.rows)
+        steps = max(math.ceil(steps / 4), steps * packed.packed // packed.rows)
         words += ["--schedule.steps", str(steps)]
         track = dataclasses.replace(track, schedule=dataclasses.replace(track.schedule, steps=steps))
         packed = train_gpt.pack_schedule(track, training, sys.maxsize)
