@@ -538,7 +538,7 @@ def test_the_printed_command_of_gpt2_tokens_fits_the_data(
     assert run("mine", tmp_path / "in.txt") == ""
     said = capsys.readouterr().out
     track, words = printed(said, data_dir)
-    assert words[0] == "short" and track.schedule.steps == 1450 // 4
+    assert words[0] == "short" and track.schedule.steps == math.ceil(1450 / 4)
     assert train_gpt.check_data(track, data_dir / "mine")["documents"] < 30
     assert max(map(len, documents(data_dir / "mine", "train", 50256))) <= 2047
 
