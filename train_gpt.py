@@ -1125,6 +1125,12 @@ def add_rows(
     For the first tables it has signs: `signs` (P, D) at the numbers `patterns` (n, tables with signs).
     """
     signed = 0 if patterns is None else patterns.size(1)
+    if sums.is_cuda:  # in one addition: for each more, inductor would copy all of `sums`
+        grads = [grad[:, None].expand(-1, index.size(1) - signed, -1)]  # (n, tables without signs, D)
+        if signed:
+            grads = [grad[:, None] * F.embedding(patterns, signs), *grads]
+        sums.index_add_(0, index.flatten(), torch.cat(grads, 1).flatten(0, 1))
+        return
     for k, at in enumerate(index.unbind(1)):
         sums.index_add_(0, at, grad * F.embedding(patterns[:, k], signs) if k < signed else grad)
 
