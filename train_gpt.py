@@ -912,7 +912,7 @@ def supports(device: torch.device, feature: str) -> bool:
 #     one source for all later blocks (#77)       model.attention_source      GPT.stream
 #     blocks without attention (#17)              model.attention_free        GPT.stream
 #   MLP and stream
-#     MLP width, ReLU squared (2109.08668)        model.mlp_ratio             GPT.feed_forward
+#     MLP width, ReLU squared (2109.08668)        model.mlp_ratio             mlp_width, relu_squared
 #     factors on stream and embedding (#45)       model.residual_start        GPT.block
 #     skips, as in a U-net (#11, #45)             model.skips                 GPT.add_earlier
 #     backout (#40)                               model.backout               GPT.stream

@@ -44,7 +44,7 @@ def test_labels_have_the_digits_that_they_need(values: list[float], labels: list
 
 
 def test_the_newest_record_is_the_one_whose_first_run_is_newest(tmp_path: Path) -> None:
-    assert picture.newest_record(RECORDS, "tiny").name == "2026-11-30_row-wise-tables"
+    assert picture.newest_record(RECORDS, "tiny").name == "2026-11-30_one-block"
     assert picture.newest_record(RECORDS, "short") is None
     runs = {"2026-01-02_a": ["20260105"], "2026-01-01_b": ["20260109", "20260108"],
             "2026-01-03_c": ["20260110", "20260101"]}  # fmt: skip
