@@ -745,7 +745,7 @@ def test_shapes_and_size_of_the_short_track():
 
 
 def test_layer_map_of_the_short_track():
-    """That of the notes on record #89 without block 7 and without attention in 4 and 9, as in #92."""
+    """That of the notes on record #89 without block 7; blocks without attention as in #92, 4 and 9 too."""
     c = SHORT.model
     assert (c.layers, c.width, c.heads, mlp_width(c)) == (10, 768, 6, 2816)
     assert (c.gate_inputs, c.value_gate_inputs) == (12, 6)

@@ -412,7 +412,7 @@ def test_compiling_in_the_timed_region_is_an_error(
 
 
 def test_stages_reach_the_model_and_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, windows, loss weights, tied weights, rotary history, learning rate and decay of every step."""
+    """Rows (growing batch, taper), windows, loss weights, tied weights, rotary history, rates, decay."""
     forward = train_gpt.Trainer.forward_backward
     step = train_gpt.MuonEq.step
     rotary = train_gpt.GPT.set_rotary
